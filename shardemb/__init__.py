@@ -1,0 +1,36 @@
+"""PyKEEN's ``Embedding``, at a billion rows: tables row-sharded over processes behind one interface.
+
+``import shardemb`` is cheap: a name below is loaded (with torch) when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardemb.coordinator import Coordinator
+    from shardemb.embedding import Embedding, Representation
+    from shardemb.optim import FusedOptimizer, RowWiseAdagrad
+    from shardemb.plan import RowPlan
+
+__version__ = "0.1.0"
+
+__all__ = ["Coordinator", "Embedding", "FusedOptimizer", "Representation", "RowPlan", "RowWiseAdagrad", "__version__"]
+
+_ROOMS = {
+    "Coordinator": "coordinator",
+    "Embedding": "embedding",
+    "FusedOptimizer": "optim",
+    "Representation": "embedding",
+    "RowPlan": "plan",
+    "RowWiseAdagrad": "optim",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'shardemb' has no attribute {name!r}")
+    return getattr(import_module(f"shardemb.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

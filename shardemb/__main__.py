@@ -1,0 +1,7 @@
+"""``python -m shardemb``."""
+
+import sys
+
+from shardemb.cli import main
+
+sys.exit(main())

@@ -1,0 +1,81 @@
+"""The command line; ``--help`` answers without loading torch."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from shardemb import __version__
+
+#: errors of the user's input or machine: their message is enough
+_PLAIN = (
+    "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "MemoryError", "NotADirectoryError",
+    "PermissionError", "ValueError",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="shardemb", description="Embedding tables, row-sharded over processes.")
+    parser.add_argument("--version", action="version", version=f"shardemb {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train and rank a knowledge-graph model on sharded tables")
+    train.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings; without it the defaults")
+    train.add_argument("--dataset", help="wordnet, pykeen:NAME, a folder with train/valid/test files, or a file of triples")
+    train.add_argument("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
+    train.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder, made anew")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. training.epochs=3; repeatable",
+    )
+    train.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
+    arguments = parser.parse_args(argv)
+    try:
+        return _train(arguments)
+    except KeyboardInterrupt:
+        print("shardemb: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        name, message = getattr(error, "error", type(error).__name__), getattr(error, "message", str(error))
+        if name not in _PLAIN:
+            if not getattr(error, "trace", ""):
+                raise
+            print(error.trace, file=sys.stderr)  # type: ignore[attr-defined]
+        rank = f"rank {error.rank}: " if hasattr(error, "rank") else ""
+        print(f"shardemb: error: {rank}{message}", file=sys.stderr)
+        return 1
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from shardemb.config import JobConfig
+    from shardemb.launch import run_local
+
+    config = JobConfig.load(arguments.config, arguments.set, arguments.dataset)
+    output: Path = arguments.output
+    written = output / "config.toml"
+    if output.is_dir() and any(output.iterdir()) and not arguments.resume:
+        raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
+    if written.exists():
+        if changed := config.differences(JobConfig.load(written)):
+            raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        written.write_text(config.to_toml(), encoding="utf-8")
+    result = run_local(_train_rank, arguments.workers, config, output, arguments.resume, timeout_s=arguments.timeout)
+    for name, value in result.items():
+        print(f"test filtered {name:10} {value:.4f}")
+    print(f"run folder: {output}")
+    return 0
+
+
+def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
+    from shardemb.kge.trainer import train
+    from shardemb.kge.triples import Triples
+
+    data = Triples.load(config.dataset)
+    _, result = train(data, config.model, config.sampling, config.training, output, resume)
+    return result

@@ -1,0 +1,339 @@
+"""The interface: PyKEEN's ``Representation`` and ``Embedding``, over a table whose rows lie on several ranks."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardemb.exchange import Exchange
+from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_initializer
+from shardemb.optim import FusedOptimizer
+from shardemb.plan import RowPlan
+from shardemb.table import FusedTable, ParameterTable, Table
+from shardemb.transforms import probe_constrainer, resolve_constrainer, resolve_normalizer, resolve_regularizer
+from shardemb.types import Gradient, GradientReduction, Initializer, Placement, RowFunction
+
+
+class Representation(nn.Module):
+    """Maps ids of any shape ``s`` to tensors ``(*s, *shape)``; all of it is a tensor ``(max_id, *shape)``.
+
+    Args:
+        max_id: ids are 0 to ``max_id - 1``.
+        shape: of one representation.
+        normalizer: applied to what was looked up, in every forward: a name, a callable or None.
+        normalizer_kwargs: its keyword arguments.
+        regularizer: collects a term of the loss from every forward: a name, a class, an instance or None.
+        regularizer_kwargs: its keyword arguments.
+        dropout: probability; each looked-up id has its own mask.
+        unique: look each id of a batch up once, and repeat it after normalizing.
+    """
+
+    def __init__(
+        self,
+        max_id: int,
+        shape: int | Sequence[int] = 64,
+        normalizer: Any = None,
+        normalizer_kwargs: Mapping[str, Any] | None = None,
+        regularizer: Any = None,
+        regularizer_kwargs: Mapping[str, Any] | None = None,
+        dropout: float | None = None,
+        unique: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_id = max_id
+        self.shape = _as_shape(shape)
+        self.normalizer: RowFunction | None = resolve_normalizer(normalizer, normalizer_kwargs)
+        self.regularizer: Any = resolve_regularizer(regularizer, regularizer_kwargs)
+        self.dropout = None if dropout is None else nn.Dropout(dropout)
+        self.unique = (not isinstance(self, Embedding) and not dropout) if unique is None else unique
+
+    def _plain_forward(self, indices: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """Look ids up, normalize, repeat (with ``unique``), regularize, drop out; in this order.
+
+        Args:
+            indices: integers of any shape ``s``; None stands for ``torch.arange(max_id)``.
+
+        Returns:
+            ``(*s, *shape)``, contiguous.
+        """
+        inverse = None
+        if self.unique and isinstance(indices, Tensor):
+            indices, inverse = indices.unique(return_inverse=True)
+        x = self._plain_forward(indices)
+        if self.normalizer is not None:
+            x = self.normalizer(x)
+        if inverse is not None:
+            x = x[inverse]
+        if self.regularizer is not None:
+            self.regularizer.update(x)
+        return x if self.dropout is None else self.dropout(x)
+
+    def reset_parameters(self) -> None:
+        """Start anew."""
+
+    def post_parameter_update(self) -> None:
+        """Do what shall follow an optimizer step, outside of the gradient."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter([*self.parameters(), *self.buffers()])).device
+
+    def extra_repr(self) -> str:
+        """Show what makes this representation what it is."""
+        parts = [f"max_id={self.max_id}", f"shape={self.shape}", f"unique={self.unique}"]
+        return ", ".join(parts + ([f"normalizer={self.normalizer}"] if self.normalizer is not None else []))
+
+
+class Embedding(Representation):
+    """A trainable table, row-sharded over the ranks of a process group; PyKEEN's arguments mean what they mean there.
+
+    Without an initialized ``torch.distributed`` it is one shard in this process. Within a group of several ranks the
+    constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are collectives: every rank calls them, in
+    the same order, each with its own ids (an empty tensor if it has none). As in PyKEEN, rows are N(0, 1) until
+    :meth:`reset_parameters` runs the initializer.
+
+    Args:
+        max_id: ids are 0 to ``max_id - 1``.
+        num_embeddings: older name of ``max_id``.
+        embedding_dim: one-dimensional ``shape``.
+        shape: of one row; give it or ``embedding_dim``.
+        initializer: fills rows ``(n, *shape)`` (complex ones as real ``(n, *shape, 2)``): a name, a callable,
+            :class:`~shardemb.initializers.PretrainedInitializer` or None for normal. It is called for fixed blocks of
+            global rows with a seeded generator, so the table is the same at every number of ranks.
+        initializer_kwargs: its keyword arguments.
+        constrainer: row-wise function that :meth:`post_parameter_update` applies to the rows that changed: a name, a
+            callable or None.
+        constrainer_kwargs: its keyword arguments.
+        trainable: whether rows get gradients.
+        dtype: of the rows, complex ones included; torch's default.
+        normalizer: see :class:`Representation`, as the following ones.
+        normalizer_kwargs: its keyword arguments.
+        regularizer: term of the loss.
+        regularizer_kwargs: its keyword arguments.
+        dropout: probability.
+        unique: look each id of a batch up once.
+        gradient: "sparse": a COO gradient on the shard's Parameter, for torch.optim.SGD, Adagrad, SparseAdam or
+            :class:`~shardemb.RowWiseAdagrad`; a step costs what it touches. "dense": an ordinary gradient for any
+            optimizer; every step costs all rows. "fused": FBGEMM updates the rows in backward as ``optimizer`` says; one
+            lookup a step, no gradient is kept.
+        optimizer: of the fused gradient, :class:`~shardemb.FusedOptimizer`.
+        placement: "row_wise": each row on one rank; "replicated": all rows on every rank, whose lookups are local and
+            whose gradients :class:`~shardemb.Coordinator` reduces. For small tables. (A bad id in a replicated table
+            raises on its own rank only.)
+        gradient_reduction: "mean" over ranks, as DistributedDataParallel does, or "sum".
+        process_group: default: the default group, if there is one.
+        seed: of the initial rows; None draws one from torch's generator (rank 0's, for all ranks).
+        device: of the rows.
+        name: of the table, for errors and checkpoints.
+
+    Raises:
+        ValueError: missing or contradictory sizes, a constrainer that is not row-wise, ranks that disagree.
+        TypeError: a shape that is neither an int nor a sequence of ints, a function that is none.
+        KeyError: an unknown name of a function.
+        MemoryError: the shard does not fit the free memory.
+    """
+
+    def __init__(
+        self,
+        max_id: int | None = None,
+        num_embeddings: int | None = None,
+        embedding_dim: int | None = None,
+        shape: int | Sequence[int] | None = None,
+        initializer: Any = None,
+        initializer_kwargs: Mapping[str, Any] | None = None,
+        constrainer: Any = None,
+        constrainer_kwargs: Mapping[str, Any] | None = None,
+        trainable: bool = True,
+        dtype: torch.dtype | None = None,
+        *,
+        gradient: Gradient = "sparse",
+        optimizer: FusedOptimizer | None = None,
+        placement: Placement = "row_wise",
+        gradient_reduction: GradientReduction = "mean",
+        process_group: Any = None,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+        name: str = "embedding",
+        **kwargs: Any,
+    ) -> None:
+        max_id = _one_max_id(max_id, num_embeddings)
+        shape = _one_shape(embedding_dim, shape)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        super().__init__(max_id=max_id, shape=shape, **kwargs)
+        for key, value, allowed in (
+            ("gradient", gradient, ("dense", "sparse", "fused")),
+            ("placement", placement, ("row_wise", "replicated")),
+            ("gradient_reduction", gradient_reduction, ("mean", "sum")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"table {name!r}: got {key}={value!r}, expected one of {allowed}")
+        if optimizer is not None and gradient != "fused":
+            raise ValueError(f"table {name!r}: optimizer={optimizer} needs gradient='fused', got gradient={gradient!r}")
+        self.name = name
+        self.gradient: Gradient = gradient
+        self.placement: Placement = placement
+        self.gradient_reduction: GradientReduction = gradient_reduction
+        self.is_complex = dtype.is_complex
+        self._shape = (*self.shape[:-1], self.shape[-1], 2) if self.is_complex else self.shape
+        stored = torch.empty(0, dtype=dtype).real.dtype if self.is_complex else dtype
+        self.initializer: Initializer = resolve_initializer(initializer, initializer_kwargs)
+        self.constrainer: RowFunction | None = resolve_constrainer(constrainer, constrainer_kwargs)
+        self._changed_only = gradient != "dense"
+        if self.constrainer is not None:
+            self._changed_only &= probe_constrainer(self.constrainer, self.shape, dtype, name)
+
+        self._group = process_group if dist.is_initialized() else None
+        ranks = (dist.get_world_size(self._group), dist.get_rank(self._group)) if dist.is_initialized() else (1, 0)
+        self._world_size = ranks[0]
+        self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
+        self._exchange = Exchange(self.plan, self._group, gradient_reduction)
+        self._seed = seed
+        drawn = self._agree(
+            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} seed {seed}"
+        )
+        device, track = torch.device(device), self.constrainer is not None and self._changed_only
+        self._embeddings: Table
+        if gradient == "fused":
+            self._embeddings = FusedTable(
+                self.plan,
+                optimizer=optimizer or FusedOptimizer(),
+                trainable=trainable,
+                dtype=stored,
+                device=device,
+                track=track,
+            )
+        else:
+            self._embeddings = ParameterTable(
+                self.plan, sparse=gradient == "sparse", trainable=trainable, dtype=stored, device=device, track=track
+            )
+        self._fill(nn.init.normal_, drawn)
+
+    @classmethod
+    def from_pretrained(cls, tensor: Any, *, trainable: bool = False, **kwargs: Any) -> Self:
+        """Make a table for a tensor ``(max_id, *shape)``, or a pretrained initializer that holds one.
+
+        As in PyKEEN, :meth:`reset_parameters` puts the tensor into the table, and the table is frozen unless
+        ``trainable``.
+        """
+        initializer = PretrainedInitializer(tensor) if isinstance(tensor, Tensor) else tensor
+        max_id, *shape = initializer.tensor.shape
+        return cls(max_id=max_id, shape=shape, initializer=initializer, trainable=trainable, **kwargs)
+
+    def _agree(self, what: str) -> int:
+        """Return a seed that all ranks share. A collective; raises on all ranks if they make different tables."""
+        drawn = int(torch.randint(2**62, ())) if self._seed is None else self._seed
+        if self._world_size == 1:
+            return drawn
+        told: list[Any] = [None] * self._world_size
+        dist.all_gather_object(told, (self.name, what, drawn), group=self._group)
+        for rank, (name, other, _) in enumerate(told):
+            if (name, other) != told[0][:2]:
+                raise ValueError(
+                    f"ranks make different tables: rank 0 {told[0][0]!r} ({told[0][1]}), rank {rank} {name!r} ({other}): "
+                    f"construct tables in the same order with the same arguments on every rank"
+                )
+        return told[0][2]
+
+    @torch.no_grad()
+    def _fill(self, initializer: Initializer, seed: int) -> None:
+        weight = self._embeddings.weight.detach()
+        fill_rows(weight, initializer, self._shape, self.plan.first, self.max_id, seed)
+        state = {key: torch.zeros_like(value) for key, value in self._embeddings.optimizer_state().items()}
+        self._embeddings.load_optimizer_state(state)
+        self._embeddings.touch_all()
+
+    def reset_parameters(self) -> None:
+        """Run the initializer, and forget the fused optimizer's state. A collective.
+
+        With a ``seed`` the same rows come each time, otherwise new ones.
+        """
+        self._fill(self.initializer, self._agree("reset_parameters"))
+
+    def post_parameter_update(self) -> None:
+        """Constrain this rank's rows in place; call it after each optimizer step. Local to the rank.
+
+        The first call constrains all rows. Later ones take the rows that got a gradient since the last call; for a
+        constrainer that is not idempotent, and with dense gradients, all rows again.
+        """
+        if self.constrainer is not None:
+            self._embeddings.constrain_(self._constrain_stored, self._changed_only)
+
+    def _constrain_stored(self, rows: Tensor) -> Tensor:
+        assert self.constrainer is not None
+        x = self.constrainer(self._as_seen(rows, (len(rows),)))
+        return (torch.view_as_real(x) if x.is_complex() else x).reshape(rows.shape)
+
+    def _as_seen(self, stored: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        """View stored rows ``(n, D)`` as ``(*prefix, *shape)``."""
+        x = stored.reshape(*prefix, *self._shape)
+        return torch.view_as_complex(x) if self.is_complex else x
+
+    def _plain_forward(self, indices: Tensor | None = None) -> Tensor:
+        table = self._embeddings
+        if indices is None:
+            indices = torch.arange(self.max_id, device=table.weight.device)
+        flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
+        route = self._exchange.send_ids(flat, table.weight.device)
+        rows = self._exchange.return_rows(table.lookup(route.rows), route)
+        return self._as_seen(rows, tuple(indices.shape))
+
+    @torch.no_grad()
+    def local_rows(self) -> tuple[int, Tensor]:
+        """Return the first global id of this rank and its rows ``(R, *shape)``, normalized as forward does."""
+        x = self._as_seen(self._embeddings.weight.detach(), (self.plan.num_local,))
+        return self.plan.first, x if self.normalizer is None else self.normalizer(x)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Change the learning rate of the fused optimizer; RuntimeError for other gradients."""
+        self._embeddings.set_learning_rate(lr)
+
+    def stored_rows(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps of this rank's rows: "weight" ``(R, D)`` and the fused optimizer's state."""
+        return {"weight": self._embeddings.weight.detach(), **self._embeddings.optimizer_state()}
+
+    @torch.no_grad()
+    def load_stored_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`stored_rows` gave, for this rank's rows."""
+        self._embeddings.weight.detach().copy_(rows["weight"])
+        self._embeddings.load_optimizer_state({key: value for key, value in rows.items() if key != "weight"})
+        self._embeddings.touch_all()
+
+    def extra_repr(self) -> str:
+        """Show the interface's part and this rank's share."""
+        first, rows = self.plan.first, self.plan.num_local
+        share = f"rows {first} to {first + rows} on rank {self.plan.rank} of {self.plan.world_size}"
+        return f"{super().extra_repr()}, name={self.name!r}, gradient={self.gradient!r}, {share}"
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    if isinstance(shape, int):
+        return (shape,)
+    if isinstance(shape, Sequence) and not isinstance(shape, str) and all(isinstance(n, int) for n in shape):
+        return tuple(shape)
+    raise TypeError(f"Invalid type for shape: ({type(shape)}) {shape}: expected an int or a sequence of ints")
+
+
+def _one_max_id(max_id: int | None, num_embeddings: int | None) -> int:
+    if max_id is None and num_embeddings is None:
+        raise ValueError("Must provide max_id")
+    if num_embeddings is not None:
+        warnings.warn("prefer using 'max_id' over 'num_embeddings'", DeprecationWarning, stacklevel=3)
+        if max_id is not None and max_id != num_embeddings:
+            raise ValueError("Cannot provide both, 'max_id' over 'num_embeddings'")
+    return num_embeddings if max_id is None else max_id  # type: ignore[return-value]
+
+
+def _one_shape(embedding_dim: int | None, shape: int | Sequence[int] | None) -> tuple[int, ...]:
+    if shape is None and embedding_dim is None:
+        raise ValueError("Missing both, shape and embedding_dim")
+    if shape is not None and embedding_dim is not None:
+        raise ValueError("Provided both, shape and embedding_dim")
+    return _as_shape(embedding_dim if shape is None else shape)

@@ -1,0 +1,100 @@
+"""Exact filtered ranking over all entities; each rank scores the rows that it owns, and only counts travel."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardemb.kge.model import KnowledgeGraphModel
+from shardemb.kge.sampling import with_reciprocals
+
+#: scores held at a time
+MAX_SCORES = 1 << 24
+
+
+class KnownTails:
+    """For each (head, relation), the tails that are known to be true and are left out of a ranking.
+
+    Args:
+        triples: ``(T, 3)`` of all splits, without reciprocals.
+        num_relations: relations of the graph.
+    """
+
+    def __init__(self, triples: Tensor, num_relations: int) -> None:
+        queries = with_reciprocals(triples, num_relations)
+        self._num_relations = 2 * num_relations
+        self._keys, order = self._key(queries).sort()
+        self._tails = queries[order, 2]
+
+    def _key(self, queries: Tensor) -> Tensor:
+        return queries[:, 0] * self._num_relations + queries[:, 1]
+
+    def pairs(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return places ``(n,)`` in ``queries`` ``(B, 3)`` and the tails ``(n,)`` known for them."""
+        keys = self._key(queries)
+        start = torch.searchsorted(self._keys, keys)
+        count = torch.searchsorted(self._keys, keys, right=True) - start
+        places = torch.arange(len(queries)).repeat_interleave(count)
+        within = torch.arange(len(places)) - (count.cumsum(0) - count).repeat_interleave(count)
+        return places, self._tails[start.repeat_interleave(count) + within]
+
+
+@torch.no_grad()
+def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTails) -> Tensor:
+    """Rank the tail, then the head, of each triple among all entities but the known true ones. A collective.
+
+    Args:
+        model: in any mode.
+        triples: ``(T, 3)``, the same on all ranks.
+        known: what is left out.
+
+    Returns:
+        ``(2T,)`` float64: 1 + better + equal / 2, PyKEEN's "realistic" rank; tails of all triples, then heads.
+
+    Raises:
+        FloatingPointError: NaN or infinity in the tables, on all ranks.
+    """
+    entity = model.entity
+    first, rows = entity.local_rows()
+    finite = torch.ones(1)
+    if rows.numel() and not torch.isfinite(torch.stack(torch.aminmax(rows))).all():
+        finite.zero_()
+    _all_reduce(model, finite, dist.ReduceOp.MIN)
+    if not finite:
+        raise FloatingPointError(
+            f"table {entity.name!r} holds NaN or infinity: its ranks would mean nothing; lower the learning rate"
+        )
+    ranks = []
+    for batch in with_reciprocals(triples, model.num_relations).split(max(1, MAX_SCORES // max(1, entity.plan.block))):
+        query = model.queries(batch[:, 0], batch[:, 1])
+        scores = model.scorer.score_all(query, rows)
+        here, places = _owned(batch[:, 2], first, len(rows))
+        true = scores.new_full((len(batch),), -torch.inf)
+        true[here] = scores[here, places]  # out of the same product, so that a tail equals itself to the last bit
+        _all_reduce(model, true, dist.ReduceOp.MAX)
+        scores[here, places] = -torch.inf
+        of, tails = known.pairs(batch)
+        here, places = _owned(tails, first, len(rows))
+        scores[of[here], places] = -torch.inf
+        counts = torch.stack([(scores > true.unsqueeze(1)).sum(1), (scores == true.unsqueeze(1)).sum(1)])
+        _all_reduce(model, counts, dist.ReduceOp.SUM)
+        ranks.append(1 + counts[0].double() + counts[1].double() / 2)
+    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.float64)
+
+
+def _owned(ids: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return which ids lie in ``[first, first + count)``, and their row numbers there."""
+    here = ((ids >= first) & (ids < first + count)).nonzero().squeeze(1)
+    return here, ids[here] - first
+
+
+def _all_reduce(model: KnowledgeGraphModel, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    if model.entity.plan.world_size > 1:
+        dist.all_reduce(tensor, op)
+
+
+def metrics(ranks: Tensor) -> dict[str, float]:
+    """Return mean reciprocal rank and Hits@1, 3, 10 of ranks ``(n,)``."""
+    summary = {"mrr": ranks.reciprocal().mean().item()}
+    for k in (1, 3, 10):
+        summary[f"hits_at_{k}"] = (ranks <= k).double().mean().item()
+    return summary

@@ -1,0 +1,192 @@
+"""The training job that every rank runs: batches, steps, validation, checkpoints, the final ranking.
+
+A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.parquet``, ``relations.parquet`` and
+``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from shardemb import checkpoint
+from shardemb.coordinator import Coordinator
+from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
+from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
+from shardemb.kge.sampling import Sampler, SamplingConfig, with_reciprocals
+from shardemb.kge.triples import Triples
+from shardemb.metrics import MetricsFile, plot_metrics, read_metrics
+from shardemb.optim import RowWiseAdagrad
+
+#: steps between two records of the loss
+LOG_STEPS = 20
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, and what on the way."""
+
+    #: passes over the triples and their reciprocals
+    epochs: int = 8
+    #: of initial rows, order and negatives
+    seed: int = 0
+    #: the learning rates fall linearly to this part of themselves
+    final_lr: float = 0.02
+    #: epochs between two validations; 0 for none
+    validate_every: int = 2
+    #: triples of the validation split, drawn by the seed, that are ranked on the way; 0 for all
+    validation_triples: int = 1000
+    #: epochs between two checkpoints; the last epoch always makes one
+    checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("seed", "validate_every", "validation_triples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 0")
+
+
+def train(
+    data: Triples,
+    model_config: ModelConfig | None = None,
+    sampling: SamplingConfig | None = None,
+    config: TrainingConfig | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[KnowledgeGraphModel, dict[str, float]]:
+    """Train and rank. A collective: every rank of the default process group calls it, with the same arguments.
+
+    Args:
+        data: the graph, the same on all ranks.
+        model_config: the model's settings.
+        sampling: batch sizes and negatives.
+        config: epochs and what happens between them.
+        output: run folder, on storage that all ranks see; None writes nothing.
+        resume: go on from the newest checkpoint of ``output``, if there is one.
+        progress: show a bar (rank 0).
+
+    Returns:
+        The model with this rank's rows, and filtered MRR and Hits@k of the test split (empty without test triples).
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite, on all ranks.
+        CheckpointError: a checkpoint that cannot be written or read.
+    """
+    model_config, sampling, config = (
+        model_config or ModelConfig(),
+        sampling or SamplingConfig(),
+        config or TrainingConfig(),
+    )
+    job = _Job(data, model_config, sampling, config, output, resume, progress)
+    try:
+        for epoch in range(job.first_epoch, config.epochs):
+            job.run_epoch(epoch)
+        return job.model, job.evaluate("test", data.test, config.epochs)
+    finally:
+        job.close()
+
+
+class _Job:
+    """The state of one run on one rank."""
+
+    def __init__(
+        self,
+        data: Triples,
+        model_config: ModelConfig,
+        sampling: SamplingConfig,
+        config: TrainingConfig,
+        output: Path | None,
+        resume: bool,
+        progress: bool,
+    ) -> None:
+        self.rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.data, self.config, self.output = data, config, output
+        self.model = KnowledgeGraphModel(len(data.entities), len(data.relations), model_config, config.seed)
+        self.optimizer = RowWiseAdagrad(self.model.relation.parameters(), lr=model_config.relation_lr)
+        self.coordinator = Coordinator(self.model, self.optimizer)
+        queries = with_reciprocals(data.train, len(data.relations))
+        self.sampler = Sampler(queries, len(data.entities), sampling, config.seed, self.rank, world_size)
+        self.known = KnownTails(data.all(), len(data.relations))
+        sample = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(config.seed))
+        self.validation = data.valid[sample[: config.validation_triples or None]]
+        self.steps = config.epochs * self.sampler.num_steps
+        self.first_epoch = 0
+        if output is not None and resume:
+            found = checkpoint.checkpoints(output / "checkpoints")
+            if found:
+                self.first_epoch = checkpoint.load(found[-1], self.model, [self.optimizer])["epoch"]
+        self.file = None
+        if output is not None and self.rank == 0:
+            data.entities.save(output / "entities.parquet")
+            data.relations.save(output / "relations.parquet")
+            self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps)
+        self.bar = tqdm(
+            total=self.steps * sampling.batch_size,
+            initial=self.first_epoch * self.sampler.num_steps * sampling.batch_size,
+            unit=" triples",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=self.rank > 0 or not progress,
+        )
+
+    def run_epoch(self, epoch: int) -> None:
+        """Do the steps of an epoch, then validate and save as configured. A collective."""
+        order = self.sampler.order(epoch)
+        self.model.train()
+        seen, total, start = 0, torch.zeros(()), time.perf_counter()
+        for step in range(self.sampler.num_steps):
+            done = epoch * self.sampler.num_steps + step
+            self.model.set_learning_rate(1 - (1 - self.config.final_lr) * done / self.steps, self.optimizer)
+            size = self.sampler.batch_size(step)
+            loss, softmax = self.model.loss(self.sampler.chunks(order, epoch, step))
+            (loss / size).backward()
+            self.coordinator.step()
+            seen, total = seen + size, total + softmax
+            if (step + 1) % LOG_STEPS == 0 or step + 1 == self.sampler.num_steps:
+                self._log(epoch, done + 1, total, seen, time.perf_counter() - start)
+                seen, total, start = 0, torch.zeros(()), time.perf_counter()
+            self.bar.update(size)
+        epoch += 1
+        if self.config.validate_every and epoch % self.config.validate_every == 0:
+            self.evaluate("valid", self.validation, epoch)
+        if self.output is not None and (epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs):
+            step = epoch * self.sampler.num_steps
+            checkpoint.save(self.output / "checkpoints", step, self.model, [self.optimizer], {"epoch": epoch})
+
+    def _log(self, epoch: int, step: int, total: torch.Tensor, seen: int, seconds: float) -> None:
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        loss = total.item() / seen
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"step {step}: the loss is {loss}: lower model.entity_lr or model.relation_lr")
+        self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs} loss {loss:.3f}")
+        if self.file is not None:
+            rate = round(seen / seconds)
+            self.file.write("train", step, epoch=step / self.sampler.num_steps, loss=loss, triples_per_second=rate)
+
+    def evaluate(self, split: str, triples: torch.Tensor, epoch: int) -> dict[str, float]:
+        """Rank a split, record and draw the result. A collective."""
+        if not len(triples):
+            return {}
+        self.model.eval()
+        start = time.perf_counter()
+        result = metrics(filtered_ranks(self.model, triples, self.known))
+        figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}
+        if self.file is not None and self.output is not None:
+            self.file.write(split, epoch * self.sampler.num_steps, epoch=epoch, **figures)
+            plot_metrics(read_metrics(self.output / "metrics.jsonl"), self.output / "metrics.png")
+        self.bar.set_postfix_str(f"{split} MRR {result['mrr']:.3f}")
+        return result
+
+    def close(self) -> None:
+        """Close bar and file."""
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()

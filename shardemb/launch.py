@@ -1,0 +1,121 @@
+"""Starts one process a rank on this machine, and ends all of them when one fails."""
+
+import multiprocessing
+import os
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class WorkerError(RuntimeError):
+    """A rank failed; the others were ended.
+
+    Attributes:
+        rank: the first rank that failed.
+        error: name of its exception's class, or "died".
+        message: of its exception.
+        trace: its traceback, or "".
+    """
+
+    def __init__(self, rank: int, error: str, message: str, trace: str = "") -> None:
+        super().__init__(f"rank {rank}: {error}: {message}")
+        self.rank, self.error, self.message, self.trace = rank, error, message, trace
+
+
+def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300) -> Any:
+    """Run ``fn(*args)`` on every rank of a gloo process group of this machine's processes.
+
+    Args:
+        fn: a module-level function; it finds its rank with ``torch.distributed``.
+        workers: number of ranks; with 1, ``fn`` runs in this process, without a group.
+        args: picklable.
+        timeout_s: seconds after which a collective gives up on a rank that does not come.
+
+    Returns:
+        What rank 0 returned (picklable).
+
+    Raises:
+        WorkerError: a rank raised or died. With 1 worker its exception comes as it is.
+        ValueError: less than one worker.
+    """
+    if workers < 1:
+        raise ValueError(f"got {workers} workers, expected at least 1")
+    if workers == 1:
+        return fn(*args)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="shardemb-") as folder:
+        channels: list[Connection] = []
+        ranks: list[Any] = []
+        try:
+            for rank in range(workers):
+                here, there = context.Pipe(duplex=False)
+                # the store is a file of this user's: a TCP store would listen on all interfaces
+                call = (there, rank, workers, f"{folder}/store", timeout_s, fn, args)
+                process = context.Process(target=_rank_main, args=call, daemon=True, name=f"shardemb-rank-{rank}")
+                process.start()
+                there.close()
+                channels.append(here)
+                ranks.append(process)
+            return _collect(channels, ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.join()
+
+
+def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
+    results: dict[int, Any] = {}
+    while len(results) < len(channels):
+        for ready in wait([channel for rank, channel in enumerate(channels) if rank not in results]):
+            rank = channels.index(ready)  # type: ignore[arg-type]
+            try:
+                ok, value = channels[rank].recv()
+            except EOFError:
+                ranks[rank].join(10)
+                raise WorkerError(rank, "died", f"the process ended with exit code {ranks[rank].exitcode}") from None
+            if not ok:
+                raise WorkerError(rank, *value)
+            results[rank] = value
+    return results[0]
+
+
+def _rank_main(
+    channel: Connection,
+    rank: int,
+    workers: int,
+    store: str,
+    timeout_s: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    _end_with_parent()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_WORLD_SIZE=str(workers))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody outside of this machine has a part in it
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timedelta(seconds=timeout_s)
+        )
+        result = fn(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+        channel.send((True, result if rank == 0 else None))
+    except KeyboardInterrupt:
+        pass  # the parent has it too, and ends the job
+    except BaseException as error:
+        channel.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however that happened."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -1,0 +1,63 @@
+"""A run's figures: one JSON object a line while it goes, one picture of them."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends records to ``metrics.jsonl``, each with the time (seconds since 1970), flushed at once.
+
+    Args:
+        path: of the file.
+        step: keep the records up to this step of an earlier run, drop later ones; 0 starts a new file.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= step] if step and path.exists() else []
+        self._file = path.open("w", encoding="utf-8")
+        for record in kept:
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def write(self, kind: str, step: int, **figures: Any) -> None:
+        """Append a record of a kind ("train", "valid", "test") at an optimizer step."""
+        record = {"time": round(time.time(), 3), "kind": kind, "step": step, **figures}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file; a last line that was cut off by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and MRR over epochs as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left = figure.subplots()
+    right = left.twinx()
+    train = [r for r in records if r["kind"] == "train"]
+    left.plot([r["epoch"] for r in train], [r["loss"] for r in train], color="tab:gray", label="training loss")
+    for kind, style in (("valid", "o-"), ("test", "*")):
+        of_kind = [r for r in records if r["kind"] == kind]
+        if of_kind:
+            last = of_kind[-1]["mrr"]
+            right.plot([r["epoch"] for r in of_kind], [r["mrr"] for r in of_kind], style, label=f"{kind} MRR ({last:.3f})")
+    left.set(xlabel="epoch", ylabel="loss per query", ylim=(0, None))
+    right.set(ylabel="filtered MRR", ylim=(0, None))
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,225 @@
+"""Functions of rows: normalizers (in forward), constrainers (after a step), regularizers (terms of the loss).
+
+They follow PyKEEN 1.11.1's of the same names. A constrainer runs on the rows that a rank holds and that changed, so it
+must treat each row alone; :func:`probe_constrainer` checks that when the table is made.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardemb.types import RowFunction, normalize_name
+
+
+def complex_normalize(x: Tensor) -> Tensor:
+    """Divide each complex element by its modulus; ``x`` is ``(..., d)`` complex (real input warns, and is paired)."""
+    if torch.is_complex(x):
+        return x / x.abs().clamp_min(torch.finfo(x.dtype).eps)
+    warnings.warn("Applying complex_normalize on non-complex input: pairs of the last dimension are taken.", stacklevel=2)
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    norm = (pairs**2).sum(dim=-1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).eps)
+    return (pairs / norm).view(x.shape)
+
+
+def clamp_norm(x: Tensor, maxnorm: float, p: str | float = "fro", dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Scale ``x`` down where its ``p``-norm along ``dim`` exceeds ``maxnorm``; None is the norm of all of ``x``."""
+    norm = x.norm(p=p, dim=dim, keepdim=True)
+    eps = torch.finfo(x.dtype).eps
+    return torch.where(norm < maxnorm, x, x / norm.clamp_min(eps) * maxnorm)
+
+
+_CONSTRAINERS = {
+    "normalize": F.normalize,
+    "complexnormalize": complex_normalize,
+    "clamp": torch.clamp,
+    "clampnorm": clamp_norm,
+}
+_NORMALIZERS = {"normalize": F.normalize, "softmax": F.softmax}
+
+
+def _resolve(kind: Mapping[str, Any], query: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
+    if query is None:
+        return None
+    if callable(query):
+        function = query
+    elif isinstance(query, str):
+        if normalize_name(query) not in kind:
+            raise KeyError(f"{query} is an invalid. Try one of: {sorted(kind)}")
+        function = kind[normalize_name(query)]
+    else:
+        raise TypeError(f"Invalid function: {type(query)} - {query}")
+    return partial(function, **kwargs) if kwargs else function
+
+
+def resolve_constrainer(constrainer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
+    """Turn a name, a callable or None into a constrainer; KeyError for an unknown name, TypeError for anything else."""
+    return _resolve(_CONSTRAINERS, constrainer, kwargs)
+
+
+def resolve_normalizer(normalizer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
+    """Turn a name, a callable or None into a normalizer; KeyError for an unknown name, TypeError for anything else."""
+    return _resolve(_NORMALIZERS, normalizer, kwargs)
+
+
+@torch.no_grad()
+def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: torch.dtype, table: str) -> bool:
+    """Check on 8 random rows that a constrainer treats each row alone.
+
+    Args:
+        constrainer: the function, on rows ``(n, *shape)`` of ``dtype``.
+        shape: of one row.
+        dtype: of the rows as the constrainer sees them.
+        table: name for the error.
+
+    Returns:
+        Whether applying it twice equals applying it once (to 1e-5), so that rows which did not change may be skipped.
+
+    Raises:
+        ValueError: a row's result depends on the other rows, or has another shape.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = 3 * torch.randn(8, *shape, dtype=dtype, generator=generator)
+    whole = constrainer(rows.clone())
+    if whole.shape != rows.shape:
+        raise ValueError(f"table {table!r}: constrainer {constrainer} returned {tuple(whole.shape)} for {tuple(rows.shape)}")
+    loose: dict[str, Any] = {"rtol": max(1e-5, 8 * torch.finfo(dtype).eps), "atol": 1e-6, "equal_nan": True}
+    parts = torch.cat([constrainer(rows[:3].clone()), constrainer(rows[3:].clone())])
+    if not torch.allclose(whole, parts, **loose):
+        raise ValueError(
+            f"table {table!r}: constrainer {constrainer} is not row-wise (the result for a row depends on the other "
+            f"rows), so it cannot run on shards; give it a dimension, e.g. constrainer_kwargs=dict(dim=-1)"
+        )
+    return torch.allclose(constrainer(whole.clone()), whole, **loose)
+
+
+def _reduce(x: Tensor, p: float, dim: int | None, normalize: bool, root: bool) -> Tensor:
+    if dim is None:
+        x, dim = x.flatten(), 0
+    value = x.norm(p=p, dim=dim) if root else x.abs().pow(p).sum(dim=dim)
+    if not normalize:
+        return value
+    return value / (x.shape[dim] ** (1 / p) if root and math.isfinite(p) else x.shape[dim])
+
+
+class Regularizer(nn.Module):
+    """Collects a term of the loss from the representations that pass through it.
+
+    Args:
+        weight: factor of the term.
+        apply_only_once: count only the first ``update`` between two pops.
+    """
+
+    weight: Tensor
+    regularization_term: Tensor
+
+    def __init__(self, weight: float = 1.0, apply_only_once: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.as_tensor(weight))
+        self.register_buffer("regularization_term", torch.zeros(1))
+        self.apply_only_once = apply_only_once
+        self.updated = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the unweighted term for representations ``(..., d)``."""
+        raise NotImplementedError
+
+    def update(self, *tensors: Tensor) -> None:
+        """Add the terms of ``tensors``; does nothing in eval mode or without gradients."""
+        if not self.training or not torch.is_grad_enabled() or (self.apply_only_once and self.updated):
+            return
+        for x in tensors:
+            self.regularization_term = self.regularization_term + self(x)
+        self.updated = True
+
+    def reset(self) -> None:
+        """Forget the term."""
+        self.regularization_term = torch.zeros_like(self.regularization_term, requires_grad=False)
+        self.updated = False
+
+    def pop_regularization_term(self) -> Tensor:
+        """Return the weighted term ``(1,)`` for the loss, and start anew."""
+        term = self.weight * self.regularization_term
+        self.reset()
+        return term
+
+    def post_parameter_update(self) -> None:
+        """Forget the term; warns if nobody took it."""
+        if self.updated:
+            warnings.warn("Resetting regularization term without using it; this may be an error.", stacklevel=2)
+        self.reset()
+
+
+class NoRegularizer(Regularizer):
+    """Adds nothing."""
+
+    def update(self, *tensors: Tensor) -> None:
+        """Do nothing."""
+
+
+class LpRegularizer(Regularizer):
+    """Mean Lp norm along ``dim``; ``normalize`` divides by the dimension's size to the power 1/p."""
+
+    _root = True
+
+    def __init__(self, *, p: float = 2.0, dim: int | None = -1, normalize: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.p, self.dim, self.normalize = p, dim, normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a scalar for ``(..., d)``."""
+        return _reduce(x, self.p, self.dim, self.normalize, self._root).mean()
+
+
+class PowerSumRegularizer(LpRegularizer):
+    """Mean of the sum of absolute values to the power ``p``; with p=3 on complex rows, the N3 of Lacroix et al. 2018."""
+
+    _root = False
+
+
+class NormLimitRegularizer(Regularizer):
+    """Sum of what the norms exceed ``max_norm`` by; with ``power_norm`` the norms stay without their root."""
+
+    def __init__(
+        self, *, p: float = 2.0, dim: int | None = -1, max_norm: float = 1.0, power_norm: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.p, self.dim, self.max_norm, self.power_norm = p, dim, max_norm, power_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a scalar for ``(..., d)``."""
+        return (_reduce(x, self.p, self.dim, False, not self.power_norm) - self.max_norm).relu().sum()
+
+
+_REGULARIZERS: dict[str, type[Regularizer]] = {
+    "lp": LpRegularizer,
+    "no": NoRegularizer,
+    "normlimit": NormLimitRegularizer,
+    "powersum": PowerSumRegularizer,
+}
+
+
+def resolve_regularizer(regularizer: Any, kwargs: Mapping[str, Any] | None) -> nn.Module | None:
+    """Turn a name, a class, an instance (with ``update``) or None into a regularizer.
+
+    Raises:
+        KeyError: an unknown name.
+        TypeError: anything else.
+    """
+    if regularizer is None or isinstance(regularizer, nn.Module):
+        return regularizer
+    if isinstance(regularizer, str):
+        key = normalize_name(regularizer).removesuffix("regularizer")
+        if key not in _REGULARIZERS:
+            raise KeyError(
+                f"Invalid Regularizer name: {regularizer} (normalized to: {key}). Valid choices are: {sorted(_REGULARIZERS)}"
+            )
+        regularizer = _REGULARIZERS[key]
+    if not (isinstance(regularizer, type) and issubclass(regularizer, nn.Module)):
+        raise TypeError(f"Invalid regularizer: {type(regularizer)} - {regularizer}")
+    return regularizer(**(kwargs or {}))
