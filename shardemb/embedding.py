@@ -322,13 +322,14 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
 
 
 def _one_max_id(max_id: int | None, num_embeddings: int | None) -> int:
-    if max_id is None and num_embeddings is None:
+    if max_id is not None and num_embeddings is not None and max_id != num_embeddings:
+        raise ValueError("Cannot provide both, 'max_id' over 'num_embeddings'")
+    if max_id is not None:
+        return max_id
+    if num_embeddings is None:
         raise ValueError("Must provide max_id")
-    if num_embeddings is not None:
-        warnings.warn("prefer using 'max_id' over 'num_embeddings'", DeprecationWarning, stacklevel=3)
-        if max_id is not None and max_id != num_embeddings:
-            raise ValueError("Cannot provide both, 'max_id' over 'num_embeddings'")
-    return num_embeddings if max_id is None else max_id  # type: ignore[return-value]
+    warnings.warn("prefer using 'max_id' over 'num_embeddings'", DeprecationWarning, stacklevel=3)
+    return num_embeddings
 
 
 def _one_shape(embedding_dim: int | None, shape: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -48,11 +48,6 @@ def uniform_norm_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
     return F.normalize(init.uniform_(tensor, a, b))
 
 
-def uniform_norm_p1_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
-    """Draw uniform rows, then scale each to L1 norm 1."""
-    return F.normalize(init.uniform_(tensor, a, b), p=1)
-
-
 def init_phases(tensor: Tensor) -> Tensor:
     """Complex numbers of modulus 1 and uniform phase, for a real view ``(..., 2)`` of complex rows."""
     pairs = tensor if tensor.shape[-1] == 2 else tensor.view(*tensor.shape[:-1], -1, 2)
@@ -84,7 +79,6 @@ _BY_NAME: dict[str, Initializer] = {
     "truncnormal": init.trunc_normal_,
     "uniform": init.uniform_,
     "uniformnorm": uniform_norm_,
-    "uniformnormp1": uniform_norm_p1_,
     "xaviernormal": xavier_normal_,
     "xaviernormalnorm": normal_norm_,
     "xavieruniform": xavier_uniform_,

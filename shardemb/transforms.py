@@ -98,13 +98,19 @@ def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: t
     return torch.allclose(constrainer(whole.clone()), whole, **loose)
 
 
+def _expected_norm(p: float, d: int) -> float:
+    """Return ``E[|x|^p]^(1/p)`` of the p-norm of ``d`` standard normal numbers, as PyKEEN's get_expected_norm."""
+    if math.isinf(p):
+        raise NotImplementedError("Normalization for inf norm is not implemented")
+    moment = 2 ** (p / 2) * math.gamma((p + 1) / 2) / math.sqrt(math.pi)
+    return float(moment * d) ** (1 / p)
+
+
 def _reduce(x: Tensor, p: float, dim: int | None, normalize: bool, root: bool) -> Tensor:
-    if dim is None:
-        x, dim = x.flatten(), 0
     value = x.norm(p=p, dim=dim) if root else x.abs().pow(p).sum(dim=dim)
     if not normalize:
         return value
-    return value / (x.shape[dim] ** (1 / p) if root and math.isfinite(p) else x.shape[dim])
+    return value / (_expected_norm(p, x.shape[-1]) if root else x.shape[-1])
 
 
 class Regularizer(nn.Module):
@@ -163,7 +169,7 @@ class NoRegularizer(Regularizer):
 
 
 class LpRegularizer(Regularizer):
-    """Mean Lp norm along ``dim``; ``normalize`` divides by the dimension's size to the power 1/p."""
+    """Mean Lp norm along ``dim``; ``normalize`` divides by its expectation for standard normal numbers."""
 
     _root = True
 

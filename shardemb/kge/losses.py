@@ -4,15 +4,16 @@ import torch
 from torch import Tensor
 
 
-def sampled_softmax(positive: Tensor, negative: Tensor, hits: Tensor) -> Tensor:
+def sampled_softmax(positive: Tensor, negative: Tensor, hits: tuple[Tensor, Tensor]) -> Tensor:
     """Sum of the cross-entropies of the true tail among itself and the negatives.
 
     Args:
         positive: ``(B,)`` scores of the true tails.
         negative: ``(B, N)`` scores of the negatives.
-        hits: ``(B, N)`` true where a negative is the true tail; these do not count.
+        hits: rows and columns ``(n,)`` where a negative is the true tail; these do not count.
     """
-    logits = torch.cat([positive.unsqueeze(1), negative.masked_fill(hits, -torch.inf)], dim=1)
+    logits = torch.cat([positive.unsqueeze(1), negative], dim=1)
+    logits[hits[0], hits[1] + 1] = -torch.inf
     return (logits.logsumexp(dim=1) - positive).sum()
 
 

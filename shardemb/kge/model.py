@@ -96,14 +96,13 @@ class KnowledgeGraphModel(nn.Module):
         parts = [ids for chunk in chunks for ids in (chunk.heads, chunk.tails, chunk.negatives)]
         ids, inverse = torch.cat(parts or [torch.empty(0, dtype=torch.int64)]).unique(return_inverse=True)
         rows = self.entity(ids)
-        places = iter(inverse.split([len(part) for part in parts]))
+        expanded = iter(rows.index_select(0, inverse).split([len(part) for part in parts]))
         total, softmax = rows.sum() * 0, torch.zeros(())  # a rank without chunks takes part in backward all the same
         for chunk in chunks:
-            heads, tails, negatives = (rows.index_select(0, next(places)) for _ in range(3))
+            heads, tails, negatives = next(expanded), next(expanded), next(expanded)
             relations = self.relation(chunk.relations)
             query = self.scorer.query(heads, relations)
-            hits = chunk.tails.unsqueeze(1) == chunk.negatives
-            loss = sampled_softmax(self.scorer.score(query, tails), self.scorer.score_all(query, negatives), hits)
+            loss = sampled_softmax(self.scorer.score(query, tails), self.scorer.score_all(query, negatives), chunk.hits())
             softmax += loss.detach()
             total = total + loss
             if self.config.n3:

@@ -41,6 +41,22 @@ class Chunk:
     #: (N,) entity ids
     negatives: Tensor
 
+    def hits(self) -> tuple[Tensor, Tensor]:
+        """Return rows and columns ``(n,)`` of the ``(B, N)`` scores where a negative is the query's own tail."""
+        ids, order = self.negatives.sort()
+        rows, places = equal_range(ids, self.tails)
+        return rows, order[places]
+
+
+def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all pairs of a place in ``wanted`` ``(B,)`` and a place in ``sorted_values`` ``(T,)`` with equal values."""
+    wanted = wanted.contiguous()
+    start = torch.searchsorted(sorted_values, wanted)
+    count = torch.searchsorted(sorted_values, wanted, right=True) - start
+    places = torch.arange(len(wanted)).repeat_interleave(count)
+    within = torch.arange(len(places)) - (count.cumsum(0) - count).repeat_interleave(count)
+    return places, start.repeat_interleave(count) + within
+
 
 def with_reciprocals(triples: Tensor, num_relations: int) -> Tensor:
     """Return ``(2T, 3)``: the triples, then (tail, relation + num_relations, head) of each."""

@@ -1,0 +1,199 @@
+"""The interface on 1 to 4 ranks, against torch.nn.Embedding with torch.optim in one process."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad
+
+ROWS, STEPS = 501, 5
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.3),
+    "sparse_adam": lambda p: torch.optim.SparseAdam(p, lr=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "rowwise_adagrad": lambda p: RowWiseAdagrad(p, lr=0.3),
+}
+#: gradient and optimizer that go together
+KERNELS = [
+    ("sparse", "sgd"),
+    ("sparse", "adagrad"),
+    ("sparse", "sparse_adam"),
+    ("sparse", "rowwise_adagrad"),
+    ("dense", "sgd"),
+    ("dense", "adam"),
+    ("fused", "sgd"),
+    ("fused", "adagrad"),
+    ("fused", "rowwise_adagrad"),
+]
+
+
+def step_ids(step: int, parts: int, part: int) -> torch.Tensor:
+    """Return one rank's ids of a step: duplicates within and between ranks; sizes differ; some parts are empty."""
+    ids = torch.randint(ROWS, (60,), generator=torch.Generator().manual_seed(step))
+    ids[:20] = ids[0]
+    sizes = [0, 60 - 7 * (parts - 2), *[7] * parts][:parts] if parts > 1 else [60]
+    return ids.split(sizes)[part]
+
+
+def factors(ids: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.sin(torch.arange(dim) + ids[:, None] * 0.1)
+
+
+def _train(rank: int, world_size: int, dim: int, gradient: str, optimizer: str, constrainer: str | None) -> torch.Tensor:
+    """Train on this rank's part of each batch; the loss is a sum over the batch. Returns the whole table."""
+    fused = FusedOptimizer(optimizer, lr={"sgd": 0.5}.get(optimizer, 0.3)) if gradient == "fused" else None
+    table = Embedding(
+        ROWS, shape=dim, constrainer=constrainer, gradient=gradient, optimizer=fused, seed=4, gradient_reduction="sum"
+    )
+    outer = OPTIMIZERS[optimizer](table.parameters()) if fused is None else None
+    for step in range(STEPS):
+        ids = step_ids(step, world_size, rank)
+        if gradient == "fused":
+            loss = (table(ids) * factors(ids, dim)).square().sum()
+        else:  # two lookups of one table make one update
+            half = len(ids) // 2
+            loss = sum((table(part) * factors(part, dim)).square().sum() for part in (ids[:half], ids[half:]))
+        if outer is not None:
+            outer.zero_grad()
+        loss.backward()
+        if outer is not None:
+            outer.step()
+        table.post_parameter_update()
+    with torch.no_grad():
+        return table(None).clone()
+
+
+def oracle(dim: int, optimizer: str, constrainer: str | None, sparse: bool) -> torch.Tensor:
+    """The same in one process with torch.nn.Embedding, torch.optim, and a pass over all rows after each step."""
+    start = Embedding(ROWS, shape=dim, seed=4)(None).detach()
+    table = torch.nn.Embedding(ROWS, dim, _weight=start.clone(), sparse=sparse)
+    outer = OPTIMIZERS[optimizer](table.parameters())
+    for step in range(STEPS):
+        ids = step_ids(step, 1, 0)
+        outer.zero_grad()
+        (table(ids) * factors(ids, dim)).square().sum().backward()
+        outer.step()
+        if constrainer is not None:
+            table.weight.data = F.normalize(table.weight.data)
+    return table.weight.detach()
+
+
+@pytest.mark.parametrize("constrainer", [None, "normalize"])
+@pytest.mark.parametrize(("gradient", "optimizer"), KERNELS)
+def test_training_equals_one_process(run_ranks, world_size: int, gradient: str, optimizer: str, constrainer: str | None) -> None:
+    dim = 7 if gradient == "fused" else 6
+    expected = oracle(dim, optimizer, constrainer, sparse=gradient != "dense")
+    for got in run_ranks(_train, world_size, dim, gradient, optimizer, constrainer):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def _mean(rank: int, world_size: int) -> torch.Tensor:
+    table = Embedding(10, shape=2, initializer="zeros", seed=0)
+    table.reset_parameters()
+    optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+    table(torch.tensor([3, rank])).sum().backward()
+    optimizer.step()
+    return table(None).detach()
+
+
+def test_gradients_are_averaged_over_ranks_by_default(run_ranks, world_size: int) -> None:
+    expected = torch.zeros(10, 2)
+    for rank in range(world_size):
+        expected[[3]] -= 1 / world_size
+        expected[[rank]] -= 1 / world_size
+    for got in run_ranks(_mean, world_size):
+        torch.testing.assert_close(got, expected)
+
+
+def _initial(rank: int, world_size: int, shape: tuple, dtype: torch.dtype, seed: int | None) -> torch.Tensor:
+    torch.manual_seed(rank)  # ranks that draw their own seeds take rank 0's
+    table = Embedding(9000, shape=shape, dtype=dtype, initializer="uniform_norm", seed=seed)
+    fresh = table(None).detach()
+    table.reset_parameters()
+    again = table(None).detach()
+    table.reset_parameters()
+    assert torch.equal(table(None), again) == (seed is not None)
+    assert not torch.equal(fresh, again)
+    return again
+
+
+@pytest.mark.parametrize("seed", [None, 11])
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 2), torch.float64), ((5,), torch.complex64)])
+def test_initial_tables_are_bitwise_equal(run_ranks, world_size: int, shape: tuple, dtype: torch.dtype, seed: int | None) -> None:
+    (expected,) = run_ranks(_initial, 1, shape, dtype, seed)
+    for got in run_ranks(_initial, world_size, shape, dtype, seed):
+        assert torch.equal(got, expected)
+
+
+def _touched(rank: int, world_size: int) -> tuple[list[int], int, int]:
+    """Count the rows that the constrainer sees on this rank, call by call."""
+    seen: list[int] = []
+
+    def unit(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return F.normalize(rows)
+
+    table = Embedding(ROWS, shape=6, constrainer=unit, seed=1)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+    seen.clear()  # the probe's
+    coordinator = Coordinator(table, optimizer)
+    counts = []
+    for _ in range(2):
+        table(torch.tensor([0, 0, ROWS - 1])).sum().backward()
+        coordinator.step()
+        counts.append(sum(seen))
+        seen.clear()
+    assert table.local_rows()[1].norm(dim=1).allclose(torch.tensor(1.0))
+    return counts, table.plan.num_local, table.plan.first
+
+
+def test_only_this_ranks_touched_rows_are_constrained(run_ranks, world_size: int) -> None:
+    for counts, local, first in run_ranks(_touched, world_size):
+        owned = (first == 0) + (first + local == ROWS)
+        assert counts == [local, owned]
+
+
+def test_from_pretrained() -> None:
+    tensor = torch.randn(5, 3, 2)
+    table = Embedding.from_pretrained(tensor)
+    assert not torch.equal(table(None), tensor)
+    table.reset_parameters()
+    assert torch.equal(table(None), tensor)
+    assert not table(None).requires_grad
+    assert Embedding.from_pretrained(tensor, trainable=True)(None).requires_grad
+
+
+def test_monte_carlo_dropout() -> None:
+    """As in PyKEEN's documentation: in training mode one triple scores differently each time."""
+    torch.manual_seed(0)
+    entity, relation = Embedding(5, shape=32, dropout=0.5), Embedding(2, shape=32)
+
+    def score() -> float:
+        h, r, t = entity(torch.tensor(1)), relation(torch.tensor(0)), entity(torch.tensor(2))
+        return (h * r * t).sum().item()
+
+    assert len({score() for _ in range(10)}) == 10
+    entity.eval()
+    assert len({score() for _ in range(10)}) == 1
+
+
+@pytest.mark.parametrize("gradient", ["dense", "sparse", "fused"])
+def test_inference_mode_strided_and_int32_ids(gradient: str) -> None:
+    table = Embedding(20, shape=6, gradient=gradient)
+    ids = torch.randint(20, (7, 3))
+    with torch.inference_mode():
+        assert torch.equal(table(ids[:, 0]), table(ids)[:, 0])
+    with torch.no_grad():
+        assert torch.equal(table(ids[:, 0]), table(ids[:, 0].contiguous().int()))
+
+
+def test_own_options_are_checked() -> None:
+    for kwargs in ({"gradient": "nope"}, {"placement": "nope"}, {"gradient_reduction": "nope"}):
+        with pytest.raises(ValueError, match="table 'people': got .*'nope', expected one of"):
+            Embedding(3, shape=2, name="people", **kwargs)
+    with pytest.raises(ValueError, match="needs gradient='fused'"):
+        Embedding(3, shape=2, optimizer=FusedOptimizer())
+    with pytest.raises(RuntimeError, match="not fused"):
+        Embedding(3, shape=2).set_learning_rate(0.1)
+    assert "rows 0 to 3 on rank 0 of 1" in repr(Embedding(3, shape=2))

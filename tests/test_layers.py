@@ -1,0 +1,97 @@
+"""The floors of the house: a room imports only rooms on floors below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import shardemb
+import shardemb.kge
+
+PACKAGE = Path(shardemb.__file__).parent
+
+FLOORS = [
+    {"types", "metrics"},
+    {"initializers", "transforms", "plan", "vocabulary", "optim"},
+    {"exchange", "table"},
+    {"embedding"},
+    {"coordinator"},
+    {"checkpoint"},
+    {"kge.triples", "kge.scorers", "kge.losses", "kge.sampling"},
+    {"kge.model"},
+    {"kge.evaluation"},
+    {"kge.trainer"},
+    {"config"},
+    {"launch"},
+    {"cli"},
+]
+#: third-party packages that only some rooms may know
+ONLY = {
+    "torchrec": {"table", "exchange", "optim", "plan"},
+    "fbgemm_gpu": {"table", "exchange", "optim", "plan"},
+    "ray": {"launch"},
+    "pykeen": set(),
+}
+#: rooms that work without a process group
+NO_DISTRIBUTED = {"types", "metrics", "initializers", "transforms", "plan", "vocabulary", "optim", "table"} | {
+    "kge.triples",
+    "kge.scorers",
+    "kge.losses",
+    "kge.sampling",
+    "kge.model",
+}
+
+floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+ROOMS = {room_of(p): p for p in PACKAGE.rglob("*.py") if p.name not in {"__init__.py", "__main__.py"}}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module named by an import, also inside functions and TYPE_CHECKING blocks."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_room_has_a_floor() -> None:
+    assert set(ROOMS) == set(floor_of)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_go_down(room: str) -> None:
+    for name in imports(ROOMS[room]):
+        top = name.split(".")[0]
+        assert room in ONLY.get(top, {room}), f"{room} must not import {top}"
+        if name.startswith("torch.distributed"):
+            assert room not in NO_DISTRIBUTED, f"{room} must not import torch.distributed"
+        target = name.removeprefix("shardemb.")
+        if name.startswith("shardemb.") and target in floor_of:
+            assert floor_of[target] < floor_of[room], f"{room} must not import {target}"
+
+
+@pytest.mark.parametrize("package", [shardemb, shardemb.kge], ids=["shardemb", "shardemb.kge"])
+def test_public_names_exist(package: object) -> None:
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="nope"):
+        package.nope  # noqa: B018
+
+
+def test_nothing_loads_code_from_files() -> None:
+    """No pickle, torch.load or the like on any path; sending objects between trusted ranks is the only exception."""
+    for path in PACKAGE.rglob("*.py"):
+        names = imports(path)
+        assert not names & {"pickle", "cloudpickle", "joblib", "yaml", "shelve", "marshal"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in {"torch.load", "eval", "exec", "dcp.load"}, f"{path}:{node.lineno}"

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shardemb.transforms import (
+    probe_constrainer,
+    resolve_constrainer,
+    resolve_normalizer,
+    resolve_regularizer,
+)
+
+pykeen_representation = pytest.importorskip("pykeen.nn.representation")
+pykeen_regularizers = pytest.importorskip("pykeen.regularizers")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "dtype"),
+    [
+        ("normalize", None, torch.float32),
+        ("normalize", {"p": 1, "dim": -1}, torch.complex64),
+        ("complex_normalize", None, torch.complex64),
+        ("clamp", {"min": -0.5, "max": 0.25}, torch.float64),
+        ("clamp_norm", {"maxnorm": 1.0, "dim": -1}, torch.float32),
+        ("ClampNorm", {"maxnorm": 0.1, "p": 1, "dim": -1}, torch.float32),
+    ],
+)
+def test_constrainers_equal_pykeens(name: str, kwargs: dict | None, dtype: torch.dtype) -> None:
+    rows = torch.randn(501, 7, dtype=dtype)
+    ours = resolve_constrainer(name, kwargs)
+    theirs = pykeen_representation.constrainer_resolver.make(name, kwargs)
+    torch.testing.assert_close(ours(rows.clone()), theirs(rows.clone()), rtol=1e-6, atol=1e-7)
+    assert probe_constrainer(ours, (7,), dtype, "t")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        resolve_constrainer("clamp_norm", {"maxnorm": 1.0}),  # a norm over the whole table
+        lambda x: x - x.mean(),
+        lambda x: F.normalize(x, dim=0),
+        lambda x: x.flip(0),
+        lambda x: x[:, :2],
+    ],
+)
+def test_constrainers_that_are_not_row_wise_are_refused(bad) -> None:
+    with pytest.raises(ValueError, match=r"table 'people': constrainer .*"):
+        probe_constrainer(bad, (3,), torch.float32, "people")
+
+
+def test_a_constrainer_that_is_not_idempotent_is_seen() -> None:
+    assert not probe_constrainer(lambda x: x * 0.9, (3,), torch.float32, "t")
+    assert probe_constrainer(torch.abs, (3,), torch.float32, "t")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("lp", {"p": 2.0, "weight": 0.3}),
+        ("LpRegularizer", {"p": 1.0, "normalize": True}),
+        ("lp", {"p": 3.0, "normalize": True}),
+        ("power_sum", {"p": 3.0}),
+        ("powersum", {"p": 2.0, "normalize": True}),
+        ("norm_limit", {"max_norm": 0.5}),
+        ("normlimit", {"max_norm": 1.5, "power_norm": False}),
+        ("no", {}),
+    ],
+)
+def test_regularizers_equal_pykeens(name: str, kwargs: dict) -> None:
+    ours = resolve_regularizer(name, kwargs)
+    theirs = pykeen_regularizers.regularizer_resolver.make(name, kwargs)
+    x = torch.randn(5, 4, 7)
+    for regularizer in (ours, theirs):
+        regularizer.update(x, 2 * x)
+        with torch.no_grad():
+            regularizer.update(x)
+    torch.testing.assert_close(ours.pop_regularization_term(), theirs.pop_regularization_term())
+    assert ours.pop_regularization_term().item() == 0
+
+
+def test_a_regularization_term_that_nobody_took_warns() -> None:
+    regularizer = resolve_regularizer("lp", {"apply_only_once": True})
+    regularizer.update(torch.ones(2, 3))
+    once = regularizer.regularization_term.item()
+    regularizer.update(torch.ones(2, 3))
+    assert regularizer.regularization_term.item() == once
+    with pytest.warns(UserWarning, match="without using it"):
+        regularizer.post_parameter_update()
+
+
+def test_names() -> None:
+    assert resolve_normalizer(None, None) is None
+    assert torch.allclose(resolve_normalizer("softmax", {"dim": -1})(torch.zeros(2, 4)), torch.tensor(0.25))
+    for resolve in (resolve_constrainer, resolve_normalizer):
+        with pytest.raises(KeyError, match="nope is an invalid"):
+            resolve("nope", None)
+        with pytest.raises(TypeError, match="Invalid function"):
+            resolve(3, None)
+    with pytest.raises(KeyError, match="Invalid Regularizer name: nope"):
+        resolve_regularizer("nope", None)
+    with pytest.raises(TypeError, match="Invalid regularizer"):
+        resolve_regularizer(3, None)
