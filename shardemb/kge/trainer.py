@@ -21,6 +21,7 @@ from shardemb.kge.sampling import Sampler, SamplingConfig, with_reciprocals
 from shardemb.kge.triples import Triples
 from shardemb.metrics import MetricsFile, plot_metrics, read_metrics
 from shardemb.optim import RowWiseAdagrad
+from shardemb.vocabulary import Vocabulary
 
 #: steps between two records of the loss
 LOG_STEPS = 20
@@ -78,6 +79,7 @@ def train(
     Raises:
         FloatingPointError: the loss is NaN or infinite, on all ranks.
         CheckpointError: a checkpoint that cannot be written or read.
+        ValueError: a run that shall be resumed with other entities or relations.
     """
     model_config, sampling, config = (
         model_config or ModelConfig(),
@@ -119,13 +121,16 @@ class _Job:
         self.steps = config.epochs * self.sampler.num_steps
         self.first_epoch = 0
         if output is not None and resume:
+            _same_labels(output / "entities.parquet", data.entities)
+            _same_labels(output / "relations.parquet", data.relations)
             found = checkpoint.checkpoints(output / "checkpoints")
             if found:
                 self.first_epoch = checkpoint.load(found[-1], self.model, [self.optimizer])["epoch"]
         self.file = None
         if output is not None and self.rank == 0:
-            data.entities.save(output / "entities.parquet")
-            data.relations.save(output / "relations.parquet")
+            for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
+                if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
+                    vocabulary.save(output / f"{name}.parquet")
             self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps)
         self.bar = tqdm(
             total=self.steps * sampling.batch_size,
@@ -190,3 +195,8 @@ class _Job:
         self.bar.close()
         if self.file is not None:
             self.file.close()
+
+
+def _same_labels(path: Path, vocabulary: Vocabulary) -> None:
+    if path.exists() and Vocabulary.load(path).labels != vocabulary.labels:
+        raise ValueError(f"{path}: the run was trained on other labels than the dataset has now: give another --output")

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from shardemb.config import JobConfig
+
+CONFIG = """
+dataset = "pykeen:nations"
+[model]
+dim = 64
+constrainer = "clamp_norm"
+constrainer_kwargs = {maxnorm = 1.0, dim = -1}
+[training]
+epochs = 3
+"""
+
+
+def test_reads_what_it_writes(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(CONFIG)
+    config = JobConfig.load(path, ["training.seed=7", "model.n3=1", "model.scorer=distmult"], dataset="wordnet")
+    assert config.dataset == "wordnet"
+    assert config.model.constrainer_kwargs == {"maxnorm": 1.0, "dim": -1}
+    assert (config.model.dim, config.model.n3, config.model.scorer) == (64, 1.0, "distmult")
+    assert (config.training.epochs, config.training.seed) == (3, 7)
+    path.write_text(config.to_toml())
+    assert JobConfig.load(path) == config
+    assert config.differences(config) == []
+    assert JobConfig.load(path, ["training.epochs=4"]).differences(config) == ["epochs = 4 against epochs = 3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "unknown key 'epoch': known: dataset, model, sampling, training"),
+        ("[training]\nepoch = 3", "unknown key 'training.epoch': did you mean 'training.epochs'?"),
+        ("[training]\nepochs = 'x'", "training.epochs: got 'x', expected a value of type int"),
+        ("[training]\nepochs = true", "training.epochs: got True"),
+        ("[model]\ndim = 1.5", "model.dim: got 1.5"),
+        ("model = 3", "model: got 3, expected a section"),
+        ("[model]\nconstrainer_kwargs = 3", "model.constrainer_kwargs: got 3"),
+        ("[training]\nepochs = 0", "training.epochs: got 0, expected at least 1"),
+        ("epochs =", "not TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        JobConfig.load(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "dataset.x=3"])
+def test_overrides_are_checked(override: str) -> None:
+    with pytest.raises(ValueError, match="override"):
+        JobConfig.load(None, ["dataset=wordnet", override])
