@@ -81,7 +81,9 @@ def oracle(dim: int, optimizer: str, constrainer: str | None, sparse: bool) -> t
 
 @pytest.mark.parametrize("constrainer", [None, "normalize"])
 @pytest.mark.parametrize(("gradient", "optimizer"), KERNELS)
-def test_training_equals_one_process(run_ranks, world_size: int, gradient: str, optimizer: str, constrainer: str | None) -> None:
+def test_training_equals_one_process(
+    run_ranks, world_size: int, gradient: str, optimizer: str, constrainer: str | None
+) -> None:
     dim = 7 if gradient == "fused" else 6
     expected = oracle(dim, optimizer, constrainer, sparse=gradient != "dense")
     for got in run_ranks(_train, world_size, dim, gradient, optimizer, constrainer):
@@ -120,7 +122,9 @@ def _initial(rank: int, world_size: int, shape: tuple, dtype: torch.dtype, seed:
 
 @pytest.mark.parametrize("seed", [None, 11])
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 2), torch.float64), ((5,), torch.complex64)])
-def test_initial_tables_are_bitwise_equal(run_ranks, world_size: int, shape: tuple, dtype: torch.dtype, seed: int | None) -> None:
+def test_initial_tables_are_bitwise_equal(
+    run_ranks, world_size: int, shape: tuple, dtype: torch.dtype, seed: int | None
+) -> None:
     (expected,) = run_ranks(_initial, 1, shape, dtype, seed)
     for got in run_ranks(_initial, world_size, shape, dtype, seed):
         assert torch.equal(got, expected)
@@ -190,7 +194,7 @@ def test_inference_mode_strided_and_int32_ids(gradient: str) -> None:
 
 def test_own_options_are_checked() -> None:
     for kwargs in ({"gradient": "nope"}, {"placement": "nope"}, {"gradient_reduction": "nope"}):
-        with pytest.raises(ValueError, match="table 'people': got .*'nope', expected one of"):
+        with pytest.raises(ValueError, match=r"table 'people': got .*'nope', expected one of"):
             Embedding(3, shape=2, name="people", **kwargs)
     with pytest.raises(ValueError, match="needs gradient='fused'"):
         Embedding(3, shape=2, optimizer=FusedOptimizer())

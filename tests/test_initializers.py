@@ -57,7 +57,7 @@ def test_callables_too_and_the_global_generator_is_left_alone() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"normal_norm", "xavier_normal_norm", "xavieruniformnorm"}))
 def test_same_distribution_as_pykeen(name: str) -> None:
-    """Mean and spread of PyKEEN's initializer of the same name; its norm versions of xavier draw another scale, then lose it."""
+    """Mean and spread of PyKEEN's initializer of the same name."""
     pykeen_init = pytest.importorskip("pykeen.nn.init")
     theirs = pykeen_init.initializer_resolver.make(name, NAMES[name])(torch.empty(ROWS, 3, 2)).view(ROWS, -1)
     ours = table(resolve_initializer(name, NAMES[name]), 1)

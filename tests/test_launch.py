@@ -38,7 +38,9 @@ def fail(how: str) -> None:
     time.sleep(600)
 
 
-@pytest.mark.parametrize(("how", "text"), [("raise", "rank 1: ValueError: bad luck"), ("die", "exit code -9|Connection closed")])
+@pytest.mark.parametrize(
+    ("how", "text"), [("raise", "rank 1: ValueError: bad luck"), ("die", "exit code -9|Connection closed")]
+)
 def test_a_rank_that_fails_ends_the_others(how: str, text: str) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError, match=text):

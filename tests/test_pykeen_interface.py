@@ -52,14 +52,16 @@ def test_signatures() -> None:
 @pytest.mark.parametrize("size", [(7,), (4, 3), (0,), (2, 1, 3)])
 def test_no_difference_to_pykeen(kwargs: dict, size: tuple) -> None:
     ours, theirs = pair(max_id=11, **kwargs)
-    optimizers = [torch.optim.Adam([p for p in m.parameters()] or [torch.zeros(1)], lr=0.1) for m in (ours, theirs)]
+    optimizers = [torch.optim.Adam(list(m.parameters()) or [torch.zeros(1)], lr=0.1) for m in (ours, theirs)]
     for step in range(3):
         ids = torch.randint(11, size, generator=torch.Generator().manual_seed(step))
         results = []
         for module, optimizer in zip((ours, theirs), optimizers, strict=True):
             torch.manual_seed(step)
             out = module(ids)
-            loss = out.abs().square().sum() + (0 if module.regularizer is None else module.regularizer.pop_regularization_term())
+            loss = out.abs().square().sum() + (
+                0 if module.regularizer is None else module.regularizer.pop_regularization_term()
+            )
             optimizer.zero_grad()
             if loss.requires_grad:
                 loss.sum().backward()

@@ -8,7 +8,9 @@ from shardemb.table import FusedTable, ParameterTable
 CPU = torch.device("cpu")
 
 
-def fused(rows: int, dim: int, optimizer: FusedOptimizer, dtype: torch.dtype = torch.float32, track: bool = False) -> FusedTable:
+def fused(
+    rows: int, dim: int, optimizer: FusedOptimizer, dtype: torch.dtype = torch.float32, track: bool = False
+) -> FusedTable:
     table = FusedTable(RowPlan("t", rows, dim), optimizer=optimizer, trainable=True, dtype=dtype, device=CPU, track=track)
     with torch.no_grad():
         table.weight.normal_(generator=torch.Generator().manual_seed(0))

@@ -118,7 +118,7 @@ def test_missing_files_and_untrained_entities(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected 'wordnet', 'pykeen:NAME', a folder"):
         Triples.load(tmp_path / "nowhere")
     (tmp_path / "train.tsv").write_bytes(GOOD)
-    with pytest.raises(FileNotFoundError, match="got 0 files for 'valid', expected one of valid.tsv, "):
+    with pytest.raises(FileNotFoundError, match=r"got 0 files for 'valid', expected one of valid\.tsv, "):
         Triples.load(tmp_path)
     with pytest.warns(UserWarning, match="1 of 4 entities stand in valid or test only"):
         Triples.from_columns("t", (["a", "b"], ["r", "r"], ["b", "c"]), (["a"], ["r"], ["z"]), ([], [], []))

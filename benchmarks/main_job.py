@@ -1,0 +1,81 @@
+"""The main job on 1 and on 2 workers: quality, wall time, CPU time, and the same once more with another seed.
+
+    .venv/bin/python benchmarks/main_job.py [--dataset wordnet] [--set KEY=VALUE ...]
+
+Runs ``shardemb train`` as a user would, one run after the other, and writes
+``benchmarks/results/main_job_<machine>_<date>.json``.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "numpy", "shardemb")
+
+
+def run(workers: int, arguments: list[str], folder: Path) -> dict:
+    """Run the command once; CPU seconds are those of all its processes."""
+    command = ["shardemb", "train", "--workers", str(workers), "--output", str(folder), *arguments]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = sorted(record["triples_per_second"] for record in records if record["kind"] == "train")
+    test = {key: records[-1][key] for key in ("mrr", "hits_at_1", "hits_at_3", "hits_at_10", "seconds")}
+    return {
+        "workers": workers,
+        "wall_s": round(wall, 1),
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "median_queries_per_s": rates[len(rates) // 2],
+        "test": test,
+    }
+
+
+def main() -> None:
+    """Run all and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="wordnet")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    runs = []
+    for seed in range(arguments.seeds):
+        for workers in (1, 2):
+            with tempfile.TemporaryDirectory() as folder:
+                settings = [part for value in [*arguments.set, f"training.seed={seed}"] for part in ("--set", value)]
+                runs.append({"seed": seed, **run(workers, ["--dataset", arguments.dataset, *settings], Path(folder) / "run")})
+                print(runs[-1], flush=True)
+    today = datetime.date.today().isoformat()
+    result = {
+        "command": "python benchmarks/main_job.py " + " ".join(sys.argv[1:]),
+        "date": today,
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "largest_mrr_difference_between_1_and_2_workers": max(
+            abs(one["test"]["mrr"] - two["test"]["mrr"]) for one, two in zip(runs[::2], runs[1::2], strict=True)
+        ),
+        "runs": runs,
+    }
+    path = RESULTS / f"main_job_{arguments.dataset.replace(':', '-')}_{os.cpu_count()}cores_{today}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+def cpu_name() -> str:
+    """Return the processor's name as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
