@@ -36,7 +36,7 @@ def run(workers: int, arguments: list[str], folder: Path) -> dict:
         "workers": workers,
         "wall_s": round(wall, 1),
         "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-        "median_queries_per_s": rates[len(rates) // 2],
+        "median_triples_per_s": rates[len(rates) // 2],
         "test": test,
     }
 

@@ -65,6 +65,7 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         output.mkdir(parents=True, exist_ok=True)
         written.write_text(config.to_toml(), encoding="utf-8")
+    print(f"training on {config.dataset}, {arguments.workers} worker(s), into {output}", file=sys.stderr)
     result = run_local(_train_rank, arguments.workers, config, output, arguments.resume, timeout_s=arguments.timeout)
     for name, value in result.items():
         print(f"test filtered {name:10} {value:.4f}")

@@ -70,17 +70,24 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
 
 def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
     results: dict[int, Any] = {}
+    failures: list[WorkerError] = []
     while len(results) < len(channels):
-        for ready in wait([channel for rank, channel in enumerate(channels) if rank not in results]):
-            rank = channels.index(ready)  # type: ignore[arg-type]
+        waiting = [channel for rank, channel in enumerate(channels) if rank not in results]
+        ready = wait(waiting, 1.0 if failures else None)
+        if not ready:
+            break
+        for channel in ready:
+            rank = channels.index(channel)  # type: ignore[arg-type]
             try:
                 ok, value = channels[rank].recv()
             except EOFError:
                 ranks[rank].join(10)
-                raise WorkerError(rank, "died", f"the process ended with exit code {ranks[rank].exitcode}") from None
-            if not ok:
-                raise WorkerError(rank, *value)
+                ok, value = False, ("died", f"the process ended with exit code {ranks[rank].exitcode}")
             results[rank] = value
+            if not ok:
+                failures.append(WorkerError(rank, *value))
+    if failures:  # the others lose their connection to one that died, and may say so first
+        raise next((failure for failure in failures if failure.error == "died"), failures[0])
     return results[0]
 
 

@@ -55,6 +55,10 @@ class Table(nn.Module):
         self._touched: list[Tensor] = []
         self._num_touched = self.plan.num_local + 1
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.touch_all()
+
     def _watch(self, out: Tensor, rows: Tensor) -> None:
         """Remember ``rows`` when their gradient arrives: a lookup alone, or a step that is given up, changes nothing."""
         if self._track and out.requires_grad:

@@ -22,6 +22,17 @@ def pair(**kwargs):
     return ours, theirs
 
 
+def test_state_dicts_go_both_ways_and_loaded_rows_are_constrained() -> None:
+    kwargs = {"max_id": 11, "shape": 4, "constrainer": "normalize"}
+    ours, theirs = Embedding(**kwargs), pykeen_nn.Embedding(**kwargs)
+    ours.post_parameter_update()
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours(None), theirs(None))
+    ours.post_parameter_update(), theirs.post_parameter_update()
+    torch.testing.assert_close(ours(None), theirs(None), rtol=1e-6, atol=1e-7)
+    theirs.load_state_dict(ours.state_dict())
+
+
 def test_signatures() -> None:
     """Every argument of PyKEEN's, in its order, with its default; ours come after, by keyword only."""
     for ours, theirs in ((Embedding, pykeen_nn.Embedding), (shardemb.Representation, pykeen_nn.Representation)):

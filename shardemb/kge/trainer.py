@@ -133,8 +133,8 @@ class _Job:
                     vocabulary.save(output / f"{name}.parquet")
             self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps)
         self.bar = tqdm(
-            total=self.steps * sampling.batch_size,
-            initial=self.first_epoch * self.sampler.num_steps * sampling.batch_size,
+            total=config.epochs * len(data.train),
+            initial=self.first_epoch * len(data.train),
             unit=" triples",
             unit_scale=True,
             smoothing=0.05,
@@ -157,7 +157,7 @@ class _Job:
             if (step + 1) % LOG_STEPS == 0 or step + 1 == self.sampler.num_steps:
                 self._log(epoch, done + 1, total, seen, time.perf_counter() - start)
                 seen, total, start = 0, torch.zeros(()), time.perf_counter()
-            self.bar.update(size)
+            self.bar.update(size / 2)  # a triple is two queries: its tail, and its head by the reciprocal relation
         epoch += 1
         if self.config.validate_every and epoch % self.config.validate_every == 0:
             self.evaluate("valid", self.validation, epoch)
@@ -173,7 +173,7 @@ class _Job:
             raise FloatingPointError(f"step {step}: the loss is {loss}: lower model.entity_lr or model.relation_lr")
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs} loss {loss:.3f}")
         if self.file is not None:
-            rate = round(seen / seconds)
+            rate = round(seen / 2 / seconds)
             self.file.write("train", step, epoch=step / self.sampler.num_steps, loss=loss, triples_per_second=rate)
 
     def evaluate(self, split: str, triples: torch.Tensor, epoch: int) -> dict[str, float]:
