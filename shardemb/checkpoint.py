@@ -181,7 +181,9 @@ def _commit(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) 
     partial.rename(final)
     _fsync(final.parent)
     for old in checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(old)
+        gone = old.with_suffix(".tmp")  # a removal that is cut short must not look finished
+        old.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

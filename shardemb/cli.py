@@ -57,9 +57,10 @@ def _train(arguments: argparse.Namespace) -> int:
     config = JobConfig.load(arguments.config, arguments.set, arguments.dataset)
     output: Path = arguments.output
     written = output / "config.toml"
-    if output.is_dir() and any(output.iterdir()) and not arguments.resume:
+    started = output.is_dir() and any(path != written for path in output.iterdir())
+    if started and not arguments.resume:
         raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
-    if written.exists():
+    if started and written.exists():
         if changed := config.differences(JobConfig.load(written)):
             raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
     else:

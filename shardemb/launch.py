@@ -29,6 +29,8 @@ class WorkerError(RuntimeError):
 def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300) -> Any:
     """Run ``fn(*args)`` on every rank of a gloo process group of this machine's processes.
 
+    The processes are spawned: a script that calls this needs ``if __name__ == "__main__":``.
+
     Args:
         fn: a module-level function; it finds its rank with ``torch.distributed``.
         workers: number of ranks; with 1, ``fn`` runs in this process, without a group.

@@ -46,6 +46,8 @@ def test_a_bad_file_is_named_without_a_traceback(tmp_path: Path, capfd: pytest.C
     err = capfd.readouterr().err
     assert "valid.tsv, line 2: got 2 fields" in err
     assert "Traceback" not in err
+    (tmp_path / "valid.tsv").write_text("a\tr\tb\n")
+    assert main([*arguments, *SMALL, "--set", "training.epochs=1"]) == 0  # the same command, once the file is mended
 
 
 def test_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
