@@ -67,6 +67,7 @@ def main() -> None:
         "runs": runs,
     }
     path = RESULTS / f"main_job_{arguments.dataset.replace(':', '-')}_{os.cpu_count()}cores_{today}.json"
+    RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
