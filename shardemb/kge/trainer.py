@@ -4,6 +4,7 @@ A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entiti
 ``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
 """
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ class _Job:
                 if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
                     vocabulary.save(output / f"{name}.parquet")
             self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps)
+        tqdm.set_lock(threading.RLock())  # its default lock is a semaphore between processes, which a killed rank leaks
         self.bar = tqdm(
             total=config.epochs * len(data.train),
             initial=self.first_epoch * len(data.train),
