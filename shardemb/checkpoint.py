@@ -7,7 +7,6 @@ all ranks, the manifest, fsync, and then the rename that makes it visible. The n
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
+from shardemb.files import fsync
 
 FORMAT = "shardemb/1"
 _STEP = re.compile(r"step-(\d{10})")
@@ -109,8 +109,12 @@ def save(
 
     Raises:
         CheckpointError: a rank could not write; the earlier checkpoints are untouched.
+        ValueError: a table on a process group of its own.
     """
+    optimizers = list(optimizers)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for _, table in _tables(model):
+        table.require_default_group("a checkpoint")
     final = folder / f"step-{step:010d}"
     partial = final.with_suffix(".tmp")
     error = _try(_prepare, partial) if rank == 0 else None
@@ -126,6 +130,7 @@ def save(
             "step": step,
             "world_size": world_size,
             "state": dict(state or {}),
+            "optimizers": _scalars(optimizers, names),
             "files": entries,
         }
         error = _try(_commit, partial, final, manifest, keep)
@@ -152,6 +157,20 @@ def _vote(world_size: int, value: Any, error: str | None, step: int) -> list[Any
     return [value for value, _ in told]
 
 
+def _scalars(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
+    """Return, for each optimizer, its class and what it keeps for a parameter besides tensors (SparseAdam: the step)."""
+    return [
+        {
+            "class": type(optimizer).__name__,
+            "state": {
+                names[parameter]: {part: value for part, value in state.items() if not isinstance(value, Tensor)}
+                for parameter, state in optimizer.state.items()
+            },
+        }
+        for optimizer in optimizers
+    ]
+
+
 def _prepare(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -162,7 +181,7 @@ def _write_shard(partial: Path, rank: int, world_size: int, pieces: Mapping[str,
     mine = {name: piece for name, piece in pieces.items() if rank == 0 or piece.sharded}
     path = partial / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
     save_file({name: piece.tensor.detach().cpu().contiguous() for name, piece in mine.items()}, path)
-    _fsync(path)
+    fsync(path)
     entry |= {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path), "tensors": {}}
     for name, piece in mine.items():
         shape, dtype = list(piece.tensor.shape), str(piece.tensor.dtype).removeprefix("torch.")
@@ -174,24 +193,16 @@ def _commit(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) 
     document = json.dumps({"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
     path = partial / "manifest.json"
     path.write_text(document, encoding="utf-8")
-    _fsync(path)
-    _fsync(partial)
+    fsync(path)
+    fsync(partial)
     if final.exists():
         raise FileExistsError(f"{final} exists: a finished checkpoint is never written again")
     partial.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     for old in checkpoints(final.parent)[:-keep]:
         gone = old.with_suffix(".tmp")  # a removal that is cut short must not look finished
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -205,7 +216,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load(path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Any]:
-    """Load ``folder/step-N`` into tables of any number of ranks; each rank reads its own rows.
+    """Load ``folder/step-N`` into tables of any number of ranks; each checks all files, and takes its own rows.
 
     Args:
         path: of the checkpoint.
@@ -216,12 +227,16 @@ def load(path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         The ``state`` that was saved.
 
     Raises:
-        CheckpointError: a missing, damaged or foreign file, a table that is not there or has another shape or dtype;
-            nothing of a damaged file is used.
+        CheckpointError: a missing, damaged or foreign file, a table that is not there or has another shape or dtype,
+            other optimizers; nothing of a damaged file is used.
     """
     manifest = _read_manifest(path)
     for entry in manifest["files"]:
         _verify(path, entry)
+    optimizers = list(optimizers)
+    got, expected = [saved["class"] for saved in manifest["optimizers"]], [type(optimizer).__name__ for optimizer in optimizers]
+    if got[: len(expected)] != expected:
+        raise CheckpointError(f"{path}: was saved with optimizers {got}, expected {expected}")
     pieces, names = _model_pieces(model)
     for prefix, table in _tables(model):
         rows = {key: torch.empty_like(tensor) for key, tensor in table.stored_rows().items()}
@@ -233,6 +248,7 @@ def load(path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimize
         _read(path, manifest, name, pieces[name])
     for number, optimizer in enumerate(optimizers):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter].update(manifest["optimizers"][number]["state"].get(names[parameter], {}))
             _load_state(
                 path,
                 manifest,

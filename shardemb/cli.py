@@ -10,7 +10,7 @@ from shardemb import __version__
 #: errors of the user's input or machine: their message is enough
 _PLAIN = (
     "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "MemoryError", "NotADirectoryError",
-    "PermissionError", "ValueError",
+    "PermissionError", "ValueError", "died",
 )  # fmt: skip
 
 
@@ -52,20 +52,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from shardemb.config import JobConfig
+    from shardemb.files import replacing
     from shardemb.launch import run_local
 
-    config = JobConfig.load(arguments.config, arguments.set, arguments.dataset)
     output: Path = arguments.output
     written = output / "config.toml"
     started = output.is_dir() and any(path != written for path in output.iterdir())
     if started and not arguments.resume:
         raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
+    base = arguments.config or (written if started and written.exists() else None)  # --resume alone keeps the run's settings
+    config = JobConfig.load(base, arguments.set, arguments.dataset)
     if started and written.exists():
         if changed := config.differences(JobConfig.load(written)):
             raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
     else:
         output.mkdir(parents=True, exist_ok=True)
-        written.write_text(config.to_toml(), encoding="utf-8")
+        with replacing(written) as partial:
+            partial.write_text(config.to_toml(), encoding="utf-8")
     print(f"training on {config.dataset}, {arguments.workers} worker(s), into {output}", file=sys.stderr)
     result = run_local(_train_rank, arguments.workers, config, output, arguments.resume, timeout_s=arguments.timeout)
     for name, value in result.items():

@@ -98,7 +98,8 @@ class Embedding(Representation):
     Without an initialized ``torch.distributed`` it is one shard in this process. Within a group of several ranks the
     constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are collectives: every rank calls them, in
     the same order, each with its own ids (an empty tensor if it has none). As in PyKEEN, rows are N(0, 1) until
-    :meth:`reset_parameters` runs the initializer.
+    :meth:`reset_parameters` runs the initializer. A ``state_dict`` holds this rank's rows alone, without the fused optimizer's
+    state: to save and load over several ranks use :mod:`shardemb.checkpoint`.
 
     Args:
         max_id: ids are 0 to ``max_id - 1``.
@@ -135,7 +136,8 @@ class Embedding(Representation):
         name: of the table, for errors and checkpoints.
 
     Raises:
-        ValueError: missing or contradictory sizes, a constrainer that is not row-wise, ranks that disagree.
+        ValueError: missing or contradictory sizes, options that do not go together, a constrainer that is not row-wise,
+            ranks that disagree.
         TypeError: a shape that is neither an int nor a sequence of ints, a function that is none.
         KeyError: an unknown name of a function.
         MemoryError: the shard does not fit the free memory.
@@ -177,6 +179,11 @@ class Embedding(Representation):
                 raise ValueError(f"table {name!r}: got {key}={value!r}, expected one of {allowed}")
         if optimizer is not None and gradient != "fused":
             raise ValueError(f"table {name!r}: optimizer={optimizer} needs gradient='fused', got gradient={gradient!r}")
+        if placement == "replicated" and gradient == "fused":
+            raise ValueError(
+                f"table {name!r}: placement='replicated' with gradient='fused' would update each rank's copy by its own "
+                f"gradients alone: use gradient='sparse' or 'dense'"
+            )
         self.name = name
         self.gradient: Gradient = gradient
         self.placement: Placement = placement
@@ -186,7 +193,8 @@ class Embedding(Representation):
         stored = torch.empty(0, dtype=dtype).real.dtype if self.is_complex else dtype
         self.initializer: Initializer = resolve_initializer(initializer, initializer_kwargs)
         self.constrainer: RowFunction | None = resolve_constrainer(constrainer, constrainer_kwargs)
-        self._changed_only = gradient != "dense"
+        # replicas also get the rows that other ranks changed, which this one has not seen
+        self._changed_only = gradient != "dense" and placement == "row_wise"
         if self.constrainer is not None:
             self._changed_only &= probe_constrainer(self.constrainer, self.shape, dtype, name)
 
@@ -284,6 +292,18 @@ class Embedding(Representation):
         route = self._exchange.send_ids(flat, table.weight.device)
         rows = self._exchange.return_rows(table.lookup(route.rows), route)
         return self._as_seen(rows, tuple(indices.shape))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze the table, or let it train again."""
+        super().requires_grad_(requires_grad)
+        if isinstance(self._embeddings, FusedTable):
+            self._embeddings.trainable = requires_grad
+        return self
+
+    def require_default_group(self, who: str) -> None:
+        """Raise ValueError if the rows lie on another group than the default one, which is all that ``who`` takes."""
+        if self._group is not None and self._group is not dist.group.WORLD:
+            raise ValueError(f"table {self.name!r} lies on a process group of its own, {who} takes the default group only")
 
     @torch.no_grad()
     def local_rows(self) -> tuple[int, Tensor]:

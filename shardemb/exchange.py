@@ -81,7 +81,7 @@ class Exchange:
         if self.plan.world_size == 1:
             if error is not None:
                 raise error
-            rows = ids.to(device)
+            rows = ids.to(device, torch.int64).contiguous()  # FBGEMM would read a strided tensor as if it were dense
             return Route(rows, None, [len(rows)], [len(rows)])
         world_size = self.plan.world_size
         counts = torch.full((world_size,), -1, device=device)

@@ -5,21 +5,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shardemb.files import replacing
+
 
 class MetricsFile:
     """Appends records to ``metrics.jsonl``, each with the time (seconds since 1970), flushed at once.
 
     Args:
         path: of the file.
-        step: keep the records up to this step of an earlier run, drop later ones; 0 starts a new file.
+        step: keep an earlier run's records up to this step, drop later ones and its test; 0 starts a new file.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] <= step] if step and path.exists() else []
-        self._file = path.open("w", encoding="utf-8")
-        for record in kept:
-            self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        old = read_metrics(path) if step and path.exists() else []
+        kept = [record for record in old if record["step"] <= step and record["kind"] != "test"]
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Append a record of a kind ("train", "valid", "test") at an optimizer step."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shardemb.optim import FusedOptimizer
 from shardemb.plan import RowPlan
@@ -17,6 +18,38 @@ from shardemb.types import RowFunction
 
 #: Rows constrained at a time, so that the pass needs bounded memory and stays in cache.
 CHUNK_ROWS = 2048
+
+
+class _RowSet:
+    """Row numbers of a shard, collected batch by batch; all rows once there are as many, when a pass over all is no dearer."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._batches: list[Tensor] | None = []
+        self._count = 0
+
+    def add(self, rows: Tensor) -> None:
+        self._count += len(rows)
+        if self._count > self._num_rows:
+            self._batches = None
+        elif self._batches is not None:
+            self._batches.append(rows)
+
+    def add_all(self) -> None:
+        self._batches, self._count = None, self._num_rows
+
+    def merge(self, other: "_RowSet") -> None:
+        if other._batches is None:
+            self.add_all()
+        else:
+            for rows in other._batches:
+                self.add(rows)
+
+    def unique(self) -> Tensor | None:
+        """Return the rows ``(n,)``, each once; None for all."""
+        if self._batches is None:
+            return None
+        return torch.cat(self._batches).unique() if self._batches else torch.empty(0, dtype=torch.int64)
 
 
 class Table(nn.Module):
@@ -33,6 +66,7 @@ class Table(nn.Module):
         super().__init__()
         self.plan = plan
         self._track = track
+        self._changed = _RowSet(plan.num_local)
         self.touch_all()
 
     def lookup(self, rows: Tensor) -> Tensor:
@@ -52,24 +86,16 @@ class Table(nn.Module):
 
     def touch_all(self) -> None:
         """Take every row as changed."""
-        self._touched: list[Tensor] = []
-        self._num_touched = self.plan.num_local + 1
+        self._changed.add_all()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.touch_all()
 
     def _watch(self, out: Tensor, rows: Tensor) -> None:
-        """Remember ``rows`` when their gradient arrives: a lookup alone, or a step that is given up, changes nothing."""
+        """Remember ``rows`` when their gradient arrives: a lookup alone changes nothing."""
         if self._track and out.requires_grad:
-            out.register_hook(lambda grad: self._touch(rows))
-
-    def _touch(self, rows: Tensor) -> None:
-        self._num_touched += len(rows)
-        if self._num_touched > self.plan.num_local:  # as many as there are: a pass over all costs no more
-            self._touched.clear()
-        else:
-            self._touched.append(rows)
+            out.register_hook(lambda grad: self._changed.add(rows))
 
     @torch.no_grad()
     def constrain_(self, function: RowFunction, changed_only: bool) -> int:
@@ -78,18 +104,22 @@ class Table(nn.Module):
         Returns:
             The number of rows that it was applied to.
         """
-        weight = self.weight.detach()
-        if not changed_only or self._num_touched > self.plan.num_local:
+        weight, done = self.weight.detach(), 0
+        rows = self._take_changed() if changed_only else None
+        if rows is None:
             for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
                 chunk.copy_(function(chunk))
-            done = len(weight)
+                done += len(chunk)
         else:
-            done = 0
-            for chunk in torch.cat(self._touched).unique().split(CHUNK_ROWS) if self._touched else ():
+            for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
                 weight.index_copy_(0, chunk, function(weight.index_select(0, chunk)))
                 done += len(chunk)
-        self._touched, self._num_touched = [], 0
         return done
+
+    def _take_changed(self) -> Tensor | None:
+        """Return the rows ``(n,)`` that changed since the last call, each once; None for all rows."""
+        rows, self._changed = self._changed, _RowSet(self.plan.num_local)
+        return rows.unique()
 
 
 class ParameterTable(Table):
@@ -103,12 +133,46 @@ class ParameterTable(Table):
         self.sparse = sparse
         weight = torch.empty(plan.num_local, plan.dim, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=trainable)
+        #: rows whose gradient came, and which no optimizer has updated yet as far as is known
+        self._waiting = _RowSet(plan.num_local)
+        if track:
+            _STEPPED.add(self)
+
+    def _watch(self, out: Tensor, rows: Tensor) -> None:
+        if self._track and out.requires_grad:
+            out.register_hook(lambda grad: self._waiting.add(rows))
+
+    def after_step(self, group: dict[str, Any]) -> None:
+        """Take the rows with a gradient as changed; all rows if the optimizer moves the others too."""
+        self._changed.merge(self._waiting)
+        self._waiting = _RowSet(self.plan.num_local)
+        if group.get("momentum") or group.get("weight_decay"):
+            self.touch_all()
+
+    def _take_changed(self) -> Tensor | None:
+        # rows that still wait stay so: their update may come after this call, or came from no torch.optim optimizer
+        self._changed.merge(self._waiting)
+        return super()._take_changed()
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; the gradient adds up in ``weight.grad``."""
         out = F.embedding(rows, self.weight, sparse=self.sparse)
         self._watch(out, rows)
         return out
+
+
+_STEPPED: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for table in _STEPPED:
+        for group in optimizer.param_groups:
+            if any(parameter is table.weight for parameter in group["params"]):
+                table.after_step(group)
+
+
+# each optimizer's step tells the tables: post_parameter_update alone cannot know whether rows were updated before it
+register_optimizer_step_post_hook(_after_step)
 
 
 class _Pending:
@@ -202,7 +266,7 @@ class FusedTable(Table):
                 f"gradient='sparse'"
             )
         if len(rows):
-            out = self._tbe(rows, self._bag_offsets(len(rows)))[:, : self.plan.dim]
+            out = self._tbe(rows, self._bag_offsets(len(rows)))[:, : self.plan.dim].contiguous()
         else:
             out = self.weight.new_zeros(0, self.plan.dim, requires_grad=True)
         pending = _Pending()

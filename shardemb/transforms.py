@@ -83,8 +83,20 @@ def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: t
     Raises:
         ValueError: a row's result depends on the other rows, or has another shape.
     """
+    function = constrainer.func if isinstance(constrainer, partial) else constrainer
+    if function is clamp_norm and (not isinstance(constrainer, partial) or constrainer.keywords.get("dim") is None):
+        raise ValueError(
+            f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table, which no shard has: "
+            f"pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"
+        )
+    idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)]
+    return all(idempotent)
+
+
+def _probe(constrainer: RowFunction, scale: float, shape: tuple[int, ...], dtype: torch.dtype, table: str) -> bool:
+    """Probe with rows of one scale: a clamp shows at large ones only."""
     generator = torch.Generator().manual_seed(0)
-    rows = 3 * torch.randn(8, *shape, dtype=dtype, generator=generator)
+    rows = scale * torch.randn(8, *shape, dtype=dtype, generator=generator)
     whole = constrainer(rows.clone())
     if whole.shape != rows.shape:
         raise ValueError(f"table {table!r}: constrainer {constrainer} returned {tuple(whole.shape)} for {tuple(rows.shape)}")

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shardemb.files import replacing
+
 
 class Vocabulary:
     """An immutable list of distinct labels; a label's id is its place.
@@ -43,7 +45,8 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write one column of labels, in order of ids, as Parquet."""
-        pq.write_table(pa.table({"label": self.labels}), path)
+        with replacing(path) as partial:
+            pq.write_table(pa.table({"label": self.labels}), partial)
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":

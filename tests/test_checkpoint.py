@@ -37,8 +37,13 @@ class Job:
         self.model = Model(dim=dim)
         named = dict(self.model.named_parameters())
         layer = [p for name, p in named.items() if name.startswith("layer")]
-        tables = [p for name, p in named.items() if not name.startswith("layer")]
-        self.optimizers = [RowWiseAdagrad(tables, lr=0.1), torch.optim.Adam(layer, lr=0.01)]
+        tables = [p for name, p in named.items() if not name.startswith(("layer", "few"))]
+        few = [p for name, p in named.items() if name.startswith("few")]
+        self.optimizers = [
+            RowWiseAdagrad(tables, lr=0.1),
+            torch.optim.Adam(layer, lr=0.01),
+            torch.optim.SparseAdam(few, lr=0.1),  # keeps its step as a number, not as a tensor
+        ]
         self.coordinator = Coordinator(self.model, self.optimizers)
 
     def step(self, number: int) -> None:
@@ -140,6 +145,14 @@ def test_damage_is_named_and_nothing_is_loaded(saved: Path, damage: str) -> None
 def test_another_table_is_refused(saved: Path, kwargs: dict) -> None:
     with pytest.raises(CheckpointError, match=r"'weight' has rows, columns and dtype \(101, 4, 'float32'\), expected"):
         load(saved, **kwargs)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    table = Embedding(10, shape=2)
+    path = checkpoint.save(tmp_path, 1, table, [torch.optim.Adagrad(table.parameters())])
+    with pytest.raises(CheckpointError, match=r"saved with optimizers \['Adagrad'\], expected \['RowWiseAdagrad'\]"):
+        checkpoint.load(path, table, [RowWiseAdagrad(table.parameters())])
+    assert checkpoint.load(path, table) == {}  # the rows alone
 
 
 def test_a_file_name_cannot_leave_the_folder(saved: Path) -> None:

@@ -192,7 +192,50 @@ def test_inference_mode_strided_and_int32_ids(gradient: str) -> None:
         assert torch.equal(table(ids[:, 0]), table(ids[:, 0].contiguous().int()))
 
 
+@pytest.mark.parametrize("gradient", ["sparse", "fused"])
+def test_int32_ids_train_and_rows_are_contiguous(gradient: str) -> None:
+    table = Embedding(20, shape=6, gradient=gradient, constrainer="normalize")
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1) if gradient == "sparse" else None
+    for _ in range(2):
+        out = table(torch.randint(20, (3, 2), dtype=torch.int32)[:, 0])
+        assert out.is_contiguous()
+        out.sum().backward()
+        if optimizer is not None:
+            optimizer.step()
+        table.post_parameter_update()
+    table.requires_grad_(False)
+    assert not table(torch.tensor([1])).requires_grad
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rows_whose_update_comes_late_are_constrained(momentum: float) -> None:
+    """post_parameter_update between backward and step (accumulation, Lightning), and momentum, which moves other rows too."""
+    table, other = (Embedding(50, shape=4, constrainer="normalize", seed=1, gradient=g) for g in ("sparse", "dense"))
+    optimizers = [torch.optim.SGD(t.parameters(), lr=1.0, momentum=momentum) for t in (table, other)]
+    for row in range(0, 8, 2):
+        for module, optimizer in zip((table, other), optimizers, strict=True):
+            module(torch.tensor([row])).square().sum().backward()
+            module.post_parameter_update()
+            module(torch.tensor([row + 1])).square().sum().backward()
+            optimizer.step()
+            module.post_parameter_update()
+            optimizer.zero_grad()
+    torch.testing.assert_close(table(None), other(None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_loop_without_an_optimizer_is_constrained_too() -> None:
+    table = Embedding(50, shape=4, constrainer="normalize")
+    for row in range(3):
+        table(torch.tensor([row])).square().sum().backward()
+        with torch.no_grad():
+            table._embeddings.weight -= 0.2 * table._embeddings.weight.grad.to_dense()
+        table.post_parameter_update()
+        assert table(None).norm(dim=1).sub(1).abs().max() < 1e-6
+
+
 def test_own_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="would update each rank's copy by its own"):
+        Embedding(3, shape=2, placement="replicated", gradient="fused")
     for kwargs in ({"gradient": "nope"}, {"placement": "nope"}, {"gradient_reduction": "nope"}):
         with pytest.raises(ValueError, match=r"table 'people': got .*'nope', expected one of"):
             Embedding(3, shape=2, name="people", **kwargs)

@@ -120,14 +120,18 @@ def test_metrics_equal_pykeens_evaluator() -> None:
         assert got[f"hits_at_{k}"] == pytest.approx(results.get_metric(f"both.realistic.hits_at_{k}"), abs=1e-6)
 
 
-def _not_finite(rank: int, world_size: int) -> None:
-    model = KnowledgeGraphModel(41, 3, ModelConfig(dim=4), seed=5)
-    if rank == world_size - 1:
-        with torch.no_grad():
+def _not_finite(rank: int, world_size: int, what: str) -> None:
+    model = KnowledgeGraphModel(41, 3, ModelConfig(dim=4, init_std=1e30 if what == "overflow" else 0.1), seed=5)
+    with torch.no_grad():
+        if what == "entity" and rank == world_size - 1:
             model.entity._embeddings.weight[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="table 'entity' holds NaN or infinity"):
+        if what == "relation":
+            model.relation._embeddings.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="scores are NaN or infinite: the rows of 'entity' or 'relation'"):
         filtered_ranks(model, TRIPLES, KnownTails(TRIPLES, 3))
 
 
-def test_nan_is_not_a_good_rank(run_ranks) -> None:
-    run_ranks(_not_finite, 3)
+@pytest.mark.parametrize("what", ["entity", "relation", "overflow"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_nan_is_not_a_good_rank(run_ranks, ranks: int, what: str) -> None:
+    run_ranks(_not_finite, ranks, what)

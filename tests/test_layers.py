@@ -11,7 +11,8 @@ import shardemb.kge
 PACKAGE = Path(shardemb.__file__).parent
 
 FLOORS = [
-    {"types", "metrics"},
+    {"types", "files"},
+    {"metrics"},
     {"initializers", "transforms", "plan", "vocabulary", "optim"},
     {"exchange", "table"},
     {"embedding"},
@@ -33,7 +34,7 @@ ONLY = {
     "pykeen": set(),
 }
 #: rooms that work without a process group
-NO_DISTRIBUTED = {"types", "metrics", "initializers", "transforms", "plan", "vocabulary", "optim", "table"} | {
+NO_DISTRIBUTED = {"types", "files", "metrics", "initializers", "transforms", "plan", "vocabulary", "optim", "table"} | {
     "kge.triples",
     "kge.scorers",
     "kge.losses",

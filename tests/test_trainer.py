@@ -52,6 +52,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_ranks, tmp_path: P
     (got, *_) = run_ranks(_train, ranks[1], parts, 4, True)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+    assert sum(r["kind"] == "test" for r in read_metrics(parts / "metrics.jsonl")) == 1
     steps = [(r["kind"], r["step"]) for r in read_metrics(parts / "metrics.jsonl")]
     assert steps == [(r["kind"], r["step"]) for r in read_metrics(whole / "metrics.jsonl")]
 
@@ -74,6 +75,19 @@ def _constrained(rank: int, world_size: int) -> float:
 
 def test_the_configured_constrainer_holds_for_all_rows(run_ranks) -> None:
     assert max(run_ranks(_constrained, 2)) < 1e-6
+
+
+@pytest.mark.filterwarnings("default")
+def test_too_many_workers_for_the_chunks_are_told(run_ranks) -> None:
+    run_ranks(_warned, 4)
+
+
+def _warned(rank: int, world_size: int) -> None:
+    if rank == 0:
+        with pytest.warns(UserWarning, match="4 workers share 3 chunks a step"):
+            _train(rank, world_size, None, 1, False)
+    else:
+        _train(rank, world_size, None, 1, False)
 
 
 def _other_graph(rank: int, world_size: int, output: Path) -> str:
@@ -107,6 +121,8 @@ def test_settings_are_checked() -> None:
         lambda: SamplingConfig(batch_size=0),
         lambda: ModelConfig(scorer="nope"),
         lambda: ModelConfig(dim=0),
+        lambda: ModelConfig(entity_lr=float("nan")),
+        lambda: TrainingConfig(final_lr=-1.0),
     ):
         with pytest.raises(ValueError, match=r"(training|sampling|model)\.\w+: got"):
             make()

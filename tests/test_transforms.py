@@ -36,6 +36,7 @@ def test_constrainers_equal_pykeens(name: str, kwargs: dict | None, dtype: torch
     "bad",
     [
         resolve_constrainer("clamp_norm", {"maxnorm": 1.0}),  # a norm over the whole table
+        resolve_constrainer("clamp_norm", {"maxnorm": 1e9}),  # which no probe would reach
         lambda x: x - x.mean(),
         lambda x: F.normalize(x, dim=0),
         lambda x: x.flip(0),
@@ -49,6 +50,7 @@ def test_constrainers_that_are_not_row_wise_are_refused(bad) -> None:
 
 def test_a_constrainer_that_is_not_idempotent_is_seen() -> None:
     assert not probe_constrainer(lambda x: x * 0.9, (3,), torch.float32, "t")
+    assert not probe_constrainer(lambda x: torch.where(x > 100, x / 2, x), (3,), torch.float32, "t")  # at large values only
     assert probe_constrainer(torch.abs, (3,), torch.float32, "t")
 
 

@@ -48,22 +48,15 @@ def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTail
         ``(2T,)`` float64: 1 + better + equal / 2, PyKEEN's "realistic" rank; tails of all triples, then heads.
 
     Raises:
-        FloatingPointError: NaN or infinity in the tables, on all ranks.
+        FloatingPointError: a score is NaN or infinite, on all ranks.
     """
     entity = model.entity
     first, rows = entity.local_rows()
-    finite = torch.ones(1)
-    if rows.numel() and not torch.isfinite(torch.stack(torch.aminmax(rows))).all():
-        finite.zero_()
-    _all_reduce(model, finite, dist.ReduceOp.MIN)
-    if not finite:
-        raise FloatingPointError(
-            f"table {entity.name!r} holds NaN or infinity: its ranks would mean nothing; lower the learning rate"
-        )
     ranks = []
     for batch in with_reciprocals(triples, model.num_relations).split(max(1, MAX_SCORES // max(1, entity.plan.block))):
         query = model.queries(batch[:, 0], batch[:, 1])
         scores = model.scorer.score_all(query, rows)
+        finite = not scores.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(scores))).all())
         here, places = _owned(batch[:, 2], first, len(rows))
         true = scores.new_full((len(batch),), -torch.inf)
         true[here] = scores[here, places]  # out of the same product, so that a tail equals itself to the last bit
@@ -72,8 +65,14 @@ def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTail
         of, tails = known.pairs(batch)
         here, places = _owned(tails, first, len(rows))
         scores[of[here], places] = -torch.inf
-        counts = torch.stack([_count(scores > true.unsqueeze(1)), _count(scores == true.unsqueeze(1))])
+        better, equal = _count(scores > true.unsqueeze(1)), _count(scores == true.unsqueeze(1))
+        counts = torch.stack([better, equal, torch.full_like(better, not finite)])
         _all_reduce(model, counts, dist.ReduceOp.SUM)
+        if counts[2].any():  # NaN is neither better nor equal, so that it would take the first rank
+            raise FloatingPointError(
+                f"scores are NaN or infinite: the rows of {entity.name!r} or {model.relation.name!r} have grown too large; "
+                f"lower the learning rates"
+            )
         ranks.append(1 + counts[0].double() + counts[1].double() / 2)
     return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.float64)
 

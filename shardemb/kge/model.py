@@ -1,5 +1,6 @@
 """A knowledge-graph model: a sharded entity table, a replicated relation table, a scorer."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,9 @@ class ModelConfig:
             raise ValueError(f"model.scorer: got {self.scorer!r}, expected one of {sorted(SCORERS)}")
         if self.dim < 1:
             raise ValueError(f"model.dim: got {self.dim}, expected at least 1")
+        for name in ("init_std", "n3", "entity_lr", "relation_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected a finite number, at least 0")
         SCORERS[self.scorer]().check_dim(self.dim)
 
 

@@ -6,6 +6,7 @@ A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entiti
 
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class TrainingConfig:
         for name in ("seed", "validate_every", "validation_triples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 0")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"training.final_lr: got {self.final_lr}, expected 0 to 1")
 
 
 def train(
@@ -115,6 +118,13 @@ class _Job:
         self.optimizer = RowWiseAdagrad(self.model.relation.parameters(), lr=model_config.relation_lr)
         self.coordinator = Coordinator(self.model, self.optimizer)
         queries = with_reciprocals(data.train, len(data.relations))
+        chunks = -(-sampling.batch_size // sampling.chunk_size)
+        if world_size > chunks and self.rank == 0:
+            warnings.warn(
+                f"{world_size} workers share {chunks} chunks a step, so some have nothing to train: lower sampling.chunk_size "
+                f"or raise sampling.batch_size",
+                stacklevel=2,
+            )
         self.sampler = Sampler(queries, len(data.entities), sampling, config.seed, self.rank, world_size)
         self.known = KnownTails(data.all(), len(data.relations))
         sample = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(config.seed))
