@@ -4,6 +4,7 @@ A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entiti
 ``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
 """
 
+import sys
 import threading
 import time
 import warnings
@@ -150,6 +151,7 @@ class _Job:
             unit=" triples",
             unit_scale=True,
             smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants few lines
             disable=self.rank > 0 or not progress,
         )
 
