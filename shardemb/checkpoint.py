@@ -181,6 +181,7 @@ def _write_shard(partial: Path, rank: int, world_size: int, pieces: Mapping[str,
     mine = {name: piece for name, piece in pieces.items() if rank == 0 or piece.sharded}
     path = partial / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
     save_file({name: piece.tensor.detach().cpu().contiguous() for name, piece in mine.items()}, path)
+    path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
     fsync(path)
     entry |= {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path), "tensors": {}}
     for name, piece in mine.items():

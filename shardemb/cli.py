@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from shardemb.checkpoint import checkpoints
     from shardemb.config import JobConfig
     from shardemb.files import replacing
     from shardemb.launch import run_local
@@ -69,11 +70,16 @@ def _train(arguments: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
         with replacing(written) as partial:
             partial.write_text(config.to_toml(), encoding="utf-8")
-    print(f"training on {config.dataset}, {arguments.workers} worker(s), into {output}", file=sys.stderr)
+    found = checkpoints(output / "checkpoints")
+    how = f"resuming from {found[-1].name}" if found else "no checkpoint to resume from, starting anew"
+    print(
+        f"training on {config.dataset}, {arguments.workers} worker(s), into {output}" + f": {how}" * arguments.resume,
+        file=sys.stderr,
+    )
     result = run_local(_train_rank, arguments.workers, config, output, arguments.resume, timeout_s=arguments.timeout)
     for name, value in result.items():
         print(f"test filtered {name:10} {value:.4f}")
-    print(f"run folder: {output}")
+    print(f"run folder: {output} (loss and MRR: {output / 'metrics.png'})")
     return 0
 
 

@@ -54,12 +54,15 @@ def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
     right = left.twinx()
     train = [r for r in records if r["kind"] == "train"]
     left.plot([r["epoch"] for r in train], [r["loss"] for r in train], color="tab:gray", label="training loss")
+    best = max((r["mrr"] for r in records if "mrr" in r), default=1.0)
     for kind, style in (("valid", "o-"), ("test", "*")):
         of_kind = [r for r in records if r["kind"] == kind]
         if of_kind:
             last = of_kind[-1]["mrr"]
-            right.plot([r["epoch"] for r in of_kind], [r["mrr"] for r in of_kind], style, label=f"{kind} MRR ({last:.3f})")
+            label = f"{kind} MRR, {of_kind[-1]['triples']:,} triples ({last:.3f})"
+            epochs, mrr = [r["epoch"] for r in of_kind], [r["mrr"] for r in of_kind]
+            right.plot(epochs, mrr, style, label=label, markersize=12 if kind == "test" else 5)
     left.set(xlabel="epoch", ylabel="loss per query", ylim=(0, None))
-    right.set(ylabel="filtered MRR", ylim=(0, None))
+    right.set(ylabel="filtered MRR", ylim=(0, 1.15 * best))
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)

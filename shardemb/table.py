@@ -262,8 +262,8 @@ class FusedTable(Table):
         if waiting is not None and not waiting.done and self.optimizer.name != "sgd":
             raise RuntimeError(
                 f"table {self.plan.table!r}: a second lookup before the backward of the first would make two "
-                f"{self.optimizer.name} updates of a row in one step: look all ids up at once (torch.cat), or use "
-                f"gradient='sparse'"
+                f"{self.optimizer.name} updates of a row in one step: look all ids up at once (torch.cat), use "
+                f"gradient='sparse', or take rows that are not trained under torch.no_grad()"
             )
         if len(rows):
             out = self._tbe(rows, self._bag_offsets(len(rows)))[:, : self.plan.dim].contiguous()

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def test_train_resume_and_the_same_result_on_two_workers(tmp_path: Path, capfd: 
     assert "got epochs = 3 against epochs = 2" in capfd.readouterr().err
     newest = sorted((run / "checkpoints").iterdir())[-1]
     newest.rename(newest.with_suffix(".tmp"))
+    capfd.readouterr()
     assert main(["train", "--workers", "2", "--output", str(run), "--resume"]) == 0  # with the run's own settings
+    assert "resuming from step-" in capfd.readouterr().err
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["mrr"] == pytest.approx(mrr[2], abs=1e-6)
 
 
@@ -54,6 +57,9 @@ def test_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "run")]
     assert main(["train", *output, "--set", "training.epoch=1"]) == 1
     assert "did you mean 'training.epochs'?" in capfd.readouterr().err
+    for constrainer, text in (("clamp_norms", "'clamp_norms'|clamp_norms is an invalid"), ("clamp_norm", "maxnorm")):
+        assert main(["train", *output, "--workers", "2", "--set", f"model.constrainer={constrainer}"]) == 1
+        assert re.search(f"model.constrainer, model.constrainer_kwargs: .*({text})", capfd.readouterr().err)
     assert main(["train", *output, "--workers", "0"]) == 1
     assert "got 0 workers" in capfd.readouterr().err
     assert main(["train", str(tmp_path / "none.toml"), *output]) == 1

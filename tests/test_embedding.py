@@ -233,6 +233,12 @@ def test_a_loop_without_an_optimizer_is_constrained_too() -> None:
         assert table(None).norm(dim=1).sub(1).abs().max() < 1e-6
 
 
+def test_a_forgotten_process_group_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="WORLD_SIZE is 2, but torch.distributed is not initialized"):
+        Embedding(3, shape=2)
+
+
 def test_own_options_are_checked() -> None:
     with pytest.raises(ValueError, match="would update each rank's copy by its own"):
         Embedding(3, shape=2, placement="replicated", gradient="fused")

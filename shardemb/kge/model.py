@@ -12,6 +12,7 @@ from shardemb.kge.losses import n3, sampled_softmax
 from shardemb.kge.sampling import Chunk
 from shardemb.kge.scorers import SCORERS
 from shardemb.optim import FusedOptimizer
+from shardemb.transforms import probe_constrainer, resolve_constrainer
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name}: got {getattr(self, name)}, expected a finite number, at least 0")
         SCORERS[self.scorer]().check_dim(self.dim)
+        try:
+            constrainer = resolve_constrainer(self.constrainer or None, self.constrainer_kwargs)
+            if constrainer is not None:
+                probe_constrainer(constrainer, (self.dim,), torch.get_default_dtype(), "entity")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"model.constrainer, model.constrainer_kwargs: {error.args[0]}") from error
 
 
 class KnowledgeGraphModel(nn.Module):

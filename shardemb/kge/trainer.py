@@ -195,6 +195,7 @@ class _Job:
         if not len(triples):
             return {}
         self.model.eval()
+        self.bar.set_description(f"ranking {len(triples):,} {split} triples")
         start = time.perf_counter()
         result = metrics(filtered_ranks(self.model, triples, self.known))
         figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}

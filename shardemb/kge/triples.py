@@ -205,9 +205,7 @@ def _pykeen_folder(name: str) -> Path:
     """Where PyKEEN keeps a set that it ships; found without importing it, which takes seconds."""
     spec = find_spec("pykeen")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"dataset 'pykeen:{name}' comes with PyKEEN, which is not installed: pip install shardemb[pykeen]"
-        )
+        raise FileNotFoundError(f"dataset 'pykeen:{name}' comes with PyKEEN, which is not installed: pip install pykeen")
     datasets = Path(spec.submodule_search_locations[0]) / "datasets"
     bundled = sorted(p.parent.name for p in datasets.glob("*/train.txt"))
     if name not in bundled:
