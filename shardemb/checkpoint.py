@@ -239,13 +239,14 @@ def load(path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimize
     if got[: len(expected)] != expected:
         raise CheckpointError(f"{path}: was saved with optimizers {got}, expected {expected}")
     pieces, names = _model_pieces(model)
+    in_tables: set[str] = set()
     for prefix, table in _tables(model):
         rows = {key: torch.empty_like(tensor) for key, tensor in table.stored_rows().items()}
         for key, tensor in rows.items():
             _read(path, manifest, prefix + key, pieces[prefix + key].like(tensor, True))
+            in_tables.add(prefix + key)
         table.load_stored_rows(rows)
-    loaded = {prefix + key for prefix, table in _tables(model) for key in table.stored_rows()}
-    for name in pieces.keys() - loaded:
+    for name in pieces.keys() - in_tables:
         _read(path, manifest, name, pieces[name])
     for number, optimizer in enumerate(optimizers):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -304,7 +305,7 @@ def _verify(path: Path, entry: Mapping[str, Any]) -> None:
 
 def _read(path: Path, manifest: Mapping[str, Any], name: str, piece: _Piece) -> None:
     """Fill a piece in place from every file that holds some of its rows."""
-    low, high, done = piece.first, piece.first + (len(piece.tensor) if piece.tensor.dim() else 1), 0
+    low, high, done = piece.first, piece.first + _length(piece.tensor), 0
     dtype = str(piece.tensor.dtype).removeprefix("torch.")
     for entry in manifest["files"]:
         saved = entry["tensors"].get(name)

@@ -202,7 +202,7 @@ class Embedding(Representation):
         self._group = process_group if dist.is_initialized() else None
         ranks = (dist.get_world_size(self._group), dist.get_rank(self._group)) if dist.is_initialized() else (1, 0)
         self._world_size = ranks[0]
-        if ranks[0] == 1 and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             warnings.warn(
                 f"table {name!r}: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialized, so each "
                 f"process makes a whole table of its own: call torch.distributed.init_process_group first",

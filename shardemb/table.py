@@ -95,7 +95,10 @@ class Table(nn.Module):
     def _watch(self, out: Tensor, rows: Tensor) -> None:
         """Remember ``rows`` when their gradient arrives: a lookup alone changes nothing."""
         if self._track and out.requires_grad:
-            out.register_hook(lambda grad: self._changed.add(rows))
+            out.register_hook(lambda grad: self._got_gradient(rows))
+
+    def _got_gradient(self, rows: Tensor) -> None:
+        self._changed.add(rows)
 
     @torch.no_grad()
     def constrain_(self, function: RowFunction, changed_only: bool) -> int:
@@ -138,9 +141,8 @@ class ParameterTable(Table):
         if track:
             _STEPPED.add(self)
 
-    def _watch(self, out: Tensor, rows: Tensor) -> None:
-        if self._track and out.requires_grad:
-            out.register_hook(lambda grad: self._waiting.add(rows))
+    def _got_gradient(self, rows: Tensor) -> None:
+        self._waiting.add(rows)
 
     def after_step(self, group: dict[str, Any]) -> None:
         """Take the rows with a gradient as changed; all rows if the optimizer moves the others too."""
