@@ -7,14 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardemb.coordinator import Coordinator
+    from shardemb import optim
+    from shardemb.coordinator import Coordinator, clip_grad_norm_
     from shardemb.embedding import Embedding, Representation
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
     from shardemb.plan import RowPlan
 
 __version__ = "0.1.0"
 
-__all__ = ["Coordinator", "Embedding", "FusedOptimizer", "Representation", "RowPlan", "RowWiseAdagrad", "__version__"]
+__all__ = [
+    "Coordinator",
+    "Embedding",
+    "FusedOptimizer",
+    "Representation",
+    "RowPlan",
+    "RowWiseAdagrad",
+    "__version__",
+    "clip_grad_norm_",
+    "optim",
+]
 
 _ROOMS = {
     "Coordinator": "coordinator",
@@ -23,10 +34,13 @@ _ROOMS = {
     "Representation": "embedding",
     "RowPlan": "plan",
     "RowWiseAdagrad": "optim",
+    "clip_grad_norm_": "coordinator",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return import_module("shardemb.optim")
     if name not in _ROOMS:
         raise AttributeError(f"module 'shardemb' has no attribute {name!r}")
     return getattr(import_module(f"shardemb.{_ROOMS[name]}"), name)

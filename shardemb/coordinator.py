@@ -1,5 +1,6 @@
 """The order of one training step, over all tables of a job."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardemb.embedding import Embedding
+from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only
 
 
 class Coordinator:
@@ -16,9 +18,11 @@ class Coordinator:
 
     1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers of a model), by mean,
        or by sum for a replicated table that says so. A collective, one all-reduce for all of them;
-    2. ``optimizer.step()`` of each optimizer (fused tables were updated in backward);
-    3. ``post_parameter_update()`` of each module that has one: tables constrain their own changed rows;
-    4. forget the gradients.
+    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks. A collective, one all-reduce;
+    3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward). Those of :mod:`shardemb.optim`
+       constrain the rows of sparse tables in the same pass, while they are in cache;
+    4. ``post_parameter_update()`` of each module that has one: tables constrain their own changed rows;
+    5. forget the gradients.
 
     The constructor is a collective too: it copies rank 0's values of the parameters and buffers that every rank holds
     whole to all ranks, as DistributedDataParallel does.
@@ -26,14 +30,22 @@ class Coordinator:
     Args:
         model: module that holds the tables.
         optimizers: over the model's parameters; none for fused tables alone.
+        max_grad_norm: clip gradients to this 2-norm in each step, see :func:`clip_grad_norm_`; None for no clipping.
 
     Raises:
         ValueError: an optimizer that moves rows which got no gradient (momentum, weight decay) over a sparse table with a
-            constrainer, so that touched rows alone would not do; a table on a process group of its own.
+            constrainer, so that touched rows alone would not do; a table on a process group of its own; clipping with a
+            fused table.
     """
 
-    def __init__(self, model: nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+        max_grad_norm: float | None = None,
+    ) -> None:
         self.model = model
+        self.max_grad_norm = max_grad_norm
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.tables = [module for module in model.modules() if isinstance(module, Embedding)]
         sharded: set[torch.Tensor] = set()
@@ -56,21 +68,29 @@ class Coordinator:
                 for tensor in [*model.parameters(), *model.buffers()]:
                     if tensor not in sharded:
                         dist.broadcast(tensor, 0)
+        if max_grad_norm is not None:
+            _check_clipping(self.tables, max_grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                moving = [key for key in ("momentum", "weight_decay") if group.get(key)]
                 named = [watched[p] for p in group["params"] if p in watched]
-                if moving and named:
+                if named and not moves_touched_rows_only(optimizer, group):
+                    moving = [f"{key}={group[key]}" for key in ("momentum", "weight_decay") if group.get(key)]
                     raise ValueError(
-                        f"table {named[0]!r}: {type(optimizer).__name__} with {moving[0]}={group[moving[0]]} moves rows that "
-                        f"got no gradient, so every step would constrain all rows: set it to 0, or use gradient='dense'"
+                        f"table {named[0]!r}: {type(optimizer).__name__} with {' and '.join(moving) or 'sparse gradients'} "
+                        f"moves rows that got no gradient, so every step would constrain all rows: use one of shardemb.optim "
+                        f"(their weight_decay is of touched rows), or gradient='dense'"
                     )
 
     def step(self) -> None:
-        """Do all four; see the class."""
+        """Do all five; see the class."""
         self._reduce()
+        if self.max_grad_norm is not None:
+            clip_grad_norm_(self.model, self.max_grad_norm)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if isinstance(optimizer, RowWiseOptimizer):
+                optimizer.step(constrain={key: f for table in self.tables for key, f in table.constrainer_in_step().items()})
+            else:
+                optimizer.step()
         for module in self.model.modules():
             update = getattr(module, "post_parameter_update", None)
             if callable(update):
@@ -93,3 +113,70 @@ class Coordinator:
                 grad = part.reshape(parameter.shape) / (1 if parameter in self._by_sum else dist.get_world_size())
                 if some:
                     parameter.grad = grad.to_sparse(1) if parameter in self._sparse else grad
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+    """Scale all gradients of a model so that their common norm is at most ``max_norm``, as torch.nn.utils.clip_grad_norm_.
+
+    The norm is that of the whole gradient: each row of a sharded table counts on the rank that owns it, after duplicates are
+    merged; what every rank holds whole (its gradients already reduced) counts once. A collective.
+
+    Args:
+        model: module that holds the tables.
+        max_norm: above 0.
+        norm_type: ``p`` of the norm; ``inf`` for the largest absolute value.
+
+    Returns:
+        The norm before clipping, the same on every rank; a NaN or infinite one leaves NaN or 0 in the gradients, as in torch.
+
+    Raises:
+        ValueError: ``max_norm`` or ``norm_type`` not above 0; a fused table, which has no gradient to scale; a table on a
+            process group of its own.
+    """
+    tables = [module for module in model.modules() if isinstance(module, Embedding)]
+    _check_clipping(tables, max_norm, norm_type)
+    mine = {p for table in tables if table.placement == "row_wise" for p in table.parameters()}
+    sharded: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
+    device = torch.device("cpu")
+    for parameter in model.parameters():
+        grad = parameter.grad
+        if grad is None:
+            continue
+        device = grad.device
+        if grad.is_sparse:
+            rows, values = merged_gradient(grad)
+            assert rows is not None
+            values = values.reshape(-1, *grad.shape[1:])
+            grad = torch.sparse_coo_tensor(rows[None], values, grad.shape, is_coalesced=True, check_invariants=False)
+            parameter.grad = grad
+            grad = grad._values()
+        (sharded if parameter in mine else whole).append(grad)
+    norms = [
+        torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=torch.float64) for g in grads])
+        if grads
+        else torch.zeros(1, dtype=torch.float64, device=device)
+        for grads in (sharded, whole)
+    ]
+    infinite = norm_type == math.inf
+    parts = [n.max() if infinite else n.pow(norm_type).sum() for n in norms]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(parts[0], dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM)
+    total = torch.maximum(*parts) if infinite else (parts[0] + parts[1]).pow(1 / norm_type)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own guard
+    for grad in sharded + whole:
+        grad.mul_(scale.to(grad.dtype))
+    return total
+
+
+def _check_clipping(tables: list[Embedding], max_norm: float, norm_type: float = 2.0) -> None:
+    if not max_norm > 0 or not norm_type > 0:
+        raise ValueError(f"gradient clipping: got max_norm={max_norm}, norm_type={norm_type}, expected both above 0")
+    for table in tables:
+        table.require_default_group("gradient clipping")
+        if table.gradient == "fused":
+            raise ValueError(
+                f"table {table.name!r}: gradient='fused' updates rows in backward, so there is no gradient to clip: use "
+                f"gradient='sparse' with shardemb.optim.RowWiseAdagrad, the same rule"
+            )

@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -99,8 +99,13 @@ class Embedding(Representation):
     Without an initialized ``torch.distributed`` it is one shard in this process. Within a group of several ranks the
     constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are collectives: every rank calls them, in
     the same order, each with its own ids (an empty tensor if it has none). As in PyKEEN, rows are N(0, 1) until
-    :meth:`reset_parameters` runs the initializer. A ``state_dict`` holds this rank's rows alone, without the fused optimizer's
-    state: to save and load over several ranks use :mod:`shardemb.checkpoint`.
+    :meth:`reset_parameters` runs the initializer. ``forward(None)`` aliases the rows in one process with dense gradients, or
+    without any; otherwise it is a copy, of all ranks' rows.
+
+    A ``state_dict`` (and a pickle) holds this rank's rows, and says which; the fused optimizer's state is only in a pickle.
+    ``load_state_dict`` takes it back, or the state dict of a whole table, pykeen.nn.Embedding's or torch.nn.Embedding's, of
+    which each rank keeps its part; :meth:`full_state_dict` is the way back. To save and load a job use
+    :mod:`shardemb.checkpoint`.
 
     Args:
         max_id: ids are 0 to ``max_id - 1``.
@@ -294,11 +299,63 @@ class Embedding(Representation):
     def _plain_forward(self, indices: Tensor | None = None) -> Tensor:
         table = self._embeddings
         if indices is None:
+            if self.plan.world_size == 1 and (self.gradient == "dense" or not torch.is_grad_enabled()):
+                return self._as_seen(table.weight, (self.max_id,))
             indices = torch.arange(self.max_id, device=table.weight.device)
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
         route = self._exchange.send_ids(flat, table.weight.device)
         rows = self._exchange.return_rows(table.lookup(route.rows), route)
         return self._as_seen(rows, tuple(indices.shape))
+
+    def constrainer_in_step(self) -> dict[Tensor, RowFunction]:
+        """Return, by Parameter, what a row-wise optimizer may apply to the rows ``(n, D)`` that it updates.
+
+        Empty if there is no constrainer, or if :meth:`post_parameter_update` has other rows to look at too.
+        """
+        if self.gradient != "sparse" or self.constrainer is None or not self._changed_only or self._embeddings.any_changed:
+            return {}
+        return {self._embeddings.weight: self._constrain_stored}
+
+    def full_state_dict(self, layout: Literal["pykeen", "torch"] = "pykeen") -> dict[str, Any]:
+        """Return the state of the whole table, on every rank. A collective; needs memory for all rows.
+
+        Args:
+            layout: "pykeen" for ``pykeen.nn.Embedding.load_state_dict``, "torch" for ``torch.nn.Embedding.load_state_dict``
+                (the weight alone, ``(V, D)``, complex rows as pairs of real numbers). This class's own loads both, at any
+                number of ranks.
+        """
+        weight = self._embeddings.weight.detach()
+        if self.plan.world_size > 1:
+            blocks = weight.new_empty(self.plan.world_size, self.plan.block, self.plan.dim)
+            mine = weight.new_zeros(self.plan.block, self.plan.dim)
+            mine[: len(weight)] = weight
+            dist.all_gather_into_tensor(blocks, mine, group=self._group)
+            weight = blocks.flatten(0, 1)[: self.max_id]
+        if layout == "torch":
+            return {"weight": weight}
+        mine_only = "_embeddings.rows"
+        state = {key: value for key, value in self.state_dict().items() if key != mine_only}
+        return state | {"_embeddings.weight": weight}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}weight" in state_dict:  # torch.nn.Embedding's name
+            state_dict[f"{prefix}_embeddings.weight"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._group is not None:
+            raise RuntimeError(f"table {self.name!r} lies on a process group of its own, so it cannot be copied or pickled")
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        here = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        saved = (self.plan.world_size, self.plan.rank)
+        if self.placement == "row_wise" and saved != here:
+            raise RuntimeError(
+                f"table {self.name!r}: got the rows of rank {saved[1]} of {saved[0]}, this is rank {here[1]} of {here[0]}: a "
+                f"pickle holds one rank's rows; to load at another number of ranks use shardemb.checkpoint or full_state_dict"
+            )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze the table, or let it train again."""

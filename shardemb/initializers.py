@@ -2,7 +2,9 @@
 
 A table is filled in fixed blocks of :data:`BLOCK_ROWS` global rows. Each block has its own random stream, and a rank
 makes every block that it holds a row of, whole, and keeps its part. So any initializer works, also a user's callable,
-as long as a row's value does not depend on how many rows the table has.
+as long as a row's value does not depend on how many rows the table has. Where it does, and the function is known, its
+scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes the whole table for itself once
+(orthogonal, sparse, eye, dirac).
 """
 
 import math
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import init
 
+from shardemb.metrics import free_bytes
 from shardemb.types import Initializer, normalize_name
 
 #: Rows that share one random stream. A constant of the format: another value gives other initial tables.
@@ -55,6 +58,20 @@ def init_phases(tensor: Tensor) -> Tensor:
     return torch.stack([phases.cos(), phases.sin()], dim=-1)
 
 
+def init_quaternions(tensor: Tensor) -> Tensor:
+    """Fill ``(n, *, d, 4)`` with quaternions of random modulus in [-s, s], s = 1 / sqrt(2 n prod(*)), and uniform phase.
+
+    PyKEEN's rule; Raises ValueError if the last dimension is not 4.
+    """
+    if tensor.dim() < 2 or tensor.shape[-1] != 4:
+        raise ValueError(f"shape must be (..., 4) but is {tensor.shape}.")
+    scale = 1 / math.sqrt(2 * math.prod(tensor.shape[:-2]))
+    modulus = scale * (2 * torch.rand(tensor.shape[:-1]) - 1)
+    phase = 2 * math.pi * torch.rand(tensor.shape[:-1])
+    imaginary = F.normalize(torch.rand(*tensor.shape[:-1], 3), dim=-1) * (modulus * phase.sin()).unsqueeze(-1)
+    return torch.cat([(modulus * phase.cos()).unsqueeze(-1), imaginary], dim=-1)
+
+
 class PretrainedInitializer:
     """Rows from a given tensor ``(V, *shape)``, as PyKEEN's class of the same name."""
 
@@ -70,12 +87,17 @@ class PretrainedInitializer:
 
 _BY_NAME: dict[str, Initializer] = {
     "constant": init.constant_,  # type: ignore[dict-item]  # its value comes as initializer_kwargs
+    "dirac": init.dirac_,
+    "eye": init.eye_,
     "initphases": init_phases,
+    "initquaternions": init_quaternions,
     "kaimingnormal": init.kaiming_normal_,
     "kaiminguniform": init.kaiming_uniform_,
     "normal": init.normal_,
     "normalnorm": normal_norm_,
     "ones": init.ones_,
+    "orthogonal": init.orthogonal_,
+    "sparse": init.sparse_,  # type: ignore[dict-item]  # its sparsity comes as initializer_kwargs
     "truncnormal": init.trunc_normal_,
     "uniform": init.uniform_,
     "uniformnorm": uniform_norm_,
@@ -85,8 +107,17 @@ _BY_NAME: dict[str, Initializer] = {
     "xavieruniformnorm": xavier_uniform_norm_,
     "zeros": init.zeros_,
 }
-#: Values that depend on the number of rows, or on which rows stand together.
-_NOT_ROW_LOCAL = {"dirac", "eye", "initquaternions", "orthogonal", "sparse"}
+#: Rows that depend on which other rows there are: each rank makes the whole table.
+_WHOLE_TABLE = {init.dirac_, init.eye_, init.orthogonal_, init.sparse_}
+
+
+def _row_count_scale(function: Any, kwargs: Mapping[str, Any], rows: int, total: int, shape: tuple[int, ...]) -> float:
+    """Return what turns values made for ``rows`` rows into those for ``total``, for functions that look at the number."""
+    field = math.prod(shape[1:])  # torch's fans: fan_in = shape[0] * field, fan_out = rows * field
+    if function in (init.xavier_uniform_, init.xavier_normal_):
+        return math.sqrt((shape[0] + rows) / (shape[0] + total)) if shape and field else 1.0
+    by_fan_out = function in (init.kaiming_uniform_, init.kaiming_normal_) and kwargs.get("mode") == "fan_out"
+    return math.sqrt(rows / total) if by_fan_out or (function is init_quaternions and len(shape) > 1) else 1.0
 
 
 def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> Initializer:
@@ -94,20 +125,19 @@ def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> I
 
     Raises:
         KeyError: an unknown name.
-        ValueError: a known one whose rows depend on the number of rows, so that no shard can make its own.
         TypeError: neither a name nor a callable.
     """
     if initializer is None:
         function: Any = init.normal_
     elif callable(initializer):
         function = initializer
+        if (getattr(function, "__module__", None), getattr(function, "__name__", None)) == (
+            "pykeen.nn.init",
+            "init_quaternions",
+        ):
+            function = init_quaternions  # the same rule, whose dependence on the row count is known here
     elif isinstance(initializer, str):
         key = normalize_name(initializer)
-        if key in _NOT_ROW_LOCAL:
-            raise ValueError(
-                f"initializer {initializer!r} makes rows that depend on the whole table, so shards cannot make their "
-                f"own: make the tensor once and pass it with Embedding.from_pretrained"
-            )
         if key not in _BY_NAME:
             raise KeyError(f"{initializer} is an invalid. Try one of: {sorted(_BY_NAME)}")
         function = _BY_NAME[key]
@@ -130,6 +160,7 @@ def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], fir
 
     Raises:
         ValueError: the initializer returned another shape, or a pretrained tensor does not fit the table.
+        MemoryError: an initializer that needs the whole table, which does not fit.
     """
     pretrained = getattr(initializer, "tensor", None)
     if isinstance(pretrained, Tensor):  # PyKEEN's PretrainedInitializer and its subclasses: rows by id
@@ -139,13 +170,38 @@ def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], fir
         out.copy_(real[first : first + len(out)].reshape(out.shape))
         return
     last = first + len(out)
+    function, kwargs = (initializer.func, initializer.keywords) if isinstance(initializer, partial) else (initializer, {})
+    whole = function in _WHOLE_TABLE
+    size = max(1, total) if whole else BLOCK_ROWS
+    # even a rank without rows lets the initializer look at an empty block: what it refuses, it refuses on every rank
+    blocks = range(0, 1) if whole or last == first else range(first // size, -(-last // size))
     with torch.random.fork_rng(devices=[]):
-        for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
-            start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, total)
+        for block in blocks:
+            start, stop = block * size, min((block + 1) * size, total)
             torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0]))
-            empty = torch.zeros(stop - start, *shape, dtype=out.dtype)
-            rows = initializer(empty)
-            if rows.numel() != empty.numel():
-                raise ValueError(f"initializer {initializer} returned shape {tuple(rows.shape)} for {tuple(empty.shape)}")
+            rows = _make(initializer, torch.zeros(stop - start, *shape, dtype=out.dtype), whole)
+            scale = _row_count_scale(function, kwargs, stop - start, total, shape)
             low, high = max(start, first), min(stop, last)
-            out[low - first : high - first] = rows.reshape(stop - start, -1)[low - start : high - start]
+            part = rows[low - start : high - start]
+            out[low - first : high - first] = part if scale == 1 else part * scale
+
+
+def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
+    """Return the rows ``(n, D)`` that an initializer makes of empty ones ``(n, *shape)``."""
+    threads = torch.get_num_threads()
+    if whole:
+        need, free = 3 * empty.numel() * empty.itemsize, free_bytes(empty.device)  # orthogonal: input, copy, factor
+        if free is not None and need > free:
+            raise MemoryError(
+                f"initializer {initializer} makes the whole table at once, {tuple(empty.shape)}: about {need:,} bytes, "
+                f"{free:,} are free: use another one, or save the rows and load them with Embedding.load_state_dict"
+            )
+        torch.set_num_threads(1)  # a factorization on other numbers of threads has other last bits
+    try:
+        rows = initializer(empty)
+    finally:
+        if whole:
+            torch.set_num_threads(threads)
+    if rows.numel() != empty.numel():
+        raise ValueError(f"initializer {initializer} returned shape {tuple(rows.shape)} for {tuple(empty.shape)}")
+    return rows.reshape(len(empty), math.prod(empty.shape[1:]))

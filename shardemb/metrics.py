@@ -1,9 +1,12 @@
-"""A run's figures: one JSON object a line while it goes, one picture of them."""
+"""A run's figures: one JSON object a line while it goes, one picture of them; and the memory that is free."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shardemb.files import replacing
 
@@ -66,3 +69,14 @@ def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
     right.set(ylabel="filtered MRR", ylim=(0, 1.15 * best))
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device now, shared by the ranks of this machine; None where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,68 +1,252 @@
-"""Row-wise optimizers: one class for Parameters, one specification for what FBGEMM updates in backward."""
+"""Row-wise optimizers: for a shard's Parameter with a sparse gradient, and a specification of what FBGEMM does in backward.
 
-from collections.abc import Callable, Iterable
+Each is an ordinary ``torch.optim.Optimizer``. A step merges the duplicates of a sparse gradient once, then goes over the
+touched rows in chunks that stay in cache: read, decay, update, constrain (if the coordinator asks for it), write. Rows that
+got no gradient are not looked at; nor are their moments decayed ("lazy", as torch.optim.SparseAdam). A dense gradient
+touches all rows.
+
+No class has the name of one in torch.optim: PyKEEN's class_resolver, which finds every subclass of Optimizer by its name,
+could not be imported any more. So ``pipeline(optimizer="RowWiseAdagrad")`` works if this module was imported before PyKEEN.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from shardemb.types import RowFunction
 
 #: Rows updated at a time: 512 to 2048 keep them in cache, which halves the time.
 CHUNK_ROWS = 2048
 
 
-class RowWiseAdagrad(torch.optim.Optimizer):
-    """Adagrad with one accumulator a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
+class RowWiseOptimizer(torch.optim.Optimizer):
+    """An update rule whose result for a row depends on this row, its gradient and its state alone.
 
-    The rule is FBGEMM's EXACT_ROWWISE_ADAGRAD (one update a row and step, gradients of duplicate ids summed first), so
-    this class gives what the fused kernel gives. Takes sparse gradients, whose untouched rows cost nothing, and dense
-    ones.
+    Subclasses give :attr:`state_per_row` and :meth:`update_rows`.
 
     Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        eps: added to the root; torch.optim.Adagrad's 1e-10.
+        params: parameters ``(R, ...)``, or groups of them.
+        defaults: hyper-parameters; ``lr``, ``eps`` and ``weight_decay`` must not be negative, ``betas`` lie in [0, 1).
 
     Raises:
-        ValueError: a negative ``lr`` or ``eps``.
+        ValueError: a hyper-parameter out of its range.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.1, eps: float = 1e-10) -> None:
-        if lr < 0 or eps < 0:
-            raise ValueError(f"got lr={lr}, eps={eps}, expected both to be at least 0")
-        super().__init__(params, {"lr": lr, "eps": eps})
+    #: what is kept: name, and whether it is one number a row, or one for each of the row's
+    state_per_row: ClassVar[dict[str, bool]] = {}
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            check_hyperparameters(type(self).__name__, group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the rows that have a gradient; returns what ``closure`` returns."""
+    def step(self, closure: Callable[[], Any] | None = None, constrain: Mapping[Tensor, RowFunction] | None = None) -> Any:
+        """Update the rows that have a gradient.
+
+        Args:
+            closure: computes the gradients anew.
+            constrain: functions of rows ``(n, D)``, by parameter; applied to the updated rows before they are written.
+
+        Returns:
+            What ``closure`` returned.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["sum"] = parameter.new_zeros(len(parameter))
-                self._update(parameter, parameter.grad, state["sum"], group["lr"], group["eps"])
+                if parameter.grad is not None:
+                    self._step_one(parameter, group, (constrain or {}).get(parameter))
         return loss
 
-    @staticmethod
-    def _update(weight: Tensor, grad: Tensor, total: Tensor, lr: float, eps: float) -> None:
-        if not grad.is_sparse:
-            total += grad.reshape(len(grad), -1).square().mean(1) if grad.numel() else 0
-            scale = (total.sqrt() + eps).reshape(-1, *[1] * (grad.dim() - 1))
-            weight.sub_(lr * grad / scale)
-            return
-        merged = grad.coalesce()
-        rows, values = merged.indices()[0], merged.values()
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk, g = rows[start : start + CHUNK_ROWS], values[start : start + CHUNK_ROWS]
-            s = total.index_select(0, chunk) + g.reshape(len(g), -1).square().mean(1)
-            total.index_copy_(0, chunk, s)
-            weight.index_add_(0, chunk, g / (s.sqrt() + eps).reshape(-1, *[1] * (g.dim() - 1)), alpha=-lr)
+    def _step_one(self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name, per_row in self.state_per_row.items():
+                state[name] = parameter.new_zeros(parameter.shape[:1]) if per_row else torch.zeros_like(parameter)
+        state["step"] += 1
+        assert parameter.grad is not None
+        rows, grad = merged_gradient(parameter.grad)
+        tensors = [_as_rows(tensor.detach()) for tensor in (parameter, *(state[name] for name in self.state_per_row))]
+        for start in range(0, len(grad), CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, len(grad))
+            chunk = None if rows is None else rows[start:stop]
+            # a slice is a view, index_select a copy that is written back
+            parts = [t[start:stop] if chunk is None else t.index_select(0, chunk) for t in tensors]
+            weight = parts[0]
+            if group["weight_decay"]:
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            kept = dict(zip(self.state_per_row, parts[1:], strict=True))
+            self.update_rows(weight, grad[start:stop], kept, group, state["step"])
+            if constrain is not None:
+                weight.copy_(constrain(weight))
+            if chunk is not None:
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.index_copy_(0, chunk, part)
+
+    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+        """Change rows and state in place.
+
+        Args:
+            weight: ``(n, D)``.
+            grad: ``(n, D)``, not to be changed.
+            state: ``(n, 1)`` or ``(n, D)`` by name.
+            group: hyper-parameters.
+            step: steps of this parameter so far, this one included.
+        """
+        raise NotImplementedError
+
+
+def merged_gradient(grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return the touched rows ``(n,)``, each once, ascending, and their summed gradients ``(n, D)``; rows None for all."""
+    if not grad.is_sparse:
+        return None, _as_rows(grad.contiguous())
+    rows, values = grad._indices()[0], _as_rows(grad._values().contiguous())
+    if grad.is_coalesced():
+        return rows, values
+    # half the time of coalesce() at 65536 rows; adds duplicates in the order in which they were looked up
+    unique, inverse = rows.unique(return_inverse=True)
+    return unique, values.new_zeros(len(unique), values.shape[1]).index_add_(0, inverse, values)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """View a tensor ``(R, ...)`` as ``(R, D)``; one number is one row."""
+    num_rows = tensor.shape[0] if tensor.dim() else 1
+    return tensor.view(num_rows, math.prod(tensor.shape[1:]))
+
+
+def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether a step on a sparse gradient leaves all other rows as they are; False where that is not known."""
+    if isinstance(optimizer, RowWiseOptimizer):
+        return True
+    known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad | torch.optim.SparseAdam)
+    return known and not group.get("momentum") and not group.get("weight_decay")
+
+
+def check_hyperparameters(who: str, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a rate, eps, decay or beta out of its range."""
+    for key in ("lr", "eps", "weight_decay"):
+        if key in values and not 0 <= values[key] < math.inf:
+            raise ValueError(f"{who}: got {key}={values[key]}, expected a finite number, at least 0")
+    if "betas" in values and not all(0 <= beta < 1 for beta in values["betas"]):
+        raise ValueError(f"{who}: got betas={values['betas']}, expected two numbers, at least 0 and below 1")
+
+
+class SparseSGD(RowWiseOptimizer):
+    """``w -= lr * g`` for touched rows. Momentum would move the others too; torch.optim.SGD has it, for dense gradients.
+
+    Args:
+        params: parameters ``(R, ...)``.
+        lr: learning rate.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+        """See the class."""
+        weight.add_(grad, alpha=-group["lr"])
+
+
+class SparseAdagrad(RowWiseOptimizer):
+    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)`` (Duchi et al. 2011), as torch.optim.Adagrad on sparse gradients.
+
+    Args:
+        params: parameters ``(R, ...)``.
+        lr: learning rate.
+        eps: added to the root.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+    """
+
+    state_per_row: ClassVar[dict[str, bool]] = {"sum": False}
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+
+    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+        """See the class."""
+        root = state["sum"].addcmul_(grad, grad).sqrt().add_(group["eps"])
+        weight.addcdiv_(grad, root, value=-group["lr"])
+
+
+class RowWiseAdagrad(RowWiseOptimizer):
+    """Adagrad with one accumulator a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
+
+    The rule is FBGEMM's EXACT_ROWWISE_ADAGRAD (one update a row and step, gradients of duplicate ids summed first), so
+    this class gives what the fused kernel gives.
+
+    Args:
+        params: parameters ``(R, ...)``.
+        lr: learning rate.
+        eps: added to the root; torch.optim.Adagrad's 1e-10.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+    """
+
+    state_per_row: ClassVar[dict[str, bool]] = {"sum": True}
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.1, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+
+    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+        """See the class."""
+        if grad.shape[1]:  # the mean of no numbers is NaN
+            state["sum"].add_(grad.square().mean(1, keepdim=True))
+        weight.addcdiv_(grad, state["sum"].sqrt().add_(group["eps"]), value=-group["lr"])
+
+
+class LazyAdam(RowWiseOptimizer):
+    """Adam (Kingma & Ba 2015) that leaves untouched rows and their moments alone: torch.optim.SparseAdam's rule.
+
+    Bias correction counts the parameter's steps, not the row's.
+
+    Args:
+        params: parameters ``(R, ...)``.
+        lr: learning rate.
+        betas: decay of the first and second moment.
+        eps: added to the root.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+    """
+
+    state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": False}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+        """See the class."""
+        beta1, beta2 = group["betas"]
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+        if self.state_per_row["exp_avg_sq"]:
+            square = grad.square().mean(1, keepdim=True) if grad.shape[1] else grad.new_zeros(len(grad), 1)
+        else:
+            square = grad.square()
+        # SparseAdam adds eps before the second bias correction, torch.optim.Adam after it
+        root = state["exp_avg_sq"].lerp_(square, 1 - beta2).sqrt().add_(group["eps"])
+        weight.addcdiv_(mean, root, value=-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
+
+
+class RowWiseAdam(LazyAdam):
+    """:class:`LazyAdam` with one second moment a row, of ``mean(g^2)``: FBGEMM's PARTIAL_ROWWISE_ADAM, half of Adam's memory.
+
+    Args: as :class:`LazyAdam`.
+    """
+
+    state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": True}
 
 
 @dataclass(frozen=True)
@@ -75,15 +259,21 @@ class FusedOptimizer:
     lr: float = 0.1
     #: added to Adagrad's root; torch's 1e-10, not FBGEMM's 1e-8
     eps: float = 1e-10
+    #: refused unless 0: FBGEMM would ignore it
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adagrad", "rowwise_adagrad"):
             raise ValueError(
-                f"got fused optimizer {self.name!r}, expected 'sgd', 'adagrad' or 'rowwise_adagrad'; "
-                f"for others use gradient='sparse' with a torch.optim optimizer"
+                f"got fused optimizer {self.name!r}, expected 'sgd', 'adagrad' or 'rowwise_adagrad'; for others use "
+                f"gradient='sparse' with one of shardemb.optim or torch.optim"
             )
-        if self.lr < 0 or self.eps < 0:
-            raise ValueError(f"got lr={self.lr}, eps={self.eps}, expected both to be at least 0")
+        check_hyperparameters("FusedOptimizer", vars(self))
+        if self.weight_decay:
+            raise ValueError(
+                f"got weight_decay={self.weight_decay} for a fused optimizer, which FBGEMM would silently ignore: use "
+                f"gradient='sparse' with e.g. shardemb.optim.RowWiseAdagrad(parameters, weight_decay=...)"
+            )
 
     @property
     def state_columns(self) -> int | None:

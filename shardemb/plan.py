@@ -5,12 +5,12 @@ Rows lie in contiguous blocks of ``ceil(V / W)``, the only layout that TorchRec'
 the vocabulary shuffles them, so that the popular ones do not share a block.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from shardemb.metrics import free_bytes
 
 if TYPE_CHECKING:
     from torchrec.distributed.types import ParameterSharding
@@ -89,14 +89,3 @@ class RowPlan:
             ranks=list(range(self.world_size)),
             sharding_spec=EnumerableShardingSpec(shards),
         )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device now, shared by the ranks of this machine; None where it cannot be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

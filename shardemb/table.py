@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from shardemb.optim import FusedOptimizer
+from shardemb.optim import FusedOptimizer, moves_touched_rows_only
 from shardemb.plan import RowPlan
 from shardemb.types import RowFunction
 
@@ -37,6 +37,9 @@ class _RowSet:
 
     def add_all(self) -> None:
         self._batches, self._count = None, self._num_rows
+
+    def __bool__(self) -> bool:
+        return self._count > 0
 
     def merge(self, other: "_RowSet") -> None:
         if other._batches is None:
@@ -84,12 +87,50 @@ class Table(nn.Module):
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`optimizer_state` gave."""
 
+    @property
+    def any_changed(self) -> bool:
+        """Whether rows changed that no :meth:`constrain_` has seen."""
+        return bool(self._changed)
+
     def touch_all(self) -> None:
         """Take every row as changed."""
         self._changed.add_all()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _rows_entry(self) -> Tensor:
+        """Which rows the weight is: the first one, one past the last, and how many the whole table has; ``(3,)``."""
+        return torch.tensor([self.plan.first, self.plan.first + self.plan.num_local, self.plan.num_rows])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.plan.world_size > 1:
+            destination[f"{prefix}rows"] = self._rows_entry()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take this rank's rows as they were saved here, or its part of a whole table."""
+        rows, weight = state_dict.pop(f"{prefix}rows", None), state_dict.get(f"{prefix}weight")
+        expected = self._rows_entry()
+        whole = isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == self.plan.num_rows
+        if rows is not None and rows.tolist() != expected.tolist():
+            first, last, total = rows.tolist()
+            error_msgs.append(
+                f"table {self.plan.table!r}, rank {self.plan.rank} of {self.plan.world_size}: got rows {first} to {last} of "
+                f"{total}, expected {expected[0]} to {expected[1]} of {expected[2]}: to load at another number of ranks use "
+                f"shardemb.checkpoint, or save Embedding.full_state_dict()"
+            )
+            return
+        if rows is None and whole:
+            assert weight is not None
+            state_dict[f"{prefix}weight"] = weight[expected[0] : expected[1]]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.touch_all()
 
     def _watch(self, out: Tensor, rows: Tensor) -> None:
@@ -141,14 +182,25 @@ class ParameterTable(Table):
         if track:
             _STEPPED.add(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._track:
+            _STEPPED.add(self)
+
     def _got_gradient(self, rows: Tensor) -> None:
         self._waiting.add(rows)
 
-    def after_step(self, group: dict[str, Any]) -> None:
-        """Take the rows with a gradient as changed; all rows if the optimizer moves the others too."""
-        self._changed.merge(self._waiting)
+    def after_step(self, moved_others: bool, constrained: bool) -> None:
+        """Take the rows with a gradient as changed.
+
+        Args:
+            moved_others: the optimizer changed other rows too.
+            constrained: it has constrained what it changed.
+        """
+        if not constrained:
+            self._changed.merge(self._waiting)
         self._waiting = _RowSet(self.plan.num_local)
-        if group.get("momentum") or group.get("weight_decay"):
+        if moved_others:
             self.touch_all()
 
     def _take_changed(self) -> Tensor | None:
@@ -167,10 +219,12 @@ _STEPPED: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    constrained = kwargs.get("constrain") or {}
     for table in _STEPPED:
         for group in optimizer.param_groups:
             if any(parameter is table.weight for parameter in group["params"]):
-                table.after_step(group)
+                dense = table.weight.grad is not None and not table.weight.grad.is_sparse  # a loss on the weight itself
+                table.after_step(dense or not moves_touched_rows_only(optimizer, group), table.weight in constrained)
 
 
 # each optimizer's step tells the tables: post_parameter_update alone cannot know whether rows were updated before it
@@ -208,6 +262,12 @@ class FusedTable(Table):
                 f"table {plan.table!r}: got dtype {dtype} with gradient='fused', FBGEMM trains float32 and float16: "
                 f"use one of these, or gradient='sparse'"
             )
+        self.optimizer, self.trainable = optimizer, trainable
+        self._lr = optimizer.lr
+        self._build(dtype, device)
+
+    def _build(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Make FBGEMM's module, and :attr:`weight`, which is a view of its rows."""
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -215,6 +275,7 @@ class FusedTable(Table):
             SplitTableBatchedEmbeddingBagsCodegen,
         )
 
+        plan, optimizer = self.plan, self.optimizer
         columns = max(4, -(-plan.dim // 4) * 4)
         state = optimizer.state_columns
         plan.check_fits(dtype.itemsize, device, 4 * (columns if state is None else state))
@@ -236,7 +297,7 @@ class FusedTable(Table):
                 "adagrad": EmbOptimType.EXACT_ADAGRAD,
                 "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             }[optimizer.name],
-            learning_rate=optimizer.lr * math.sqrt(self._mean_share),
+            learning_rate=self._lr * math.sqrt(self._mean_share),
             eps=optimizer.eps * math.sqrt(self._mean_share),
             weights_precision=precision,
             output_dtype=precision,
@@ -246,10 +307,22 @@ class FusedTable(Table):
             device=device,
         )
         self.__dict__["_tbe"] = tbe  # no submodule: its parameters are not for an optimizer, nor for the state dict
-        self.optimizer, self.trainable = optimizer, trainable
         self.register_buffer("weight", tbe.split_embedding_weights()[0][: plan.num_local, : plan.dim])
         self._offsets = torch.arange(1, device=device)
         self._pending: weakref.ref[_Pending] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy rows and optimizer state; FBGEMM's module is made anew by whoever takes them."""
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_tbe", "_buffers", "_pending")}
+        return state | {"_rows": self.weight.detach().clone(), "_optimizer_state": self.optimizer_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rows, optimizer_state = state.pop("_rows"), state.pop("_optimizer_state")
+        super().__setstate__(state | {"_buffers": {}})
+        self._build(rows.dtype, rows.device)
+        with torch.no_grad():
+            self.weight.copy_(rows)
+        self.load_optimizer_state(optimizer_state)
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; backward updates the rows.
@@ -286,6 +359,7 @@ class FusedTable(Table):
 
     def set_learning_rate(self, lr: float) -> None:
         """Change the learning rate of the updates that the next backward makes."""
+        self._lr = lr
         self._tbe.set_learning_rate(lr * math.sqrt(self._mean_share))
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ must treat each row alone; :func:`probe_constrainer` checks that when the table 
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -89,7 +89,9 @@ def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: t
             f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table, which no shard has: "
             f"pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"
         )
-    idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)]
+    with warnings.catch_warnings():  # what the function has to say, it says when it is used
+        warnings.simplefilter("ignore")
+        idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)]
     return all(idempotent)
 
 
@@ -131,13 +133,15 @@ class Regularizer(nn.Module):
     Args:
         weight: factor of the term.
         apply_only_once: count only the first ``update`` between two pops.
+        parameters: tensors that every pop adds the terms of, too.
     """
 
     weight: Tensor
     regularization_term: Tensor
 
-    def __init__(self, weight: float = 1.0, apply_only_once: bool = False) -> None:
+    def __init__(self, weight: float = 1.0, apply_only_once: bool = False, parameters: Iterable[Tensor] | None = None) -> None:
         super().__init__()
+        self.tracked_parameters = list(parameters) if parameters else []
         self.register_buffer("weight", torch.as_tensor(weight))
         self.register_buffer("regularization_term", torch.zeros(1))
         self.apply_only_once = apply_only_once
@@ -155,6 +159,11 @@ class Regularizer(nn.Module):
             self.regularization_term = self.regularization_term + self(x)
         self.updated = True
 
+    @property
+    def term(self) -> Tensor:
+        """The weighted term so far, ``(1,)``."""
+        return self.weight * self.regularization_term
+
     def reset(self) -> None:
         """Forget the term."""
         self.regularization_term = torch.zeros_like(self.regularization_term, requires_grad=False)
@@ -162,7 +171,9 @@ class Regularizer(nn.Module):
 
     def pop_regularization_term(self) -> Tensor:
         """Return the weighted term ``(1,)`` for the loss, and start anew."""
-        term = self.weight * self.regularization_term
+        if self.tracked_parameters:
+            self.update(*self.tracked_parameters)
+        term = self.term
         self.reset()
         return term
 
@@ -178,6 +189,10 @@ class NoRegularizer(Regularizer):
 
     def update(self, *tensors: Tensor) -> None:
         """Do nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return 0."""
+        return x.new_zeros(1)
 
 
 class LpRegularizer(Regularizer):
@@ -214,10 +229,64 @@ class NormLimitRegularizer(Regularizer):
         return (_reduce(x, self.p, self.dim, False, not self.power_norm) - self.max_norm).relu().sum()
 
 
+class OrthogonalityRegularizer(Regularizer):
+    """Soft orthogonality of two tensors (Wang et al. 2014, TransH): sum of what squared cosines exceed ``epsilon`` by.
+
+    As in PyKEEN, :meth:`update` takes exactly two tensors, so a model calls it, not a single representation.
+    """
+
+    def __init__(self, *, weight: float = 1.0, apply_only_once: bool = True, epsilon: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(weight=weight, apply_only_once=apply_only_once, **kwargs)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise NotImplementedError: one tensor is not orthogonal to anything."""
+        raise NotImplementedError(f"{type(self).__name__} regularizer is order-sensitive!")
+
+    def update(self, *tensors: Tensor) -> None:
+        """Add the term of two tensors ``(..., d)``; ValueError for another number of them."""
+        if len(tensors) != 2:
+            raise ValueError(f"Expects exactly two tensors, got {len(tensors)}")
+        if self.apply_only_once and self.updated:
+            return
+        cosine = F.cosine_similarity(*tensors, dim=-1)
+        self.regularization_term = self.regularization_term + cosine.pow(2).subtract(self.epsilon).relu().sum()
+        self.updated = True
+
+
+class CombinedRegularizer(Regularizer):
+    """Mean of several regularizers, weighted by their weights.
+
+    Args:
+        regularizers: at least one, none of them a :class:`NoRegularizer` (TypeError).
+        total_weight: of the mean.
+        kwargs: of :class:`Regularizer`.
+    """
+
+    normalization_factor: Tensor
+
+    def __init__(self, regularizers: Iterable[Any], total_weight: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(weight=total_weight, **kwargs)
+        self.regularizers = nn.ModuleList(regularizers)
+        if any(isinstance(r, NoRegularizer) for r in self.regularizers):
+            raise TypeError("Can not combine a no-op regularizer")
+        self.register_buffer("normalization_factor", torch.as_tensor(sum(self._weights())).reciprocal())
+
+    def _weights(self) -> list[Tensor]:
+        return [r.weight for r in self.regularizers]  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the weighted mean of the terms."""
+        terms = [weight * r(x) for weight, r in zip(self._weights(), self.regularizers, strict=True)]
+        return self.normalization_factor * torch.stack(terms).sum()
+
+
 _REGULARIZERS: dict[str, type[Regularizer]] = {
+    "combined": CombinedRegularizer,
     "lp": LpRegularizer,
     "no": NoRegularizer,
     "normlimit": NormLimitRegularizer,
+    "orthogonality": OrthogonalityRegularizer,
     "powersum": PowerSumRegularizer,
 }
 

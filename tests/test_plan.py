@@ -3,7 +3,8 @@ import torch
 import torch.distributed as dist
 
 import shardemb
-from shardemb.plan import RowPlan, free_bytes
+from shardemb.metrics import free_bytes
+from shardemb.plan import RowPlan
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 501])
