@@ -44,7 +44,7 @@ class Representation(nn.Module):
         dropout: float | None = None,
         unique: bool | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): the bridge's next class is PyKEEN's Representation
         self.max_id = max_id
         self.shape = _as_shape(shape)
         self.normalizer: RowFunction | None = resolve_normalizer(normalizer, normalizer_kwargs)
@@ -199,6 +199,8 @@ class Embedding(Representation):
         stored = torch.empty(0, dtype=dtype).real.dtype if self.is_complex else dtype
         self.initializer: Initializer = resolve_initializer(initializer, initializer_kwargs)
         self.constrainer: RowFunction | None = resolve_constrainer(constrainer, constrainer_kwargs)
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise RuntimeError(f"table {name!r}: got dtype {dtype}, expected a floating point or complex one")
         # replicas also get the rows that other ranks changed, which this one has not seen
         self._changed_only = gradient != "dense" and placement == "row_wise"
         if self.constrainer is not None:
@@ -326,11 +328,11 @@ class Embedding(Representation):
         """
         weight = self._embeddings.weight.detach()
         if self.plan.world_size > 1:
-            blocks = weight.new_empty(self.plan.world_size, self.plan.block, self.plan.dim)
+            blocks = weight.new_empty(self.plan.world_size * self.plan.block, self.plan.dim)
             mine = weight.new_zeros(self.plan.block, self.plan.dim)
             mine[: len(weight)] = weight
-            dist.all_gather_into_tensor(blocks, mine, group=self._group)
-            weight = blocks.flatten(0, 1)[: self.max_id]
+            dist.all_gather(list(blocks.split(self.plan.block)), mine, group=self._group)
+            weight = blocks[: self.max_id]
         if layout == "torch":
             return {"weight": weight}
         mine_only = "_embeddings.rows"

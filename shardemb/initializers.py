@@ -38,7 +38,19 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0) -> Tensor:
 
 def xavier_uniform_norm_(tensor: Tensor) -> Tensor:
     """Unit vectors of uniform direction cosines; the scale of Glorot's rule, which uses the row count, cancels."""
+    _require_rows_of_numbers(tensor)
     return F.normalize(init.uniform_(tensor, -1.0, 1.0))
+
+
+def xavier_normal_norm_(tensor: Tensor) -> Tensor:
+    """Unit vectors of uniform direction; the scale of Glorot's rule, which uses the row count, cancels."""
+    _require_rows_of_numbers(tensor)
+    return F.normalize(init.normal_(tensor))
+
+
+def _require_rows_of_numbers(tensor: Tensor) -> None:
+    if tensor.dim() < 2:  # as torch says it, whose rule needs two fans
+        raise ValueError("Fan in and fan out can not be computed for tensor with fewer than 2 dimensions")
 
 
 def normal_norm_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -102,7 +114,7 @@ _BY_NAME: dict[str, Initializer] = {
     "uniform": init.uniform_,
     "uniformnorm": uniform_norm_,
     "xaviernormal": xavier_normal_,
-    "xaviernormalnorm": normal_norm_,
+    "xaviernormalnorm": xavier_normal_norm_,
     "xavieruniform": xavier_uniform_,
     "xavieruniformnorm": xavier_uniform_norm_,
     "zeros": init.zeros_,

@@ -22,9 +22,8 @@ def complex_normalize(x: Tensor) -> Tensor:
     if torch.is_complex(x):
         return x / x.abs().clamp_min(torch.finfo(x.dtype).eps)
     warnings.warn("Applying complex_normalize on non-complex input: pairs of the last dimension are taken.", stacklevel=2)
-    pairs = x.view(*x.shape[:-1], -1, 2)
-    norm = (pairs**2).sum(dim=-1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).eps)
-    return (pairs / norm).view(x.shape)
+    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(complex_normalize(pairs)).view(x.shape)
 
 
 def clamp_norm(x: Tensor, maxnorm: float, p: str | float = "fro", dim: int | tuple[int, ...] | None = None) -> Tensor:
@@ -91,7 +90,11 @@ def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: t
         )
     with warnings.catch_warnings():  # what the function has to say, it says when it is used
         warnings.simplefilter("ignore")
-        idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)]
+        try:
+            idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)]
+        except Exception as error:
+            error.add_note(f"table {table!r}: constrainer {constrainer} was tried on 8 rows of shape {shape} and {dtype}")
+            raise
     return all(idempotent)
 
 
@@ -143,7 +146,7 @@ class Regularizer(nn.Module):
         super().__init__()
         self.tracked_parameters = list(parameters) if parameters else []
         self.register_buffer("weight", torch.as_tensor(weight))
-        self.register_buffer("regularization_term", torch.zeros(1))
+        self.register_buffer("regularization_term", torch.zeros(1, dtype=torch.float32))
         self.apply_only_once = apply_only_once
         self.updated = False
 
@@ -298,7 +301,7 @@ def resolve_regularizer(regularizer: Any, kwargs: Mapping[str, Any] | None) -> n
         KeyError: an unknown name.
         TypeError: anything else.
     """
-    if regularizer is None or isinstance(regularizer, nn.Module):
+    if regularizer is None or (hasattr(regularizer, "update") and not isinstance(regularizer, type)):
         return regularizer
     if isinstance(regularizer, str):
         key = normalize_name(regularizer).removesuffix("regularizer")

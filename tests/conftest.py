@@ -6,7 +6,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,7 +19,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo"])
 
 
-def _rank_main(channel: Connection, rank: int, world_size: int, store: str, fn: Callable[..., Any], args: tuple) -> None:
+def _rank_main(channel: Connection, rank: int, world_size: int, store: str) -> None:
+    """Run what comes down the channel until it is closed."""
     import torch
     import torch.distributed as dist
 
@@ -29,7 +30,12 @@ def _rank_main(channel: Connection, rank: int, world_size: int, store: str, fn: 
         if world_size > 1:
             timeout = timedelta(seconds=30)
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
-        channel.send_bytes(pickle.dumps((True, fn(rank, world_size, *args))))
+        while True:
+            try:
+                fn, args = pickle.loads(channel.recv_bytes())
+            except EOFError:
+                break
+            channel.send_bytes(pickle.dumps((True, fn(rank, world_size, *args))))
         if world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -37,51 +43,95 @@ def _rank_main(channel: Connection, rank: int, world_size: int, store: str, fn: 
         channel.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
-def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
-    """Run ``fn(rank, world_size, *args)`` on every rank; return the results in rank order.
+class Ranks:
+    """Processes that are one process group; with one rank there is none."""
 
-    With one rank there is no process group. The first rank that fails ends the others at once, so that a failure does
-    not hide behind the time-out of the ranks that wait for it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        channels, ranks = [], []
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._folder = tempfile.TemporaryDirectory()
+        self._channels, self._processes = [], []
         for rank in range(world_size):
-            here, there = _context.Pipe(duplex=False)
-            process = _context.Process(target=_rank_main, args=(there, rank, world_size, f"{folder}/store", fn, args))
+            here, there = _context.Pipe()
+            process = _context.Process(target=_rank_main, args=(there, rank, world_size, f"{self._folder.name}/store"))
             process.start()
             there.close()
-            channels.append(here)
-            ranks.append(process)
+            self._channels.append(here)
+            self._processes.append(process)
+
+    def call(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        """Run ``fn(rank, world_size, *args)`` on every rank; return the results in rank order.
+
+        The first rank that fails ends the call at once, so that a failure does not hide behind the time-out of the ranks
+        that wait for it.
+        """
+        for channel in self._channels:
+            channel.send_bytes(pickle.dumps((fn, args)))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
-        try:
-            while len(results) < world_size:
-                ready = wait([c for r, c in enumerate(channels) if r not in results], max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    raise TimeoutError(f"ranks {sorted(set(range(world_size)) - set(results))} gave no result in {timeout} s")
-                for channel in ready:
-                    rank = channels.index(channel)
-                    try:
-                        # plain bytes: tensors as torch sends them would need the rank to live until they are read
-                        ok, value = pickle.loads(channel.recv_bytes())
-                    except EOFError:
-                        ok, value = False, f"died with exit code {ranks[rank].exitcode}"
-                    if not ok:
-                        raise AssertionError(f"rank {rank} of {world_size}:\n{value}")
-                    results[rank] = value
-            for process in ranks:
-                process.join(max(0.0, deadline - time.monotonic()))
-        finally:
-            for process in ranks:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-    return [results[rank] for rank in range(world_size)]
+        while len(results) < self.world_size:
+            waiting = [channel for rank, channel in enumerate(self._channels) if rank not in results]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = sorted(set(range(self.world_size)) - set(results))
+                raise TimeoutError(f"ranks {missing} gave no result in {timeout} s")
+            for channel in ready:
+                rank = self._channels.index(channel)
+                try:
+                    # plain bytes: tensors as torch sends them would need the rank to live until they are read
+                    ok, value = pickle.loads(channel.recv_bytes())
+                except EOFError:
+                    ok, value = False, f"died with exit code {self._processes[rank].exitcode}"
+                if not ok:
+                    raise AssertionError(f"rank {rank} of {self.world_size}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Let the ranks end; kill those that do not."""
+        for channel in self._channels:
+            channel.close()
+        deadline = time.monotonic() + timeout
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Run ``fn(rank, world_size, *args)`` in fresh processes."""
+    ranks, grace = Ranks(world_size), 0.0
+    try:
+        results = ranks.call(fn, *args, timeout=timeout)
+        grace = 30.0
+        return results
+    finally:
+        ranks.close(grace)
 
 
 @pytest.fixture
 def run_ranks() -> Callable[..., list[Any]]:
     return _run_ranks
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[Callable[..., list[Any]]]:
+    """As ``run_ranks``, in processes that stay for the session: for many small cases that leave no traces."""
+    pool: dict[int, Ranks] = {}
+
+    def call(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        if world_size not in pool:
+            pool[world_size] = Ranks(world_size)
+        try:
+            return pool[world_size].call(fn, *args)
+        except BaseException:
+            pool.pop(world_size).close(0.0)
+            raise
+
+    yield call
+    for ranks in pool.values():
+        ranks.close()
 
 
 @pytest.fixture(params=[1, 2, 3, 4], ids="world_size={}".format)

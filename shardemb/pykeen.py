@@ -1,0 +1,76 @@
+"""The bridge to PyKEEN (``pip install shardemb[pykeen]``): a sharded table that is a ``pykeen.nn.Representation``.
+
+Hand :class:`ShardedEmbedding` to a model, a pipeline or an ``ERModel`` in the place of ``pykeen.nn.Embedding``; options of our
+own go through :meth:`ShardedEmbedding.with_options`::
+
+    table = ShardedEmbedding.with_options(seed=0)
+    pipeline(dataset="nations", model="TransE", model_kwargs=dict(entity_representations=table, relation_representations=table))
+
+PyKEEN's training loops are for one process. README.md has a loop for several.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from pykeen.nn import representation_resolver
+from pykeen.nn.representation import Representation as PyKEENRepresentation
+from pykeen.regularizers import regularizer_resolver
+
+from shardemb.embedding import Embedding
+from shardemb.types import Gradient
+
+
+class ShardedEmbedding(Embedding, PyKEENRepresentation):
+    """:class:`shardemb.Embedding` for PyKEEN's models and loops: its arguments, with dense gradients unless told otherwise.
+
+    PyKEEN's default optimizer, Adam, takes no sparse gradients. With ``gradient="sparse"`` choose "SGD", "Adagrad",
+    "SparseAdam", or one of :mod:`shardemb.optim`. The string "ShardedEmbedding" names this class wherever PyKEEN takes one.
+
+    Raises:
+        ValueError: ``gradient="fused"``: PyKEEN's loops look entities up several times a step, and run backward without a
+            step to find the batch size, which would train.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        gradient: Gradient = "dense",
+        regularizer: Any = None,
+        regularizer_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if gradient == "fused":
+            raise ValueError(
+                "got gradient='fused' in a PyKEEN model, whose loops look entities up several times a step and run backward "
+                "without a step: use gradient='sparse' with e.g. optimizer='Adagrad', or 'dense'"
+            )
+        # models collect the terms of PyKEEN's own regularizers alone
+        regularizer = regularizer_resolver.make_safe(regularizer, regularizer_kwargs)
+        super().__init__(*args, gradient=gradient, regularizer=regularizer, **kwargs)
+
+    @classmethod
+    def with_options(cls, **options: Any) -> type["ShardedEmbedding"]:
+        """Return this class with other defaults, for PyKEEN's models that set the arguments of their tables themselves.
+
+        Args:
+            options: keyword arguments of :class:`shardemb.Embedding`; those given at construction go before them.
+
+        Raises:
+            TypeError: an argument that there is not.
+        """
+        known = inspect.signature(Embedding.__init__).parameters.keys() | inspect.signature(PyKEENRepresentation).parameters
+        unknown = sorted(options.keys() - known | options.keys() & {"self", "kwargs"})
+        if unknown:
+            raise TypeError(
+                f"with_options() got an unexpected keyword argument {unknown[0]!r}, expected one of {sorted(known)}"
+            )
+
+        def new(_: type, *args: Any, **kwargs: Any) -> ShardedEmbedding:
+            return cls(*args, **{**options, **kwargs})
+
+        # its instances are the plain class's, so that they can be pickled
+        return type(cls.__name__, (cls,), {"__new__": new, "__doc__": cls.__doc__, "__module__": cls.__module__})
+
+
+representation_resolver.register(ShardedEmbedding)
