@@ -125,6 +125,8 @@ _WHOLE_TABLE = {init.dirac_, init.eye_, init.orthogonal_, init.sparse_}
 
 def _row_count_scale(function: Any, kwargs: Mapping[str, Any], rows: int, total: int, shape: tuple[int, ...]) -> float:
     """Return what turns values made for ``rows`` rows into those for ``total``, for functions that look at the number."""
+    if rows == total:
+        return 1.0
     field = math.prod(shape[1:])  # torch's fans: fan_in = shape[0] * field, fan_out = rows * field
     if function in (init.xavier_uniform_, init.xavier_normal_):
         return math.sqrt((shape[0] + rows) / (shape[0] + total)) if shape and field else 1.0

@@ -2,7 +2,9 @@
 
 Not drawn, because ours differs on purpose: a constrainer that is no function of single rows (clamp_norm without dim; any
 along the last dimension of shape ()), which is refused; regularizer=3, which PyKEEN takes until forward; complex_normalize
-on no rows; and init_quaternions in other dtypes, which PyKEEN turns into float32.
+on no rows; ids for a table of no rows or columns, which are out of range here and cannot be reshaped there; init_phases in
+half precision, which torch cannot view as complex there; and init_quaternions in other dtypes, which PyKEEN turns into
+float32.
 """
 
 import warnings
@@ -169,6 +171,8 @@ def configurations(draw: Callable[..., Any]) -> dict[str, Any]:
         value = draw(st.sampled_from(values))
         if value is not None:
             kwargs[key] = value
+    if kwargs.get("initializer") == "init_phases" and kwargs.get("dtype") in HALF:
+        kwargs.pop("dtype")
     if kwargs.get("initializer") == "init_quaternions":  # PyKEEN's makes float32 whatever the table is
         kwargs["dtype"] = torch.float32
     pretrained = draw(st.integers(0, 9)) == 0
@@ -177,14 +181,15 @@ def configurations(draw: Callable[..., Any]) -> dict[str, Any]:
         kwargs.pop("initializer_kwargs", None)
     if draw(st.integers(0, 4)) == 0:
         kwargs |= draw(FAULTS)
+    quaternions = kwargs.get("initializer") == "init_quaternions"
     return {
         "kwargs": kwargs,
         "steps": draw(st.lists(IDS, min_size=1, max_size=4)),
-        "bad": draw(st.one_of(st.none(), st.none(), st.none(), BAD_IDS)),
+        "bad": draw(st.one_of(st.none(), st.none(), st.none(), BAD_IDS)) if 0 not in kwargs.values() else None,
         "optimizer": draw(OPTIMIZERS),
         "training": draw(st.sampled_from([True, True, True, False])),
         "pop": draw(st.sampled_from([True, True, False])),
-        "default_dtype": draw(st.sampled_from([torch.float32] * 3 + [torch.float64])),
+        "default_dtype": torch.float32 if quaternions else draw(st.sampled_from([torch.float32] * 3 + [torch.float64])),
         "seed": draw(st.integers(0, 2**31)),
     }
 

@@ -38,7 +38,9 @@ def check_job(job: dict, rank_pool, plant: str | None = None) -> None:
     for got in rank_pool(train, job["world_size"], job, plant):
         assert got.shape == expected.shape
         assert error_of(got, expected) <= 1e-6, f"{job}\ngot {got}\nexpected {expected}"
-        if "sgd" in job["optimizer"].lower() and job["reduction"] == "sum" and job["clip"] is None:
+        # what torch itself computes on a rank's part (a norm, sinh) may differ in the last bit from the same on the whole batch
+        ours_alone = job["normalizer"][0] is None and job["reduction"] == "sum" and job["clip"] is None
+        if "sgd" in job["optimizer"].lower() and ours_alone:
             assert torch.equal(got, alone), f"{job}\nnot bitwise what one process gives"
 
 
