@@ -152,7 +152,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
             grad = torch.sparse_coo_tensor(rows[None], values, grad.shape, is_coalesced=True, check_invariants=False)
             parameter.grad = grad
             grad = grad._values()
-        (sharded if parameter in mine else whole).append(grad)
+        if grad.numel():  # a norm of nothing may be none (inf), and this rank alone would raise
+            (sharded if parameter in mine else whole).append(grad)
     norms = [
         torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=torch.float64) for g in grads])
         if grads

@@ -302,7 +302,7 @@ class Embedding(Representation):
         table = self._embeddings
         if indices is None:
             if self.plan.world_size == 1 and (self.gradient == "dense" or not torch.is_grad_enabled()):
-                return self._as_seen(table.weight, (self.max_id,))
+                return self._as_seen(table.weight.contiguous(), (self.max_id,))
             indices = torch.arange(self.max_id, device=table.weight.device)
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
         route = self._exchange.send_ids(flat, table.weight.device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardemb import Coordinator, Embedding
+from shardemb import Coordinator, Embedding, clip_grad_norm_, optim
 
 
 class Model(nn.Module):
@@ -113,5 +113,95 @@ def test_optimizers_that_move_untouched_rows_are_refused() -> None:
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"table 'people': SGD with momentum=0.9 moves rows .* gradient='dense'"):
         Coordinator(table, optimizer)
+    with pytest.raises(ValueError, match=r"ASGD with sparse gradients moves rows"):
+        Coordinator(table, torch.optim.ASGD(table.parameters()))
+    Coordinator(table, optim.LazyAdam(table.parameters(), weight_decay=0.1))
     dense = Embedding(10, shape=2, constrainer="normalize", gradient="dense")
     Coordinator(dense, torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9))
+
+
+def _counts(rank: int, world_size: int) -> tuple[list[int], list[int], int]:
+    """Count, step by step, the rows that this rank constrains: in the optimizer's pass, and in one of its own."""
+    seen: list[int] = []
+
+    def unit(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return torch.nn.functional.normalize(rows)
+
+    table = Embedding(501, shape=6, constrainer=unit, seed=1)
+    own: list[int] = []
+    constrain = table._embeddings.constrain_
+    table._embeddings.constrain_ = lambda *args: own.append(constrain(*args)) or own[-1]  # type: ignore[method-assign]
+    coordinator = Coordinator(table, optim.RowWiseAdagrad(table.parameters(), lr=0.1))
+    seen.clear()
+    totals = []
+    for _ in range(3):
+        table(torch.tensor([0, 500, 0])).square().sum().backward()
+        coordinator.step()
+        totals.append(sum(seen))
+        seen.clear()
+        assert table.local_rows()[1].norm(dim=1).allclose(torch.tensor(1.0))
+    # an ordinary step in between, and rows that are loaded, are not forgotten
+    table(torch.tensor([1])).sum().backward()
+    optim.RowWiseAdagrad(table.parameters(), lr=0.1).step()
+    table.zero_grad()
+    table(torch.tensor([0])).square().sum().backward()
+    coordinator.step()
+    assert table.local_rows()[1].norm(dim=1).allclose(torch.tensor(1.0))
+    return totals, own[:3], table.plan.num_local
+
+
+def test_rows_are_constrained_while_they_are_updated(run_ranks, world_size: int) -> None:
+    """The first step's pass takes all rows; later ones nothing is left to do after the optimizer."""
+    touched = 0
+    for totals, own, local in run_ranks(_counts, world_size):
+        assert own == [local, 0, 0]
+        assert totals[1] == totals[2] <= 2
+        touched += totals[1]
+    assert touched == 2
+
+
+def _clip(rank: int, world_size: int, norm_type: float, max_norm: float) -> tuple[float, dict[str, torch.Tensor]]:
+    model = nn.ModuleDict(
+        {
+            "sparse": Embedding(501, shape=6, seed=1, gradient_reduction="sum", name="sparse"),
+            "dense": Embedding(101, shape=6, seed=2, gradient_reduction="sum", gradient="dense", name="dense"),
+            "relation": Embedding(5, shape=6, seed=3, gradient_reduction="sum", placement="replicated", name="relation"),
+        }
+    )
+    ids = torch.arange(60).repeat(2).chunk(world_size)[rank]  # duplicates on different ranks
+    (model["sparse"](ids) * model["dense"](ids) * model["relation"](ids % 5)).square().sum().backward()
+    Coordinator(model)._reduce()
+    total = clip_grad_norm_(model, max_norm, norm_type)
+    grads = {}
+    for name, table in model.items():
+        grad = table._embeddings.weight.grad.to_dense()
+        grads[name] = torch.zeros(table.max_id, 6).index_add_(0, torch.arange(len(grad)) + table.plan.first, grad)
+    return total.item(), grads
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_clipping_by_the_norm_over_tables_and_ranks(run_ranks, world_size: int, norm_type: float, max_norm: float) -> None:
+    tables = [Embedding(rows, shape=6, seed=seed)(None).detach() for rows, seed in ((501, 1), (101, 2), (5, 3))]
+    weights = [nn.Parameter(rows) for rows in tables]
+    ids = torch.arange(60).repeat(2)
+    (weights[0][ids] * weights[1][ids] * weights[2][ids % 5]).square().sum().backward()
+    expected = nn.utils.clip_grad_norm_(weights, max_norm, norm_type)
+    results = run_ranks(_clip, world_size, norm_type, max_norm)
+    for number, name in enumerate(("sparse", "dense", "relation")):
+        parts = [grads[name] for _, grads in results]
+        whole = parts[0] if name == "relation" else sum(parts)
+        torch.testing.assert_close(whole, weights[number].grad, rtol=1e-5, atol=1e-7)
+    assert [total for total, _ in results] == pytest.approx([expected.item()] * world_size, rel=1e-5)
+
+
+def test_clipping_what_cannot_be_clipped() -> None:
+    table = Embedding(10, shape=2, name="people")
+    for arguments in ((0.0,), (float("nan"),), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="gradient clipping: got max_norm"):
+            clip_grad_norm_(table, *arguments)
+    assert clip_grad_norm_(table, 1.0).item() == 0  # no gradient yet
+    fused = Embedding(10, shape=4, gradient="fused", name="people")
+    with pytest.raises(ValueError, match=r"table 'people': gradient='fused' updates rows in backward.*RowWiseAdagrad"):
+        Coordinator(fused, max_grad_norm=1.0)

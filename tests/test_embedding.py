@@ -1,5 +1,8 @@
 """The interface on 1 to 4 ranks, against torch.nn.Embedding with torch.optim in one process."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -250,3 +253,119 @@ def test_own_options_are_checked() -> None:
     with pytest.raises(RuntimeError, match="not fused"):
         Embedding(3, shape=2).set_learning_rate(0.1)
     assert "rows 0 to 3 on rank 0 of 1" in repr(Embedding(3, shape=2))
+
+
+def _states(rank: int, world_size: int, gradient: str) -> dict[str, torch.Tensor]:
+    """Save and load this rank's rows; load a whole table; give the whole table back."""
+    table = Embedding(501, shape=6, gradient=gradient, constrainer="normalize", seed=1, name="people")
+    other = Embedding(501, shape=6, gradient=gradient, constrainer="normalize", seed=2, name="people")
+    other.post_parameter_update()
+    state = table.state_dict()
+    assert ("_embeddings.rows" in state) == (world_size > 1)
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(other(None), table(None))
+    other.post_parameter_update()
+    assert other.local_rows()[1].norm(dim=1).allclose(torch.tensor(1.0))
+    whole = {key: value.clone() for key, value in table.full_state_dict().items()}
+    for change in (whole, {"weight": 2 * whole["_embeddings.weight"]}, table.full_state_dict("torch")):
+        other.load_state_dict(change)
+        (wanted,) = change.values()
+        with torch.no_grad():
+            assert torch.equal(other(None), wanted)
+    if world_size > 1:
+        moved = dict(state)
+        moved["_embeddings.rows"] = moved["_embeddings.rows"] + 1
+        with pytest.raises(
+            RuntimeError, match=rf"table 'people', rank {rank} of {world_size}: got rows .* shardemb.checkpoint"
+        ):
+            other.load_state_dict(moved)
+    return whole
+
+
+@pytest.mark.parametrize("gradient", ["sparse", "fused"])
+def test_state_dicts_of_shards_and_of_whole_tables(run_ranks, world_size: int, gradient: str) -> None:
+    for whole in run_ranks(_states, world_size, gradient):
+        theirs = torch.nn.Embedding(501, 6)
+        theirs.load_state_dict({"weight": whole["_embeddings.weight"]})
+        alone = Embedding(501, shape=6)
+        alone.load_state_dict(theirs.state_dict())
+        assert torch.equal(alone(None), theirs.weight)
+        theirs.load_state_dict(alone.full_state_dict("torch"))
+    shard = {"_embeddings.weight": torch.zeros(251, 6), "_embeddings.rows": torch.tensor([0, 251, 501])}
+    with pytest.raises(RuntimeError, match=r"got rows 0 to 251 of 501, expected 0 to 501 of 501"):
+        alone.load_state_dict(shard)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        alone.load_state_dict({"weight": torch.zeros(500, 6)})
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "fused"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))], ids=["deepcopy", "pickle"])
+def test_copies_train_on_their_own(kind: str, copied) -> None:
+    """And as the original would: with its optimizer state, if that is the table's, and its constrainer."""
+    table = Embedding(50, shape=6, gradient=kind, constrainer="normalize", dropout=0.0, seed=1)
+    if kind == "fused":
+        table.set_learning_rate(0.7)
+
+    def step(module: Embedding) -> None:
+        (module(torch.tensor([3, 3, 7])) * torch.arange(6)).square().sum().backward()
+        for parameter in module.parameters():
+            torch.optim.SGD([parameter], lr=0.1).step()
+            parameter.grad = None
+        module.post_parameter_update()
+
+    step(table)
+    before = table(None).detach().clone()
+    other = copied(table)
+    step(other)
+    assert torch.equal(table(None), before)
+    step(table)
+    assert torch.equal(table(None), other(None))
+    assert not torch.equal(table(None), before)
+    assert other(None).norm(dim=1).sub(1).abs().max() < 1e-6
+    assert repr(other) == repr(table)
+
+
+def _pickled(rank: int, world_size: int) -> bytes:
+    import torch.distributed as dist
+
+    own = Embedding(7, shape=2, process_group=dist.new_group([0, 1]), seed=0, name="people")
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match="process group of its own, so it cannot be copied or pickled"):
+            copied(own)
+    table = Embedding(7, shape=2, seed=0, name="people")
+    assert torch.equal(copy.deepcopy(table)(None), table(None))
+    return pickle.dumps(table)
+
+
+def test_a_shard_is_not_unpickled_as_if_it_were_the_table(run_ranks) -> None:
+    with pytest.raises(RuntimeError, match=r"table 'people': got the rows of rank 1 of 2, this is rank 0 of 1: .*checkpoint"):
+        pickle.loads(run_ranks(_pickled, 2)[1])
+
+
+def test_all_rows_alias_the_weight_where_pykeens_would() -> None:
+    dense, sparse = Embedding(5, shape=(2, 3), gradient="dense"), Embedding(5, shape=(2, 3))
+    assert dense(None).data_ptr() == dense._embeddings.weight.data_ptr()
+    assert sparse(None).data_ptr() != sparse._embeddings.weight.data_ptr()
+    with torch.no_grad():
+        assert sparse(None).data_ptr() == sparse._embeddings.weight.data_ptr()
+    sparse(None).sum().backward()
+    assert sparse._embeddings.weight.grad.is_sparse
+    fused = Embedding(5, shape=3, gradient="fused")  # padded to 4 columns
+    with torch.no_grad():
+        assert fused(None).is_contiguous()
+
+
+def test_a_dense_gradient_of_a_sparse_table_is_not_overlooked() -> None:
+    """A loss on the weight itself moves rows that no lookup asked for."""
+    table = Embedding(50, shape=4, constrainer="normalize")
+    table.post_parameter_update()
+    table._embeddings.weight.square().sum().backward()
+    torch.optim.SGD(table.parameters(), lr=0.1).step()
+    table.post_parameter_update()
+    assert table(None).norm(dim=1).sub(1).abs().max() < 1e-6
+
+
+def test_dtypes_that_cannot_be_trained() -> None:
+    with pytest.raises(RuntimeError, match=r"table 'people': got dtype torch.int64, expected a floating"):
+        Embedding(5, shape=2, dtype=torch.int64, name="people")

@@ -1,16 +1,24 @@
+from functools import partial
+
 import pytest
 import torch
 
 from shardemb.initializers import BLOCK_ROWS, PretrainedInitializer, fill_rows, resolve_initializer
+from shardemb.types import normalize_name
 
 NAMES = {
     "constant": {"val": 0.5},
+    "dirac": {},
+    "eye": {},
     "init_phases": {},
+    "init_quaternions": {},
     "kaiming_normal": {},
-    "kaiming_uniform": {},
+    "kaiming_uniform": {"mode": "fan_out"},
     "normal": {"std": 2.0},
     "normal_norm": {},
     "ones": {},
+    "orthogonal": {"gain": 2.0},
+    "sparse": {"sparsity": 0.25},
     "trunc_normal": {},
     "uniform": {"a": -1.0},
     "uniform_norm": {},
@@ -21,6 +29,8 @@ NAMES = {
     "zeros": {},
 }
 ROWS = 2 * BLOCK_ROWS + 501
+#: where it is not (3, 2): torch's sparse and eye take one number after the rows, quaternions are four
+SHAPES = {"eye": (6,), "sparse": (6,), "init_quaternions": (3, 4), "dirac": (3, 2)}
 
 
 def table(initializer, world_size: int, shape=(3, 2), seed: int = 5, rows: int = ROWS, dtype=torch.float32) -> torch.Tensor:
@@ -35,11 +45,11 @@ def table(initializer, world_size: int, shape=(3, 2), seed: int = 5, rows: int =
 
 @pytest.mark.parametrize("name", NAMES)
 def test_named_tables_are_bitwise_equal_at_any_world_size(name: str) -> None:
-    initializer = resolve_initializer(name, NAMES[name])
-    whole = table(initializer, 1)
+    initializer, shape = resolve_initializer(name, NAMES[name]), SHAPES.get(name, (3, 2))
+    whole = table(initializer, 1, shape)
     assert torch.isfinite(whole).all()
     for world_size in (2, 3, 4, 7):
-        assert torch.equal(table(initializer, world_size), whole)
+        assert torch.equal(table(initializer, world_size, shape), whole)
 
 
 def test_callables_too_and_the_global_generator_is_left_alone() -> None:
@@ -55,15 +65,51 @@ def test_callables_too_and_the_global_generator_is_left_alone() -> None:
     assert len(whole.unique()) > 0.9 * whole.numel()  # blocks do not repeat each other
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"normal_norm", "xavier_normal_norm", "xavieruniformnorm"}))
-def test_same_distribution_as_pykeen(name: str) -> None:
-    """Mean and spread of PyKEEN's initializer of the same name."""
+def test_every_name_of_pykeens_is_here() -> None:
     pykeen_init = pytest.importorskip("pykeen.nn.init")
-    theirs = pykeen_init.initializer_resolver.make(name, NAMES[name])(torch.empty(ROWS, 3, 2)).view(ROWS, -1)
-    ours = table(resolve_initializer(name, NAMES[name]), 1)
+    assert set(pykeen_init.initializer_resolver.lookup_dict) == {normalize_name(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"normal_norm", "xavier_normal_norm", "xavieruniformnorm"}))
+@pytest.mark.parametrize("as_callable", [False, True])
+def test_same_distribution_as_pykeen(name: str, as_callable: bool) -> None:
+    """Mean and spread of PyKEEN's initializer of the same name, also where they depend on the number of rows."""
+    pykeen_init = pytest.importorskip("pykeen.nn.init")
+    shape = SHAPES.get(name, (3, 2))
+    make = pykeen_init.initializer_resolver.lookup(name)
+    theirs = partial(make, **NAMES[name])(torch.empty(ROWS, *shape)).view(ROWS, -1)
+    ours = table(resolve_initializer(make if as_callable else name, NAMES[name]), 1, shape)
+    if name in ("constant", "dirac", "eye", "ones", "zeros"):
+        assert torch.equal(ours, theirs)
     assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.03, abs=1e-6)
     assert ours.mean().item() == pytest.approx(theirs.mean().item(), rel=0.03, abs=0.03)
     assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["xavier_uniform_", "xavier_normal_"])
+def test_torchs_own_glorot_keeps_its_scale(name: str) -> None:
+    """It counts the rows: a block alone would be sqrt(2) too large here."""
+    function = getattr(torch.nn.init, name)
+    assert table(function, 2).std().item() == pytest.approx(function(torch.empty(ROWS, 3, 2)).std().item(), rel=0.03)
+
+
+def test_orthogonal_columns_and_zeros_of_the_whole_table() -> None:
+    whole = table(resolve_initializer("orthogonal", None), 3)
+    torch.testing.assert_close(whole.T @ whole, torch.eye(6), rtol=0, atol=1e-4)
+    assert (table(resolve_initializer("sparse", {"sparsity": 0.25}), 3, (6,)) == 0).sum(0).tolist() == [-(-ROWS // 4)] * 6
+
+
+def test_a_whole_table_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardemb.initializers.free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"makes the whole table at once, \(8693, 3, 2\): about .*load_state_dict"):
+        table(resolve_initializer("orthogonal", None), 3)
+
+
+def test_a_rank_without_rows_refuses_what_the_others_do() -> None:
+    with pytest.raises(ValueError, match="Only tensors with 2 dimensions"):
+        fill_rows(torch.empty(0, 6), resolve_initializer("eye", None), (3, 2), 501, 501, 0)
+    with pytest.raises(ValueError, match="returned shape"):
+        fill_rows(torch.empty(0, 6), lambda x: x[:, :1], (3, 2), 501, 501, 0)
 
 
 def test_pretrained_rows_go_to_their_shard() -> None:
@@ -77,8 +123,6 @@ def test_pretrained_rows_go_to_their_shard() -> None:
 def test_errors() -> None:
     with pytest.raises(KeyError, match=r"nope is an invalid. Try one of: \['constant'"):
         resolve_initializer("nope", None)
-    with pytest.raises(ValueError, match="depend on the whole table"):
-        resolve_initializer("orthogonal", None)
     with pytest.raises(TypeError, match="Invalid function: <class 'int'> - 3"):
         resolve_initializer(3, None)
     with pytest.raises(ValueError, match="returned shape"):

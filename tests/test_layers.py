@@ -16,7 +16,7 @@ FLOORS = [
     {"initializers", "transforms", "plan", "vocabulary", "optim"},
     {"exchange", "table"},
     {"embedding"},
-    {"coordinator"},
+    {"coordinator", "pykeen"},
     {"checkpoint"},
     {"kge.triples", "kge.scorers", "kge.losses", "kge.sampling"},
     {"kge.model"},
@@ -31,7 +31,7 @@ ONLY = {
     "torchrec": {"table", "exchange", "optim", "plan"},
     "fbgemm_gpu": {"table", "exchange", "optim", "plan"},
     "ray": {"launch"},
-    "pykeen": set(),
+    "pykeen": {"pykeen"},
 }
 #: rooms that work without a process group
 NO_DISTRIBUTED = {"types", "files", "metrics", "initializers", "transforms", "plan", "vocabulary", "optim", "table"} | {

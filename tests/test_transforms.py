@@ -79,6 +79,28 @@ def test_regularizers_equal_pykeens(name: str, kwargs: dict) -> None:
     assert ours.pop_regularization_term().item() == 0
 
 
+def test_combined_and_orthogonality_equal_pykeens() -> None:
+    x, y = torch.randn(5, 4, 7), torch.randn(5, 4, 7)
+    terms = []
+    for resolve in (resolve_regularizer, pykeen_regularizers.regularizer_resolver.make):
+        parts = [resolve("lp", {"weight": 0.5}), resolve("power_sum", {"weight": 2.0, "p": 3.0})]
+        combined = resolve("combined", {"regularizers": parts, "total_weight": 0.3})
+        combined.update(x)
+        orthogonal = resolve("orthogonality", {"epsilon": 0.05, "weight": 2.0})
+        orthogonal.update(x, y)
+        orthogonal.update(y, x)  # counts once
+        with pytest.raises(ValueError, match="exactly two"):
+            orthogonal.update(x)
+        with pytest.raises(NotImplementedError):
+            orthogonal(x)
+        tracking = resolve("lp", {"parameters": [torch.nn.Parameter(y)]})
+        terms.append([r.pop_regularization_term() for r in (combined, orthogonal, tracking)])
+        assert resolve("no", {})(x).item() == 0
+        with pytest.raises(TypeError, match="no-op"):
+            resolve("combined", {"regularizers": [resolve("no", {})]})
+    torch.testing.assert_close(*terms)
+
+
 def test_a_regularization_term_that_nobody_took_warns() -> None:
     regularizer = resolve_regularizer("lp", {"apply_only_once": True})
     regularizer.update(torch.ones(2, 3))
@@ -87,6 +109,12 @@ def test_a_regularization_term_that_nobody_took_warns() -> None:
     assert regularizer.regularization_term.item() == once
     with pytest.warns(UserWarning, match="without using it"):
         regularizer.post_parameter_update()
+
+
+def test_a_constrainer_that_fails_says_where() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        probe_constrainer(resolve_constrainer("complex_normalize", None), (3,), torch.float32, "people")
+    assert "table 'people': constrainer" in caught.value.__notes__[0]
 
 
 def test_names() -> None:
