@@ -99,8 +99,8 @@ class Embedding(Representation):
     Without an initialized ``torch.distributed`` it is one shard in this process. Within a group of several ranks the
     constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are collectives: every rank calls them, in
     the same order, each with its own ids (an empty tensor if it has none). As in PyKEEN, rows are N(0, 1) until
-    :meth:`reset_parameters` runs the initializer. ``forward(None)`` aliases the rows in one process with dense gradients, or
-    without any; otherwise it is a copy, of all ranks' rows.
+    :meth:`reset_parameters` runs the initializer. ``forward(None)`` aliases the rows in one process under ``torch.no_grad``;
+    otherwise it is a copy, of all ranks' rows.
 
     A ``state_dict`` (and a pickle) holds this rank's rows, and says which; the fused optimizer's state is only in a pickle.
     ``load_state_dict`` takes it back, or the state dict of a whole table, pykeen.nn.Embedding's or torch.nn.Embedding's, of
@@ -301,7 +301,7 @@ class Embedding(Representation):
     def _plain_forward(self, indices: Tensor | None = None) -> Tensor:
         table = self._embeddings
         if indices is None:
-            if self.plan.world_size == 1 and (self.gradient == "dense" or not torch.is_grad_enabled()):
+            if self.plan.world_size == 1 and not torch.is_grad_enabled():
                 return self._as_seen(table.weight.contiguous(), (self.max_id,))
             indices = torch.arange(self.max_id, device=table.weight.device)
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices

@@ -343,10 +343,16 @@ def test_a_shard_is_not_unpickled_as_if_it_were_the_table(run_ranks) -> None:
         pickle.loads(run_ranks(_pickled, 2)[1])
 
 
-def test_all_rows_alias_the_weight_where_pykeens_would() -> None:
-    dense, sparse = Embedding(5, shape=(2, 3), gradient="dense"), Embedding(5, shape=(2, 3))
-    assert dense(None).data_ptr() == dense._embeddings.weight.data_ptr()
+def test_all_rows_alias_the_weight_only_without_gradients() -> None:
+    """With them, post_parameter_update between forward and backward (Lightning) must not change what was looked up."""
+    dense, sparse = Embedding(5, shape=(2, 3), gradient="dense", constrainer="normalize"), Embedding(5, shape=(2, 3))
     assert sparse(None).data_ptr() != sparse._embeddings.weight.data_ptr()
+    out = dense(None)
+    before = out.detach().clone()
+    loss = out.square().sum()
+    dense.post_parameter_update()
+    loss.backward()
+    assert torch.equal(dense._embeddings.weight.grad, 2 * before.flatten(1))
     with torch.no_grad():
         assert sparse(None).data_ptr() == sparse._embeddings.weight.data_ptr()
     sparse(None).sum().backward()

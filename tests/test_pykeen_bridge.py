@@ -202,6 +202,41 @@ def test_by_name_with_an_optimizer_of_ours_and_a_regularizer() -> None:
     assert not regularizer.updated  # the model took the term
 
 
+def test_an_er_model_with_monte_carlo_dropout() -> None:
+    """PyKEEN's documentation of Embedding: in training mode one triple gets another score each time."""
+    from pykeen.datasets import Nations
+    from pykeen.models import ERModel
+
+    from shardemb.pykeen import ShardedEmbedding
+
+    model = ERModel(
+        triples_factory=Nations().training,
+        interaction="distmult",
+        entity_representations=ShardedEmbedding,
+        entity_representations_kwargs={"shape": 32, "dropout": 0.1},
+        relation_representations="sharded_embedding",
+        relation_representations_kwargs={"shape": 32},
+    )
+    triple = torch.tensor([[3, 1, 2]])
+    model.train()
+    assert len({model.score_hrt(triple).item() for _ in range(10)}) == 10
+    model.eval()
+    assert len({model.score_hrt(triple).item() for _ in range(10)}) == 1
+
+
+def test_our_checkpoints_take_the_model(tmp_path: Path) -> None:
+    from shardemb import checkpoint
+
+    data, model = build("ComplEx", options(gradient="sparse"))
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    train(data, model, "slcwa", optimizer)
+    path = checkpoint.save(tmp_path, 1, model)
+    other = build("ComplEx", options(gradient="sparse"))[1]
+    checkpoint.load(path, other)
+    batch = data.testing.mapped_triples
+    assert torch.equal(other.predict_hrt(batch), model.predict_hrt(batch))
+
+
 def test_pykeen_finds_our_optimizers_and_can_still_be_imported() -> None:
     """Its class_resolver takes every subclass of Optimizer by name, and fails on two of one name."""
     import subprocess

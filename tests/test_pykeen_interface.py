@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import shardemb
+import shardemb.transforms
 from shardemb import Embedding
 
 pykeen_nn = pytest.importorskip("pykeen.nn")
@@ -31,6 +31,18 @@ def test_state_dicts_go_both_ways_and_loaded_rows_are_constrained() -> None:
     ours.post_parameter_update(), theirs.post_parameter_update()
     torch.testing.assert_close(ours(None), theirs(None), rtol=1e-6, atol=1e-7)
     theirs.load_state_dict(ours.state_dict())
+
+
+def test_regularizers_by_class_and_instance() -> None:
+    from pykeen.regularizers import LpRegularizer
+
+    terms = []
+    for regularizer in (LpRegularizer, LpRegularizer(weight=1.0), shardemb.transforms.LpRegularizer, "lp"):
+        ours = Embedding(11, shape=4, regularizer=regularizer)
+        ours.load_state_dict({"weight": torch.arange(44.0).view(11, 4)}, strict=False)
+        ours(torch.tensor([1, 2]))
+        terms.append(ours.regularizer.pop_regularization_term())
+    torch.testing.assert_close(terms, [terms[0]] * 4)
 
 
 def test_signatures() -> None:
