@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -19,7 +20,7 @@ from shardemb.transforms import probe_constrainer, resolve_constrainer, resolve_
 from shardemb.types import Gradient, GradientReduction, Initializer, Placement, RowFunction
 
 
-class Representation(nn.Module):
+class Representation(nn.Module, ABC):
     """Maps ids of any shape ``s`` to tensors ``(*s, *shape)``; all of it is a tensor ``(max_id, *shape)``.
 
     Args:
@@ -52,8 +53,9 @@ class Representation(nn.Module):
         self.dropout = None if dropout is None else nn.Dropout(dropout)
         self.unique = (not isinstance(self, Embedding) and not dropout) if unique is None else unique
 
+    @abstractmethod
     def _plain_forward(self, indices: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        """Look ids up, and nothing else."""
 
     def forward(self, indices: Tensor | None = None) -> Tensor:
         """Look ids up, normalize, repeat (with ``unique``), regularize, drop out; in this order.

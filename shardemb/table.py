@@ -324,6 +324,10 @@ class FusedTable(Table):
             self.weight.copy_(rows)
         self.load_optimizer_state(optimizer_state)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        # FBGEMM owns the memory: rows are copied into it, also with load_state_dict(assign=True)
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
+
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; backward updates the rows.
 

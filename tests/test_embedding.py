@@ -299,6 +299,14 @@ def test_state_dicts_of_shards_and_of_whole_tables(run_ranks, world_size: int, g
         alone.load_state_dict({"weight": torch.zeros(500, 6)})
 
 
+def test_fbgemms_rows_are_copied_into_also_when_they_shall_be_assigned() -> None:
+    table, other = (Embedding(5, shape=6, gradient="fused", optimizer=FusedOptimizer("sgd", lr=1.0)) for _ in range(2))
+    other.load_state_dict(table.state_dict(), assign=True)
+    other(torch.tensor([3])).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(other(None)[3], table(None)[3] - 1)  # trained the rows that it shows, and not the other's
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse", "fused"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))], ids=["deepcopy", "pickle"])
 def test_copies_train_on_their_own(kind: str, copied) -> None:

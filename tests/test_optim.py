@@ -198,3 +198,20 @@ def test_which_optimizers_leave_untouched_rows_alone() -> None:
         (optim.LazyAdam(weight, weight_decay=0.1), True),
     ):
         assert optim.moves_touched_rows_only(optimizer, optimizer.param_groups[0]) is expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_same_on_cuda(name: str, sparse: bool) -> None:
+    weights = []
+    for device in ("cpu", "cuda"):
+        table = embedding(sparse).to(device)
+        optimizer = ALL[name](table.parameters(), lr=0.1, weight_decay=0.1)
+        for ids in (torch.arange(3000), torch.tensor([5, 5, 4999])):
+            optimizer.zero_grad()
+            (table(ids.to(device)) * torch.arange(6, device=device)).sum().backward()
+            optimizer.step(constrain={table.weight: F.normalize})
+        weights.append(table.weight.detach().cpu())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)

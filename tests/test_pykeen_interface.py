@@ -45,6 +45,24 @@ def test_regularizers_by_class_and_instance() -> None:
     torch.testing.assert_close(terms, [terms[0]] * 4)
 
 
+@pytest.mark.parametrize("cls", [shardemb.Representation, pykeen_nn.Representation])
+def test_a_representation_of_ones_own(cls: type) -> None:
+    class Squares(cls):
+        def _plain_forward(self, indices: torch.Tensor | None = None) -> torch.Tensor:
+            calls.append(indices)
+            ids = torch.arange(self.max_id) if indices is None else indices
+            return ids.unsqueeze(-1).square().float()
+
+    calls: list = []
+    squares = Squares(4, shape=1, normalizer=torch.sqrt)
+    assert squares.unique  # each id is computed once
+    assert squares(torch.tensor([[3, 3], [1, 3]])).squeeze(-1).tolist() == [[3, 3], [1, 3]]
+    assert calls[0].tolist() == [1, 3]
+    assert squares(None).shape == (4, 1)
+    with pytest.raises(TypeError, match="abstract"):
+        cls(4)
+
+
 def test_signatures() -> None:
     """Every argument of PyKEEN's, in its order, with its default; ours come after, by keyword only."""
     for ours, theirs in ((Embedding, pykeen_nn.Embedding), (shardemb.Representation, pykeen_nn.Representation)):
