@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ class Coordinator:
                     by_sum.add(parameter)
                 if table.gradient == "sparse":
                     sparse.add(parameter)
-                    if table.constrainer is not None:
+                    if table.constrains_changed_rows_only:
                         watched[parameter] = table.name
         self._replicated = [p for p in model.parameters() if p.requires_grad and p not in sharded]
         self._by_sum, self._sparse = by_sum, sparse
@@ -91,10 +92,13 @@ class Coordinator:
                 optimizer.step(constrain={key: f for table in self.tables for key, f in table.constrainer_in_step().items()})
             else:
                 optimizer.step()
-        for module in self.model.modules():
-            update = getattr(module, "post_parameter_update", None)
-            if callable(update):
-                update()
+        with ExitStack() as stack:
+            for table in self.tables:
+                stack.enter_context(table.updated_once())  # PyKEEN's models hand the call on to their tables
+            for module in self.model.modules():
+                update = getattr(module, "post_parameter_update", None)
+                if callable(update):
+                    update()
         self.model.zero_grad()
 
     @torch.no_grad()
@@ -103,16 +107,34 @@ class Coordinator:
             return
         for dtype in sorted({p.dtype for p in self._replicated}, key=str):
             parameters = [p for p in self._replicated if p.dtype == dtype]
-            # every rank sends every gradient, zeros where it has none, and whether it has one
-            has = torch.tensor([p.grad is not None for p in parameters], dtype=dtype, device=parameters[0].device)
+            # every rank sends every gradient, zeros where it has none, and whether it has one; of a sparse one, which rows
+            touched = [self._touched(p) for p in parameters]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
-            flat = torch.cat([has, *(grad.reshape(-1) for grad in grads)])
+            flat = torch.cat([part.reshape(-1) for part in (*touched, *grads)])
             dist.all_reduce(flat)
-            any_has, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
-            for parameter, part, some in zip(parameters, parts, any_has.tolist(), strict=True):
+            parts = flat.split([part.numel() for part in (*touched, *grads)])
+            for parameter, mask, part in zip(parameters, parts, parts[len(parameters) :], strict=False):
                 grad = part.reshape(parameter.shape) / (1 if parameter in self._by_sum else dist.get_world_size())
-                if some:
-                    parameter.grad = grad.to_sparse(1) if parameter in self._sparse else grad
+                if not mask[0]:
+                    continue
+                if parameter in self._sparse:
+                    rows = mask[1:].nonzero().squeeze(1)  # also those whose gradients add up to 0
+                    parameter.grad = torch.sparse_coo_tensor(
+                        rows[None], grad[rows], grad.shape, is_coalesced=True, check_invariants=False
+                    )
+                else:
+                    parameter.grad = grad
+
+    def _touched(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return whether there is a gradient, and for each row of a sparse table whether it has one: ``(1,)``, ``(1 + R,)``."""
+        grad, rows = parameter.grad, len(parameter) if parameter in self._sparse else 0
+        mask = torch.zeros(1 + rows, dtype=parameter.dtype, device=parameter.device)
+        if grad is None:
+            return mask
+        mask[0] = 1
+        if rows:
+            mask[1:].index_fill_(0, grad._indices()[0], 1) if grad.is_sparse else mask.fill_(1)
+        return mask
 
 
 @torch.no_grad()
@@ -139,23 +161,22 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     mine = {p for table in tables if table.placement == "row_wise" for p in table.parameters()}
     sharded: list[torch.Tensor] = []
     whole: list[torch.Tensor] = []
-    device = torch.device("cpu")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for parameter in model.parameters():
         grad = parameter.grad
         if grad is None:
             continue
-        device = grad.device
         if grad.is_sparse:
             rows, values = merged_gradient(grad)
             assert rows is not None
-            values = values.reshape(-1, *grad.shape[1:])
+            values = values.reshape(len(rows), *grad.shape[1:])
             grad = torch.sparse_coo_tensor(rows[None], values, grad.shape, is_coalesced=True, check_invariants=False)
             parameter.grad = grad
             grad = grad._values()
         if grad.numel():  # a norm of nothing may be none (inf), and this rank alone would raise
             (sharded if parameter in mine else whole).append(grad)
     norms = [
-        torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=torch.float64) for g in grads])
+        torch.stack([torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads])
         if grads
         else torch.zeros(1, dtype=torch.float64, device=device)
         for grads in (sharded, whole)

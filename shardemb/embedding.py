@@ -4,7 +4,8 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -192,6 +193,10 @@ class Embedding(Representation):
                 f"table {name!r}: placement='replicated' with gradient='fused' would update each rank's copy by its own "
                 f"gradients alone: use gradient='sparse' or 'dense'"
             )
+        if max_id < 0 or any(size < 0 for size in shape):
+            raise RuntimeError(f"table {name!r}: got max_id={max_id} and shape={shape}, expected no negative size")
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise ValueError(f"table {name!r}: got seed={seed!r}, expected an int, at least 0 and below 2**63, or None")
         self.name = name
         self.gradient: Gradient = gradient
         self.placement: Placement = placement
@@ -208,7 +213,8 @@ class Embedding(Representation):
         if self.constrainer is not None:
             self._changed_only &= probe_constrainer(self.constrainer, self.shape, dtype, name)
 
-        self._group = process_group if dist.is_initialized() else None
+        self._due: bool | None = None
+        self._group = process_group if dist.is_initialized() and process_group is not dist.group.WORLD else None
         ranks = (dist.get_world_size(self._group), dist.get_rank(self._group)) if dist.is_initialized() else (1, 0)
         self._world_size = ranks[0]
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -223,7 +229,7 @@ class Embedding(Representation):
         drawn = self._agree(
             f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} seed {seed}"
         )
-        device, track = torch.device(device), self.constrainer is not None and self._changed_only
+        device, track = torch.device(device), self.constrains_changed_rows_only
         self._embeddings: Table
         if gradient == "fused":
             self._embeddings = FusedTable(
@@ -287,8 +293,23 @@ class Embedding(Representation):
         The first call constrains all rows. Later ones take the rows that got a gradient since the last call; for a
         constrainer that is not idempotent, and with dense gradients, all rows again.
         """
-        if self.constrainer is not None:
+        if self.constrainer is not None and self._due is not False:
+            self._due = None if self._due is None else False
             self._embeddings.constrain_(self._constrain_stored, self._changed_only)
+
+    @contextmanager
+    def updated_once(self) -> Iterator[None]:
+        """Let only the first :meth:`post_parameter_update` within the block count: the table's model may call it too."""
+        self._due = True
+        try:
+            yield
+        finally:
+            self._due = None
+
+    @property
+    def constrains_changed_rows_only(self) -> bool:
+        """Whether :meth:`post_parameter_update` relies on knowing which rows changed."""
+        return self.constrainer is not None and self._changed_only
 
     def _constrain_stored(self, rows: Tensor) -> Tensor:
         assert self.constrainer is not None
@@ -316,7 +337,7 @@ class Embedding(Representation):
 
         Empty if there is no constrainer, or if :meth:`post_parameter_update` has other rows to look at too.
         """
-        if self.gradient != "sparse" or self.constrainer is None or not self._changed_only or self._embeddings.any_changed:
+        if self.gradient != "sparse" or not self.constrains_changed_rows_only or self._embeddings.any_changed:
             return {}
         return {self._embeddings.weight: self._constrain_stored}
 
@@ -370,7 +391,7 @@ class Embedding(Representation):
 
     def require_default_group(self, who: str) -> None:
         """Raise ValueError if the rows lie on another group than the default one, which is all that ``who`` takes."""
-        if self._group is not None and self._group is not dist.group.WORLD:
+        if self._group is not None:
             raise ValueError(f"table {self.name!r} lies on a process group of its own, {who} takes the default group only")
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ got no gradient are not looked at; nor are their moments decayed ("lazy", as tor
 touches all rows.
 
 No class has the name of one in torch.optim: PyKEEN's class_resolver, which finds every subclass of Optimizer by its name,
-could not be imported any more. So ``pipeline(optimizer="RowWiseAdagrad")`` works if this module was imported before PyKEEN.
+could not be imported any more.
 """
 
 import math
@@ -41,8 +41,28 @@ class RowWiseOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            check_hyperparameters(type(self).__name__, group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take more parameters, with hyper-parameters of their own; ValueError for what is out of range, or complex."""
+        check_hyperparameters(type(self).__name__, {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
+            raise ValueError(f"{type(self).__name__}: got a complex parameter, expected real ones: use torch.view_as_real")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state dict of torch.optim, or of an older version, may lack some
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what ``state_dict`` gave; torch would cast float32 state to a half parameter's dtype."""
+        super().load_state_dict(state_dict)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for name, parameter in zip(names, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if key in self.state_per_row:
+                    self.state[parameter][key] = value.to(parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, constrain: Mapping[Tensor, RowFunction] | None = None) -> Any:
@@ -66,30 +86,47 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_one(self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            for name, per_row in self.state_per_row.items():
-                state[name] = parameter.new_zeros(parameter.shape[:1]) if per_row else torch.zeros_like(parameter)
-        state["step"] += 1
         assert parameter.grad is not None
         rows, grad = merged_gradient(parameter.grad)
-        tensors = [_as_rows(tensor.detach()) for tensor in (parameter, *(state[name] for name in self.state_per_row))]
+        state = self._state_of(parameter)
+        state["step"] += 1
+        data = parameter.detach()
+        weights = data.contiguous()
+        tensors = [_as_rows(tensor) for tensor in (weights, *(state[name] for name in self.state_per_row))]
         for start in range(0, len(grad), CHUNK_ROWS):
             stop = min(start + CHUNK_ROWS, len(grad))
             chunk = None if rows is None else rows[start:stop]
             # a slice is a view, index_select a copy that is written back
             parts = [t[start:stop] if chunk is None else t.index_select(0, chunk) for t in tensors]
-            weight = parts[0]
+            weight = parts[0].to(_state_dtype(parameter))
             if group["weight_decay"]:
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
             kept = dict(zip(self.state_per_row, parts[1:], strict=True))
-            self.update_rows(weight, grad[start:stop], kept, group, state["step"])
+            self.update_rows(weight, grad[start:stop].to(weight.dtype), kept, group, state["step"])
+            if weight is not parts[0]:
+                parts[0].copy_(weight)
             if constrain is not None:
-                weight.copy_(constrain(weight))
+                parts[0].copy_(constrain(parts[0]))
             if chunk is not None:
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.index_copy_(0, chunk, part)
+        if weights is not data:  # not contiguous
+            data.copy_(weights)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, made if there is none; ValueError if it is another optimizer's."""
+        state = self.state[parameter]
+        state.setdefault("step", 0)
+        for name, per_row in self.state_per_row.items():
+            shape = parameter.shape[:1] if per_row else parameter.shape
+            if name not in state:
+                state[name] = torch.zeros(shape, dtype=_state_dtype(parameter), device=parameter.device)
+            if state[name].shape != shape:
+                raise ValueError(
+                    f"{type(self).__name__}: got {name!r} of shape {tuple(state[name].shape)} for a parameter "
+                    f"{tuple(parameter.shape)}, expected {tuple(shape)}: was the state saved by another optimizer?"
+                )
+        return state
 
     def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
         """Change rows and state in place.
@@ -108,6 +145,8 @@ def merged_gradient(grad: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return the touched rows ``(n,)``, each once, ascending, and their summed gradients ``(n, D)``; rows None for all."""
     if not grad.is_sparse:
         return None, _as_rows(grad.contiguous())
+    if grad.sparse_dim() != 1:
+        raise ValueError(f"got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1: that of rows")
     rows, values = grad._indices()[0], _as_rows(grad._values().contiguous())
     if grad.is_coalesced():
         return rows, values
@@ -120,6 +159,11 @@ def _as_rows(tensor: Tensor) -> Tensor:
     """View a tensor ``(R, ...)`` as ``(R, D)``; one number is one row."""
     num_rows = tensor.shape[0] if tensor.dim() else 1
     return tensor.view(num_rows, math.prod(tensor.shape[1:]))
+
+
+def _state_dtype(parameter: Tensor) -> torch.dtype:
+    """Half precision keeps its state, and computes, in float32: eps would be 0 there, and 0 / 0 NaN."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
@@ -150,17 +194,6 @@ class SparseSGD(RowWiseOptimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    def _step_one(self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None) -> None:
-        grad = parameter.grad
-        assert grad is not None
-        if not grad.is_sparse or group["weight_decay"] or constrain is not None:
-            super()._step_one(parameter, group, constrain)
-            return
-        # a sum needs no merging: one pass less
-        _as_rows(parameter.detach()).index_add_(
-            0, grad._indices()[0], _as_rows(grad._values().contiguous()), alpha=-group["lr"]
-        )
 
     def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
         """See the class."""

@@ -15,8 +15,10 @@ from typing import Any
 
 from pykeen.nn import representation_resolver
 from pykeen.nn.representation import Representation as PyKEENRepresentation
+from pykeen.optimizers import optimizer_resolver
 from pykeen.regularizers import regularizer_resolver
 
+from shardemb import optim
 from shardemb.embedding import Embedding
 from shardemb.types import Gradient
 
@@ -25,7 +27,8 @@ class ShardedEmbedding(Embedding, PyKEENRepresentation):
     """:class:`shardemb.Embedding` for PyKEEN's models and loops: its arguments, with dense gradients unless told otherwise.
 
     PyKEEN's default optimizer, Adam, takes no sparse gradients. With ``gradient="sparse"`` choose "SGD", "Adagrad",
-    "SparseAdam", or one of :mod:`shardemb.optim`. The string "ShardedEmbedding" names this class wherever PyKEEN takes one.
+    "SparseAdam", or one of :mod:`shardemb.optim`, by name too: "RowWiseAdagrad". The string "ShardedEmbedding" names this
+    class wherever PyKEEN takes one.
 
     Raises:
         ValueError: ``gradient="fused"``: PyKEEN's loops look entities up several times a step, and run backward without a
@@ -66,11 +69,18 @@ class ShardedEmbedding(Embedding, PyKEENRepresentation):
                 f"with_options() got an unexpected keyword argument {unknown[0]!r}, expected one of {sorted(known)}"
             )
 
-        def new(_: type, *args: Any, **kwargs: Any) -> ShardedEmbedding:
-            return cls(*args, **{**options, **kwargs})
+        def new(kind: type, *args: Any, **kwargs: Any) -> Any:
+            # instances are the plain class's, so that they can be pickled; a subclass of the user's is one itself
+            return cls(*args, **{**options, **kwargs}) if kind is made else cls.__new__(kind)
 
-        # its instances are the plain class's, so that they can be pickled
-        return type(cls.__name__, (cls,), {"__new__": new, "__doc__": cls.__doc__, "__module__": cls.__module__})
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            cls.__init__(self, *args, **{**options, **kwargs})
+
+        body = {"__new__": new, "__init__": init, "__doc__": cls.__doc__, "__module__": cls.__module__}
+        made = type(cls.__name__, (cls,), body)
+        return made
 
 
 representation_resolver.register(ShardedEmbedding)
+for _optimizer in (optim.SparseSGD, optim.SparseAdagrad, optim.RowWiseAdagrad, optim.LazyAdam, optim.RowWiseAdam):
+    optimizer_resolver.register(_optimizer, raise_on_conflict=False)

@@ -68,6 +68,9 @@ class Table(nn.Module):
     def __init__(self, plan: RowPlan, track: bool) -> None:
         super().__init__()
         self.plan = plan
+        if plan.world_size > 1:
+            #: which rows the weight is: the first, one past the last, and how many the whole table has; for the state dict
+            self.register_buffer("rows", torch.tensor([plan.first, plan.first + plan.num_local, plan.num_rows]))
         self._track = track
         self._changed = _RowSet(plan.num_local)
         self.touch_all()
@@ -96,15 +99,6 @@ class Table(nn.Module):
         """Take every row as changed."""
         self._changed.add_all()
 
-    def _rows_entry(self) -> Tensor:
-        """Which rows the weight is: the first one, one past the last, and how many the whole table has; ``(3,)``."""
-        return torch.tensor([self.plan.first, self.plan.first + self.plan.num_local, self.plan.num_rows])
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.plan.world_size > 1:
-            destination[f"{prefix}rows"] = self._rows_entry()
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -116,20 +110,24 @@ class Table(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take this rank's rows as they were saved here, or its part of a whole table."""
-        rows, weight = state_dict.pop(f"{prefix}rows", None), state_dict.get(f"{prefix}weight")
-        expected = self._rows_entry()
-        whole = isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == self.plan.num_rows
-        if rows is not None and rows.tolist() != expected.tolist():
-            first, last, total = rows.tolist()
-            error_msgs.append(
-                f"table {self.plan.table!r}, rank {self.plan.rank} of {self.plan.world_size}: got rows {first} to {last} of "
-                f"{total}, expected {expected[0]} to {expected[1]} of {expected[2]}: to load at another number of ranks use "
-                f"shardemb.checkpoint, or save Embedding.full_state_dict()"
-            )
-            return
-        if rows is None and whole:
-            assert weight is not None
-            state_dict[f"{prefix}weight"] = weight[expected[0] : expected[1]]
+        plan, key = self.plan, f"{prefix}rows"
+        here = (plan.first, plan.first + plan.num_local, plan.num_rows)
+        weight = state_dict.get(f"{prefix}weight")
+        if key in state_dict:
+            first, last, total = state_dict[key].tolist()
+            if (first, last, total) != here:
+                error_msgs.append(
+                    f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got rows {first} to {last} of {total}, "
+                    f"expected {here[0]} to {here[1]} of {here[2]}: to load at another number of ranks use "
+                    f"shardemb.checkpoint, or save Embedding.full_state_dict()"
+                )
+                return
+        elif isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == plan.num_rows:
+            state_dict[f"{prefix}weight"] = weight[here[0] : here[1]]
+            if plan.world_size > 1:
+                state_dict[key] = torch.tensor(here)
+        if plan.world_size == 1:
+            state_dict.pop(key, None)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.touch_all()
 
@@ -191,17 +189,17 @@ class ParameterTable(Table):
         self._waiting.add(rows)
 
     def after_step(self, moved_others: bool, constrained: bool) -> None:
-        """Take the rows with a gradient as changed.
+        """Take the rows that an optimizer has updated as changed: those in the gradient, however they came there.
 
         Args:
             moved_others: the optimizer changed other rows too.
             constrained: it has constrained what it changed.
         """
-        if not constrained:
-            self._changed.merge(self._waiting)
-        self._waiting = _RowSet(self.plan.num_local)
-        if moved_others:
+        grad, self._waiting = self.weight.grad, _RowSet(self.plan.num_local)
+        if moved_others or (grad is not None and not grad.is_sparse):  # dense: from a loss on the weight itself
             self.touch_all()
+        elif grad is not None and not constrained:
+            self._changed.add(grad._indices()[0])
 
     def _take_changed(self) -> Tensor | None:
         # rows that still wait stay so: their update may come after this call, or came from no torch.optim optimizer
@@ -223,8 +221,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for table in _STEPPED:
         for group in optimizer.param_groups:
             if any(parameter is table.weight for parameter in group["params"]):
-                dense = table.weight.grad is not None and not table.weight.grad.is_sparse  # a loss on the weight itself
-                table.after_step(dense or not moves_touched_rows_only(optimizer, group), table.weight in constrained)
+                table.after_step(not moves_touched_rows_only(optimizer, group), table.weight in constrained)
 
 
 # each optimizer's step tells the tables: post_parameter_update alone cannot know whether rows were updated before it
@@ -313,12 +310,13 @@ class FusedTable(Table):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy rows and optimizer state; FBGEMM's module is made anew by whoever takes them."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_tbe", "_buffers", "_pending")}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_tbe", "_pending")}
+        state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "weight"}
         return state | {"_rows": self.weight.detach().clone(), "_optimizer_state": self.optimizer_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rows, optimizer_state = state.pop("_rows"), state.pop("_optimizer_state")
-        super().__setstate__(state | {"_buffers": {}})
+        super().__setstate__(state)
         self._build(rows.dtype, rows.device)
         with torch.no_grad():
             self.weight.copy_(rows)

@@ -82,8 +82,7 @@ def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: t
     Raises:
         ValueError: a row's result depends on the other rows, or has another shape.
     """
-    function = constrainer.func if isinstance(constrainer, partial) else constrainer
-    if function is clamp_norm and (not isinstance(constrainer, partial) or constrainer.keywords.get("dim") is None):
+    if isinstance(constrainer, partial) and constrainer.func is clamp_norm and constrainer.keywords.get("dim") is None:
         raise ValueError(
             f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table, which no shard has: "
             f"pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from differential import configurations, differences
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from multirank import BUGS, error_of, jobs, oracle, planted, train
+from multirank import BUGS, error_of, exact, jobs, oracle, planted, train
 
 from shardemb import Embedding
 
@@ -17,19 +17,28 @@ dense = partial(Embedding, gradient="dense")
 logging.getLogger("pykeen").setLevel(logging.WARNING)
 
 
-def check(config: dict) -> None:
-    found = differences(config, dense, pykeen_nn.Embedding)
+def check(config: dict) -> bool:
+    """Compare, and say whether the table was trained."""
+    found, trained = differences(config, dense, pykeen_nn.Embedding)
     assert not found, "\n".join([str(config), *found])
+    return trained
 
 
 common = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@seed(20261122)
-@settings(common, max_examples=500)
-@given(configurations())
-def test_no_difference_to_pykeen(config: dict) -> None:
-    check(config)
+def test_no_difference_to_pykeen() -> None:
+    trained = []
+
+    @seed(20261122)
+    @settings(common, max_examples=700)
+    @given(configurations())
+    def compare(config: dict) -> None:
+        trained.append(check(config))
+
+    compare()
+    assert len(trained) >= 700
+    assert sum(trained) >= 300  # the others are frozen, or end in the same error
 
 
 def check_job(job: dict, rank_pool, plant: str | None = None) -> None:
@@ -38,9 +47,7 @@ def check_job(job: dict, rank_pool, plant: str | None = None) -> None:
     for got in rank_pool(train, job["world_size"], job, plant):
         assert got.shape == expected.shape
         assert error_of(got, expected) <= 1e-6, f"{job}\ngot {got}\nexpected {expected}"
-        # what torch itself computes on a rank's part (a norm, sinh) may differ in the last bit from the same on the whole batch
-        ours_alone = job["normalizer"][0] is None and job["reduction"] == "sum" and job["clip"] is None
-        if "sgd" in job["optimizer"].lower() and ours_alone:
+        if exact(job):
             assert torch.equal(got, alone), f"{job}\nnot bitwise what one process gives"
 
 
@@ -59,7 +66,10 @@ def found_by(test, bug: str) -> None:
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found_in_one_process(bug: str) -> None:
-    found_by(given(configurations())(lambda config: check(config)), bug)
+    def compare(config: dict) -> None:
+        check(config)
+
+    found_by(given(configurations())(compare), bug)
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -78,7 +88,9 @@ def test_a_planted_bug_is_found_on_several_ranks(rank_pool, bug: str, gradient: 
         "regularizer": None,
         "unique": False,
         "reduction": "mean",
+        "placement": "row_wise",
         "coordinated": True,
+        "zeros": False,
         "clip": None,
         "steps": [[[9, 0, 5]], [[4, 4, 4]]],
         "seed": 3,
