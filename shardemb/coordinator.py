@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardemb.embedding import Embedding
-from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only
+from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only, why_refused
 
 
 class Coordinator:
@@ -34,9 +34,10 @@ class Coordinator:
         max_grad_norm: clip gradients to this 2-norm in each step, see :func:`clip_grad_norm_`; None for no clipping.
 
     Raises:
-        ValueError: an optimizer that moves rows which got no gradient (momentum, weight decay) over a sparse table with a
-            constrainer, so that touched rows alone would not do; a table on a process group of its own; clipping with a
-            fused table.
+        TypeError: ``model`` is no module.
+        ValueError: an optimizer of torch's that takes no sparse gradients, over a sparse table; one that moves rows which got
+            no gradient (momentum, weight decay) over a sparse table with a constrainer, so that touched rows alone would not
+            do; a table on a process group of its own; clipping with a fused table.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Coordinator:
         optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
         max_grad_norm: float | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables")
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.tables = [module for module in model.modules() if isinstance(module, Embedding)]
         sharded: set[torch.Tensor] = set()
-        by_sum, sparse, watched = set(), set(), {}
+        by_sum, sparse, watched, name_of = set(), set(), {}, {}
         for table in self.tables:
             table.require_default_group("the coordinator")
             if table.placement == "row_wise":
@@ -58,6 +61,7 @@ class Coordinator:
             for parameter in table.parameters():
                 if table.gradient_reduction == "sum":
                     by_sum.add(parameter)
+                name_of[parameter] = table.name
                 if table.gradient == "sparse":
                     sparse.add(parameter)
                     if table.constrains_changed_rows_only:
@@ -73,6 +77,9 @@ class Coordinator:
             _check_clipping(self.tables, max_grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
+                refused = why_refused(optimizer, group, True) if any(p in sparse for p in group["params"]) else None
+                if refused is not None:
+                    raise ValueError(f"table {next(name_of[p] for p in group['params'] if p in sparse)!r}: {refused}")
                 named = [watched[p] for p in group["params"] if p in watched]
                 if named and not moves_touched_rows_only(optimizer, group):
                     moving = [f"{key}={group[key]}" for key in ("momentum", "weight_decay") if group.get(key)]
@@ -156,6 +163,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         ValueError: ``max_norm`` or ``norm_type`` not above 0; a fused table, which has no gradient to scale; a table on a
             process group of its own.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables")
     tables = [module for module in model.modules() if isinstance(module, Embedding)]
     _check_clipping(tables, max_norm, norm_type)
     mine = {p for table in tables if table.placement == "row_wise" for p in table.parameters()}

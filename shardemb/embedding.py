@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -186,6 +187,8 @@ class Embedding(Representation):
         ):
             if value not in allowed:
                 raise ValueError(f"table {name!r}: got {key}={value!r}, expected one of {allowed}")
+        if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
+            raise TypeError(f"table {name!r}: got optimizer={optimizer!r}, expected a shardemb.FusedOptimizer")
         if optimizer is not None and gradient != "fused":
             raise ValueError(f"table {name!r}: optimizer={optimizer} needs gradient='fused', got gradient={gradient!r}")
         if placement == "replicated" and gradient == "fused":
@@ -227,7 +230,10 @@ class Embedding(Representation):
         self._exchange = Exchange(self.plan, self._group, gradient_reduction)
         self._seed = seed
         drawn = self._agree(
-            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} seed {seed}"
+            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} seed {seed} "
+            f"trainable {trainable} unique {self.unique} initializer {_describe(self.initializer)} "
+            f"constrainer {_describe(self.constrainer)} normalizer {_describe(self.normalizer)} "
+            f"regularizer {type(self.regularizer).__name__}"
         )
         device, track = torch.device(device), self.constrains_changed_rows_only
         self._embeddings: Table
@@ -348,7 +354,12 @@ class Embedding(Representation):
             layout: "pykeen" for ``pykeen.nn.Embedding.load_state_dict``, "torch" for ``torch.nn.Embedding.load_state_dict``
                 (the weight alone, ``(V, D)``, complex rows as pairs of real numbers). This class's own loads both, at any
                 number of ranks.
+
+        Raises:
+            ValueError: another layout.
         """
+        if layout not in ("pykeen", "torch"):
+            raise ValueError(f"table {self.name!r}: got layout={layout!r}, expected 'pykeen' or 'torch'")
         weight = self._embeddings.weight.detach()
         if self.plan.world_size > 1:
             blocks = weight.new_empty(self.plan.world_size * self.plan.block, self.plan.dim)
@@ -422,6 +433,14 @@ class Embedding(Representation):
         return f"{super().extra_repr()}, name={self.name!r}, gradient={self.gradient!r}, {share}"
 
 
+def _describe(function: Any) -> str:
+    """Name a function so that all ranks name it alike: no addresses."""
+    if isinstance(function, partial):
+        simple = {key: value for key, value in function.keywords.items() if isinstance(value, int | float | str | tuple)}
+        return f"{_describe(function.func)}({simple})"
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 def _as_shape(shape: Any) -> tuple[int, ...]:
     if isinstance(shape, int):
         return (shape,)
@@ -432,7 +451,10 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
 
 def _one_max_id(max_id: int | None, num_embeddings: int | None) -> int:
     if max_id is not None and num_embeddings is not None and max_id != num_embeddings:
-        raise ValueError("Cannot provide both, 'max_id' over 'num_embeddings'")
+        raise ValueError(
+            f"Cannot provide both, 'max_id' over 'num_embeddings': got {max_id} and {num_embeddings}; the size of a row is "
+            f"embedding_dim= or shape="
+        )
     if max_id is not None:
         return max_id
     if num_embeddings is None:

@@ -155,6 +155,10 @@ def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> I
         if key not in _BY_NAME:
             raise KeyError(f"{initializer} is an invalid. Try one of: {sorted(_BY_NAME)}")
         function = _BY_NAME[key]
+    elif isinstance(initializer, Tensor):
+        raise TypeError(
+            "Invalid function: a tensor: use Embedding.from_pretrained, or shardemb.initializers.PretrainedInitializer"
+        )
     else:
         raise TypeError(f"Invalid function: {type(initializer)} - {initializer}")
     return partial(function, **kwargs) if kwargs else function

@@ -161,6 +161,26 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.view(num_rows, math.prod(tensor.shape[1:]))
 
 
+def why_refused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], sparse: bool) -> str | None:
+    """Say what torch's optimizer cannot do with a table's gradient, and what can; None if it can, or is not torch's."""
+    name = type(optimizer).__name__
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return None
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        return None if sparse else "SparseAdam takes no dense gradients: use shardemb.optim.LazyAdam, which takes both"
+    if not sparse:
+        return None
+    if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad):
+        ours = "shardemb.optim.LazyAdam" if "Adam" in name else "one of shardemb.optim"
+        return f"{name} takes no sparse gradients: use {ours}, or gradient='dense'"
+    if group.get("weight_decay"):
+        return (
+            f"{name} takes no sparse gradients with weight_decay={group['weight_decay']}: use one of shardemb.optim, whose "
+            f"weight_decay is of touched rows, or gradient='dense'"
+        )
+    return None
+
+
 def _state_dtype(parameter: Tensor) -> torch.dtype:
     """Half precision keeps its state, and computes, in float32: eps would be 0 there, and 0 / 0 NaN."""
     return torch.promote_types(parameter.dtype, torch.float32)

@@ -63,7 +63,8 @@ class ShardedEmbedding(Embedding, PyKEENRepresentation):
             TypeError: an argument that there is not.
         """
         known = inspect.signature(Embedding.__init__).parameters.keys() | inspect.signature(PyKEENRepresentation).parameters
-        unknown = sorted(options.keys() - known | options.keys() & {"self", "kwargs"})
+        known -= {"self", "kwargs"}
+        unknown = sorted(options.keys() - known)
         if unknown:
             raise TypeError(
                 f"with_options() got an unexpected keyword argument {unknown[0]!r}, expected one of {sorted(known)}"

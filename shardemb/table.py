@@ -5,14 +5,15 @@ This room knows nothing of other ranks: it looks up row numbers of its own shard
 
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from shardemb.optim import FusedOptimizer, moves_touched_rows_only
+from shardemb.optim import FusedOptimizer, moves_touched_rows_only, why_refused
 from shardemb.plan import RowPlan
 from shardemb.types import RowFunction
 
@@ -126,6 +127,12 @@ class Table(nn.Module):
             state_dict[f"{prefix}weight"] = weight[here[0] : here[1]]
             if plan.world_size > 1:
                 state_dict[key] = torch.tensor(here)
+        elif isinstance(weight, Tensor) and plan.world_size > 1:
+            error_msgs.append(
+                f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got a whole table of shape "
+                f"{tuple(weight.shape)}, expected {(plan.num_rows, plan.dim)}"
+            )
+            return
         if plan.world_size == 1:
             state_dict.pop(key, None)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -177,13 +184,11 @@ class ParameterTable(Table):
         self.weight = nn.Parameter(weight, requires_grad=trainable)
         #: rows whose gradient came, and which no optimizer has updated yet as far as is known
         self._waiting = _RowSet(plan.num_local)
-        if track:
-            _STEPPED.add(self)
+        _TABLES.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._track:
-            _STEPPED.add(self)
+        _TABLES.add(self)
 
     def _got_gradient(self, rows: Tensor) -> None:
         self._waiting.add(rows)
@@ -195,6 +200,8 @@ class ParameterTable(Table):
             moved_others: the optimizer changed other rows too.
             constrained: it has constrained what it changed.
         """
+        if not self._track:
+            return
         grad, self._waiting = self.weight.grad, _RowSet(self.plan.num_local)
         if moved_others or (grad is not None and not grad.is_sparse):  # dense: from a loss on the weight itself
             self.touch_all()
@@ -213,17 +220,31 @@ class ParameterTable(Table):
         return out
 
 
-_STEPPED: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
+_TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
+
+
+def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for table in list(_TABLES):
+        if table.weight in groups:
+            yield table, groups[table.weight]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for table, group in _tables_of(optimizer):
+        why = why_refused(optimizer, group, table.weight.grad.is_sparse) if table.weight.grad is not None else None
+        if why is not None:
+            raise RuntimeError(f"table {table.plan.table!r}: {why}")
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     constrained = kwargs.get("constrain") or {}
-    for table in _STEPPED:
-        for group in optimizer.param_groups:
-            if any(parameter is table.weight for parameter in group["params"]):
-                table.after_step(not moves_touched_rows_only(optimizer, group), table.weight in constrained)
+    for table, group in _tables_of(optimizer):
+        table.after_step(not moves_touched_rows_only(optimizer, group), table.weight in constrained)
 
 
+# torch's own messages name neither the table nor a way out
+register_optimizer_step_pre_hook(_before_step)
 # each optimizer's step tells the tables: post_parameter_update alone cannot know whether rows were updated before it
 register_optimizer_step_post_hook(_after_step)
 

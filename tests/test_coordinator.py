@@ -113,8 +113,13 @@ def test_optimizers_that_move_untouched_rows_are_refused() -> None:
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"table 'people': SGD with momentum=0.9 moves rows .* gradient='dense'"):
         Coordinator(table, optimizer)
-    with pytest.raises(ValueError, match=r"ASGD with sparse gradients moves rows"):
-        Coordinator(table, torch.optim.ASGD(table.parameters()))
+    with pytest.raises(ValueError, match=r"table 'people': Adam takes no sparse gradients: use shardemb.optim.LazyAdam"):
+        Coordinator(table, torch.optim.Adam(table.parameters()))
+    replicated = Embedding(10, shape=2, constrainer="normalize", placement="replicated")  # all of whose rows are constrained
+    Coordinator(replicated, torch.optim.SGD(replicated.parameters(), lr=0.1, momentum=0.9))
+    for function in (Coordinator, clip_grad_norm_):
+        with pytest.raises(TypeError, match=r"got generator, expected the torch.nn.Module"):
+            function(table.parameters(), 1.0)
     Coordinator(table, optim.LazyAdam(table.parameters(), weight_decay=0.1))
     dense = Embedding(10, shape=2, constrainer="normalize", gradient="dense")
     Coordinator(dense, torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9))
@@ -205,3 +210,61 @@ def test_clipping_what_cannot_be_clipped() -> None:
     fused = Embedding(10, shape=4, gradient="fused", name="people")
     with pytest.raises(ValueError, match=r"table 'people': gradient='fused' updates rows in backward.*RowWiseAdagrad"):
         Coordinator(fused, max_grad_norm=1.0)
+    complex_layer = nn.Linear(2, 2, dtype=torch.complex64)
+    complex_layer(torch.ones(2, dtype=torch.complex64)).abs().sum().backward()
+    empty = Embedding(4, shape=0)
+    empty(torch.tensor([1])).sum().backward()
+    assert clip_grad_norm_(nn.ModuleList([complex_layer, empty]), 0.5).item() > 0.5
+    assert nn.utils.get_total_norm([p.grad for p in complex_layer.parameters()]).item() == pytest.approx(0.5, rel=1e-4)
+
+
+def _zero_gradients(rank: int, world_size: int, placement: str) -> list[torch.Tensor]:
+    """A gradient of exactly 0 (a hinge loss has many) touches a row: Adam moves it on, decay shrinks it."""
+    rows = []
+    for cls, options in (
+        (optim.LazyAdam, {"lr": 0.1}),
+        (optim.SparseSGD, {"lr": 0.1, "weight_decay": 1.0}),
+        (optim.RowWiseAdagrad, {"lr": 0.1, "weight_decay": 1.0}),
+    ):
+        table = Embedding(4, shape=2, seed=0, placement=placement, initializer="ones")
+        table.reset_parameters()
+        coordinator = Coordinator(table, cls(table.parameters(), **options))
+        coordinator.step()  # no rank has a gradient: no step
+        for scale in (1.0, 0.0):
+            (table(torch.tensor([1])) * scale).sum().backward()
+            coordinator.step()
+        rows.append(table.full_state_dict("torch")["weight"].clone())
+    return rows
+
+
+@pytest.mark.parametrize("placement", ["row_wise", "replicated"])
+def test_rows_whose_gradient_is_zero_are_touched(run_ranks, placement: str) -> None:
+    (expected,) = run_ranks(_zero_gradients, 1, "row_wise")
+    assert expected[0][1, 0].item() < 0.85
+    for got in run_ranks(_zero_gradients, 2, placement):
+        torch.testing.assert_close(got, expected)
+
+
+class Delegating(nn.Module):
+    """As PyKEEN's models: hands post_parameter_update on to its parts."""
+
+    def __init__(self, table: Embedding) -> None:
+        super().__init__()
+        self.table = table
+        self.calls = 0
+
+    def post_parameter_update(self) -> None:
+        self.calls += 1
+        self.table.post_parameter_update()
+
+
+def test_a_table_is_constrained_once_a_step() -> None:
+    table = Embedding(4, shape=2, initializer="ones", constrainer=lambda x: x / 2, gradient="dense")
+    table.reset_parameters()
+    model = Delegating(Delegating(table))  # type: ignore[arg-type]
+    Coordinator(model, torch.optim.SGD(model.parameters(), lr=0.0)).step()
+    assert torch.equal(table(None), torch.full((4, 2), 0.5))
+    assert model.calls == 1
+    model.post_parameter_update()
+    table.post_parameter_update()  # outside of a step each call counts
+    assert torch.equal(table(None), torch.full((4, 2), 0.125))

@@ -280,6 +280,11 @@ def _states(rank: int, world_size: int, gradient: str) -> dict[str, torch.Tensor
             RuntimeError, match=rf"table 'people', rank {rank} of {world_size}: got rows .* shardemb.checkpoint"
         ):
             other.load_state_dict(moved)
+        with pytest.raises(RuntimeError, match=r"got a whole table of shape \(500, 6\), expected \(501, 6\)"):
+            other.load_state_dict({"weight": torch.zeros(500, 6)})
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    assert get_model_state_dict(table).keys() == state.keys()
     return whole
 
 
@@ -383,3 +388,79 @@ def test_a_dense_gradient_of_a_sparse_table_is_not_overlooked() -> None:
 def test_dtypes_that_cannot_be_trained() -> None:
     with pytest.raises(RuntimeError, match=r"table 'people': got dtype torch.int64, expected a floating"):
         Embedding(5, shape=2, dtype=torch.int64, name="people")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sparse_adam", "rowwise_adagrad"])
+def test_rows_of_a_gradient_that_outlives_its_step_are_constrained(optimizer: str) -> None:
+    """No zero_grad between steps, a second optimizer, a gradient set by hand: legal torch."""
+    table = Embedding(50, shape=4, constrainer="normalize", seed=0)
+    table.post_parameter_update()
+    outer = OPTIMIZERS[optimizer](table.parameters())
+    for ids in ([1, 2], [3, 4], [5]):
+        (table(torch.tensor(ids)) * torch.arange(4)).sum().backward()
+        outer.step()
+        table.post_parameter_update()
+        assert table(None).norm(dim=1).sub(1).abs().max() < 1e-6
+    second = OPTIMIZERS["sgd"](table.parameters())
+    Coordinator(table, [RowWiseAdagrad(table.parameters()), second]).step()
+    assert table(None).norm(dim=1).sub(1).abs().max() < 1e-6
+    table._embeddings.weight.grad = torch.sparse_coo_tensor([[7, 9]], torch.ones(2, 4), (50, 4))
+    second.step()
+    table.post_parameter_update()
+    assert table(None).norm(dim=1).sub(1).abs().max() < 1e-6
+
+
+def test_torch_optimizers_that_cannot_say_so_with_a_way_out() -> None:
+    sparse, dense = Embedding(5, shape=2, name="people"), Embedding(5, shape=2, gradient="dense", name="people")
+    for table, optimizer, message in (
+        (sparse, torch.optim.Adam(sparse.parameters()), "Adam takes no sparse gradients: use shardemb.optim.LazyAdam"),
+        (sparse, torch.optim.RMSprop(sparse.parameters()), "RMSprop takes no sparse gradients: use one of shardemb.optim"),
+        (sparse, torch.optim.Adagrad(sparse.parameters(), weight_decay=0.1), "whose weight_decay is of touched rows"),
+        (dense, torch.optim.SparseAdam(dense.parameters()), "use shardemb.optim.LazyAdam, which takes both"),
+    ):
+        table(torch.tensor([1])).sum().backward()
+        with pytest.raises(RuntimeError, match=f"table 'people': .*{message}"):
+            optimizer.step()
+
+
+def _disagree(rank: int, world_size: int, options: list[dict]) -> None:
+    with pytest.raises(ValueError, match=r"ranks make different tables: rank 0 .* rank 1 "):
+        Embedding(6, shape=3, seed=0, **options[rank])
+    agreed = Embedding(
+        6, shape=3, seed=0, constrainer=lambda x: x.clamp(-1, 1), normalizer="softmax", normalizer_kwargs={"dim": -1}
+    )
+    assert agreed(torch.tensor([rank])).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"constrainer": "normalize"}, {}],
+        [{"initializer": "zeros"}, {"initializer": "ones"}],
+        [
+            {"constrainer": "clamp", "constrainer_kwargs": {"max": 1.0}},
+            {"constrainer": "clamp", "constrainer_kwargs": {"max": 2.0}},
+        ],
+        [{"trainable": False}, {}],
+        [{"regularizer": "lp"}, {}],
+    ],
+)
+def test_ranks_that_disagree_are_told(rank_pool, options: list[dict]) -> None:
+    rank_pool(_disagree, 2, options)
+
+
+def test_mistakes_that_are_easily_made() -> None:
+    with pytest.raises(ValueError, match="the size of a row is embedding_dim= or shape="):
+        Embedding(100, 8)
+    with pytest.raises(TypeError, match=r"expected a shardemb.FusedOptimizer"):
+        Embedding(5, shape=2, gradient="fused", optimizer="adagrad")
+    with pytest.raises(TypeError, match=r"use Embedding.from_pretrained"):
+        Embedding(5, shape=2, initializer=torch.ones(5, 2))
+    with pytest.raises(ValueError, match="expected 'pykeen' or 'torch'"):
+        Embedding(5, shape=2).full_state_dict("tensorflow")
+    for seed in (-1, 0.5):
+        with pytest.raises(ValueError, match=f"table 'people': got seed={seed}"):
+            Embedding(5, shape=2, seed=seed, name="people")
+    for sizes in ({"max_id": -1, "shape": 2}, {"max_id": 2, "shape": (2, -1)}):
+        with pytest.raises(RuntimeError, match="expected no negative size"):
+            Embedding(**sizes)

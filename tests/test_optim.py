@@ -171,12 +171,72 @@ def test_state_survives_and_schedulers_work(name: str) -> None:
     assert torch.equal(tables[0].weight, tables[1].weight)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_state_in_float32(name: str, dtype: torch.dtype) -> None:
+    """In float16 an eps of 1e-10 is 0, and the update of a row with a gradient of 0 would be NaN."""
+    tables = [embedding(), embedding()]
+    tables[0].weight.data = tables[0].weight.data.to(dtype)
+    optimizers = [ALL[name](table.parameters(), lr=0.1) for table in tables]
+    for table, optimizer in zip(tables, optimizers, strict=True):
+        for scale in (1e-3, 0.0, 1.0):
+            optimizer.zero_grad()
+            (table(torch.tensor([1, 2, 2])).float() * scale).sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        for key in ALL[name].state_per_row:
+            assert optimizer.state[table.weight][key].dtype == torch.float32
+    torch.testing.assert_close(tables[0].weight.float(), tables[1].weight, rtol=2e-2, atol=2e-2)
+
+
+def test_state_of_other_optimizers() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    weight.grad = torch.ones(4, 3).to_sparse(1)
+    old, new = torch.optim.SparseAdam([weight], lr=0.1), optim.LazyAdam([weight])
+    old.step()
+    new.load_state_dict(copy.deepcopy(old.state_dict()))  # has no weight_decay
+    before = weight.detach().clone()
+    new.step()
+    ours = weight.detach().clone()
+    weight.data.copy_(before)
+    old.step()
+    torch.testing.assert_close(weight.detach(), ours)
+    earlier = optim.RowWiseAdagrad([weight], lr=0.1)
+    earlier.state[weight]["sum"] = torch.zeros(4)  # as an earlier version saved it, without a step
+    earlier.step()
+    wrong = optim.RowWiseAdagrad([weight], lr=0.1)
+    wrong.state[weight]["sum"] = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"got 'sum' of shape \(4, 3\) .* expected \(4,\): was the state saved by another"):
+        wrong.step()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_that_are_not_contiguous(name: str) -> None:
+    layers = [torch.nn.Conv2d(2, 3, 3) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].to(memory_format=torch.channels_last)
+    for layer in layers:
+        optimizer = ALL[name](layer.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 2, 5, 5)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=1e-4, atol=1e-5)
+
+
 def test_errors() -> None:
     weight = [torch.nn.Parameter(torch.ones(1, 1))]
     for key in ("lr", "eps", "weight_decay"):
         for value in (-1, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=f"RowWiseAdagrad: got {key}={value}, expected a finite number, at least 0"):
                 optim.RowWiseAdagrad(weight, **{key: value})
+    with pytest.raises(ValueError, match="SparseSGD: got a complex parameter"):
+        optim.SparseSGD([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match="SparseSGD: got lr=-1"):
+        optim.SparseSGD(weight).add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": -1})
+    weight[0].grad = torch.ones(1, 1).to_sparse(2)
+    with pytest.raises(ValueError, match="2 sparse dimensions, expected 1"):
+        optim.SparseSGD(weight).step()
     with pytest.raises(ValueError, match=r"LazyAdam: got betas=\(0.9, 1.0\)"):
         optim.LazyAdam(weight, betas=(0.9, 1.0))
     with pytest.raises(ValueError, match="FusedOptimizer: got lr=-1"):
