@@ -215,6 +215,14 @@ class SparseSGD(RowWiseOptimizer):
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
+    def _step_one(self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None) -> None:
+        grad = parameter.grad
+        assert grad is not None
+        if not grad.is_sparse or group["weight_decay"] or constrain is not None:
+            super()._step_one(parameter, group, constrain)
+        else:  # a sum needs no merging
+            parameter.detach().add_(grad, alpha=-group["lr"])
+
     def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
         """See the class."""
         weight.add_(grad, alpha=-group["lr"])

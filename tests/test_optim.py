@@ -236,7 +236,7 @@ def test_errors() -> None:
         optim.SparseSGD(weight).add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": -1})
     weight[0].grad = torch.ones(1, 1).to_sparse(2)
     with pytest.raises(ValueError, match="2 sparse dimensions, expected 1"):
-        optim.SparseSGD(weight).step()
+        optim.SparseAdagrad(weight).step()
     with pytest.raises(ValueError, match=r"LazyAdam: got betas=\(0.9, 1.0\)"):
         optim.LazyAdam(weight, betas=(0.9, 1.0))
     with pytest.raises(ValueError, match="FusedOptimizer: got lr=-1"):
