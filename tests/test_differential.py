@@ -52,7 +52,7 @@ def check_job(job: dict, rank_pool, plant: str | None = None) -> None:
 
 
 @seed(20261122)
-@settings(common, max_examples=150)
+@settings(common, max_examples=220)
 @given(job=jobs())
 def test_no_difference_between_numbers_of_ranks(rank_pool, job: dict) -> None:
     check_job(job, rank_pool)
