@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from main_job import cpu_name
 from torch.nn import functional as F
 
 from shardemb import Coordinator, Embedding, optim
@@ -139,13 +140,12 @@ def main() -> None:
             }
             measure(number, kind, steps, "Adagrad, no constrainer")
     if arguments.output is not None:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
         document = {
             "command": "python benchmarks/optimizers.py "
             + f"--rows {arguments.rows} --dim {arguments.dim} --rounds {arguments.rounds}",
             "date": date.today().isoformat(),
             "machine": {
-                "cpu": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"),
+                "cpu": cpu_name(),
                 "threads": 1,
                 "python": platform.python_version(),
                 "torch": torch.__version__,

@@ -46,14 +46,12 @@ class Coordinator:
         optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
         max_grad_norm: float | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables")
+        self.tables = _tables_in(model)
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-        self.tables = [module for module in model.modules() if isinstance(module, Embedding)]
         sharded: set[torch.Tensor] = set()
-        by_sum, sparse, watched, name_of = set(), set(), {}, {}
+        by_sum, sparse, watched, name_of = set(), set(), set(), {}
         for table in self.tables:
             table.require_default_group("the coordinator")
             if table.placement == "row_wise":
@@ -65,7 +63,7 @@ class Coordinator:
                 if table.gradient == "sparse":
                     sparse.add(parameter)
                     if table.constrains_changed_rows_only:
-                        watched[parameter] = table.name
+                        watched.add(parameter)
         self._replicated = [p for p in model.parameters() if p.requires_grad and p not in sharded]
         self._by_sum, self._sparse = by_sum, sparse
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -77,10 +75,11 @@ class Coordinator:
             _check_clipping(self.tables, max_grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                refused = why_refused(optimizer, group, True) if any(p in sparse for p in group["params"]) else None
-                if refused is not None:
-                    raise ValueError(f"table {next(name_of[p] for p in group['params'] if p in sparse)!r}: {refused}")
-                named = [watched[p] for p in group["params"] if p in watched]
+                named = [name_of[p] for p in group["params"] if p in sparse]
+                refused = why_refused(optimizer, group, True)
+                if named and refused is not None:
+                    raise ValueError(f"table {named[0]!r}: {refused}")
+                named = [name_of[p] for p in group["params"] if p in watched]
                 if named and not moves_touched_rows_only(optimizer, group):
                     moving = [f"{key}={group[key]}" for key in ("momentum", "weight_decay") if group.get(key)]
                     raise ValueError(
@@ -163,9 +162,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         ValueError: ``max_norm`` or ``norm_type`` not above 0; a fused table, which has no gradient to scale; a table on a
             process group of its own.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables")
-    tables = [module for module in model.modules() if isinstance(module, Embedding)]
+    tables = _tables_in(model)
     _check_clipping(tables, max_norm, norm_type)
     mine = {p for table in tables if table.placement == "row_wise" for p in table.parameters()}
     sharded: list[torch.Tensor] = []
@@ -199,6 +196,12 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     for grad in sharded + whole:
         grad.mul_(scale.to(grad.dtype))
     return total
+
+
+def _tables_in(model: nn.Module) -> list[Embedding]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables")
+    return [module for module in model.modules() if isinstance(module, Embedding)]
 
 
 def _check_clipping(tables: list[Embedding], max_norm: float, norm_type: float = 2.0) -> None:

@@ -300,7 +300,8 @@ class Embedding(Representation):
         constrainer that is not idempotent, and with dense gradients, all rows again.
         """
         if self.constrainer is not None and self._due is not False:
-            self._due = None if self._due is None else False
+            if self._due:
+                self._due = False
             self._embeddings.constrain_(self._constrain_stored, self._changed_only)
 
     @contextmanager

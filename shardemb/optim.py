@@ -39,9 +39,6 @@ class RowWiseOptimizer(torch.optim.Optimizer):
     #: what is kept: name, and whether it is one number a row, or one for each of the row's
     state_per_row: ClassVar[dict[str, bool]] = {}
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take more parameters, with hyper-parameters of their own; ValueError for what is out of range, or complex."""
         check_hyperparameters(type(self).__name__, {**self.defaults, **param_group})

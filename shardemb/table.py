@@ -126,7 +126,7 @@ class Table(nn.Module):
         elif isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == plan.num_rows:
             state_dict[f"{prefix}weight"] = weight[here[0] : here[1]]
             if plan.world_size > 1:
-                state_dict[key] = torch.tensor(here)
+                state_dict[key] = self.rows
         elif isinstance(weight, Tensor) and plan.world_size > 1:
             error_msgs.append(
                 f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got a whole table of shape "
@@ -224,8 +224,9 @@ _TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
 
 
 def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for table in list(_TABLES):
+    tables = list(_TABLES)  # none in most programs that import this package, whose optimizers pay nothing then
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]} if tables else {}
+    for table in tables:
         if table.weight in groups:
             yield table, groups[table.weight]
 

@@ -160,8 +160,7 @@ def _train(rank: int, world_size: int, job: dict[str, Any]) -> torch.Tensor:
         module = shardemb.optim if job["optimizer"] in OURS else torch.optim
         optimizers = [getattr(module, job["optimizer"])(table.parameters(), **job["options"])]
     coordinator = None
-    refused = job["options"].get("momentum") and job["gradient"] == "sparse"
-    if job["coordinated"] and not refused:
+    if job["coordinated"]:
         coordinator = Coordinator(table, optimizers, max_grad_norm=job["clip"])
     for step in range(len(job["steps"])):
         ids = [ids_of(job, step, lookup, ranks) for lookup in range(len(job["steps"][step]))]
