@@ -22,8 +22,11 @@ from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
 from shardemb.files import fsync
+from shardemb.plan import Spread
 
-FORMAT = "shardemb/1"
+FORMAT = "shardemb/2"  # rows of several ranks are in the order of their slots
+#: rows that are read at a time where their order changes
+_READ_ROWS = 1 << 16
 _STEP = re.compile(r"step-(\d{10})")
 _FILE = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
 
@@ -34,7 +37,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a rank holds of a tensor: rows ``[first, first + len(tensor))`` of ``total``, or, not sharded, all of it."""
+    """What a rank holds of a tensor: rows ``[first, first + len(tensor))`` of ``total``, or, not sharded, all of it.
+
+    A sharded tensor's rows are in the order of their slots (:mod:`shardemb.plan`), others in that of ids.
+    """
 
     tensor: Tensor
     first: int
@@ -46,6 +52,10 @@ class _Piece:
         if by_row:
             return _Piece(tensor, self.first, self.total, self.sharded)
         return _Piece(tensor, 0, _length(tensor), False)
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Return where rows of these ids ``(n,)`` are in the tensor, if they are."""
+        return (Spread(self.total).slots(ids) if self.sharded else ids) - self.first
 
 
 def _length(tensor: Tensor) -> int:
@@ -186,7 +196,13 @@ def _write_shard(partial: Path, rank: int, world_size: int, pieces: Mapping[str,
     entry |= {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path), "tensors": {}}
     for name, piece in mine.items():
         shape, dtype = list(piece.tensor.shape), str(piece.tensor.dtype).removeprefix("torch.")
-        entry["tensors"][name] = {"first": piece.first, "total": piece.total, "shape": shape, "dtype": dtype}
+        entry["tensors"][name] = {
+            "first": piece.first,
+            "total": piece.total,
+            "sharded": piece.sharded,
+            "shape": shape,
+            "dtype": dtype,
+        }
 
 
 def _commit(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) -> None:
@@ -315,15 +331,35 @@ def _read(path: Path, manifest: Mapping[str, Any], name: str, piece: _Piece) -> 
         expected = (piece.total, *piece.tensor.shape[1:], dtype)
         if got != expected:
             raise CheckpointError(f"{path}: {name!r} has rows, columns and dtype {got}, expected {expected}")
-        start, stop = max(low, saved["first"]), min(high, saved["first"] + (saved["shape"] or [1])[0])
-        if stop <= start:
-            continue
         with safe_open(path / entry["file"], framework="pt") as file:
-            if piece.tensor.dim():
-                rows = file.get_slice(name)[start - saved["first"] : stop - saved["first"]]
-                piece.tensor[start - low : stop - low] = rows
-            else:
+            if not piece.tensor.dim():
                 piece.tensor.copy_(file.get_tensor(name))
-        done += stop - start
+                done += 1
+            elif saved["sharded"] == piece.sharded:
+                start, stop = max(low, saved["first"]), min(high, saved["first"] + saved["shape"][0])
+                if start < stop:
+                    piece.tensor[start - low : stop - low] = file.get_slice(name)[
+                        start - saved["first"] : stop - saved["first"]
+                    ]
+                    done += stop - start
+            else:
+                done += _read_in_another_order(file.get_slice(name), saved, piece)
     if done != high - low:
         raise CheckpointError(f"{path}: {name!r} has {done} of the rows {low} to {high}; is it a checkpoint of this model?")
+
+
+def _read_in_another_order(rows: Any, saved: Mapping[str, Any], piece: _Piece) -> int:
+    """Fill a piece from rows that were saved by slot, where it is by id, or the other way; return how many there were."""
+    done = 0
+    for start in range(0, saved["shape"][0], _READ_ROWS):
+        stop = min(start + _READ_ROWS, saved["shape"][0])
+        ids = torch.arange(saved["first"] + start, saved["first"] + stop)
+        if saved["sharded"]:
+            ids = Spread(saved["total"]).ids(ids)
+        places = piece.places(ids)
+        here = ((places >= 0) & (places < len(piece.tensor))).nonzero().squeeze(1)
+        if len(here):
+            values = rows[start:stop][here]
+            piece.tensor.index_copy_(0, places[here].to(piece.tensor.device), values.to(piece.tensor.device))
+            done += len(here)
+    return done

@@ -174,7 +174,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
             continue
         if grad.is_sparse:
             rows, values = merged_gradient(grad)
-            assert rows is not None
             values = values.reshape(len(rows), *grad.shape[1:])
             grad = torch.sparse_coo_tensor(rows[None], values, grad.shape, is_coalesced=True, check_invariants=False)
             parameter.grad = grad

@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardemb.exchange import Exchange
+from shardemb import native
+from shardemb.exchange import Exchange, Route, RowsUnderWay
 from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_initializer
 from shardemb.optim import FusedOptimizer
 from shardemb.plan import RowPlan
@@ -68,9 +70,7 @@ class Representation(nn.Module, ABC):
         Returns:
             ``(*s, *shape)``, contiguous.
         """
-        inverse = None
-        if self.unique and isinstance(indices, Tensor):
-            indices, inverse = indices.unique(return_inverse=True)
+        indices, inverse = self._unique(indices)
         x = self._plain_forward(indices)
         if self.normalizer is not None:
             x = self.normalizer(x)
@@ -79,6 +79,10 @@ class Representation(nn.Module, ABC):
         if self.regularizer is not None:
             self.regularizer.update(x)
         return x if self.dropout is None else self.dropout(x)
+
+    def _unique(self, indices: Any) -> tuple[Any, Tensor | None]:
+        """With ``unique``: return each index once, and where each of the given ones stands among them."""
+        return indices.unique(return_inverse=True) if self.unique and isinstance(indices, Tensor) else (indices, None)
 
     def reset_parameters(self) -> None:
         """Start anew."""
@@ -95,6 +99,20 @@ class Representation(nn.Module, ABC):
         """Show what makes this representation what it is."""
         parts = [f"max_id={self.max_id}", f"shape={self.shape}", f"unique={self.unique}"]
         return ", ".join(parts + ([f"normalizer={self.normalizer}"] if self.normalizer is not None else []))
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """Ids on their way, see :meth:`Embedding.prefetch`; give it to the table in their place."""
+
+    table: "Embedding"
+    #: of the ids, or of the unique ones
+    shape: tuple[int, ...]
+    #: with ``unique``, where each id stands among the unique ones
+    inverse: Tensor | None
+    route: Route
+    #: None unless the rows were looked up too
+    rows: RowsUnderWay | None
 
 
 class Embedding(Representation):
@@ -140,6 +158,13 @@ class Embedding(Representation):
             whose gradients :class:`~shardemb.Coordinator` reduces. For small tables. (A bad id in a replicated table
             raises on its own rank only.)
         gradient_reduction: "mean" over ranks, as DistributedDataParallel does, or "sum".
+        deduplicate: on several ranks, send each id of a batch once, and the sum of its gradients back. Sums are then made in
+            another order than in one process: False keeps it, so that SGD on summed gradients is the same bit by bit.
+        wire_dtype: torch.float16 or torch.bfloat16, in which rows and gradients travel between ranks; None for the table's own.
+            A value is off by at most 2^-11 (float16) or 2^-8 (bfloat16) of itself. float16 ends at 65504, above which values
+            become infinite, and has fewer digits below 6e-5: keep gradients above, by the loss's scale, or take bfloat16.
+        initialize: run the initializer in the constructor, instead of filling rows with N(0, 1) that
+            :meth:`reset_parameters` overwrites: half the time for a large table.
         process_group: default: the default group, if there is one.
         seed: of the initial rows; None draws one from torch's generator (rank 0's, for all ranks).
         device: of the rows.
@@ -170,6 +195,9 @@ class Embedding(Representation):
         optimizer: FusedOptimizer | None = None,
         placement: Placement = "row_wise",
         gradient_reduction: GradientReduction = "mean",
+        deduplicate: bool = True,
+        wire_dtype: torch.dtype | None = None,
+        initialize: bool = False,
         process_group: Any = None,
         seed: int | None = None,
         device: torch.device | str = "cpu",
@@ -196,6 +224,8 @@ class Embedding(Representation):
                 f"table {name!r}: placement='replicated' with gradient='fused' would update each rank's copy by its own "
                 f"gradients alone: use gradient='sparse' or 'dense'"
             )
+        if wire_dtype not in (None, torch.float16, torch.bfloat16):
+            raise ValueError(f"table {name!r}: got wire_dtype={wire_dtype}, expected torch.float16, torch.bfloat16 or None")
         if max_id < 0 or any(size < 0 for size in shape):
             raise RuntimeError(f"table {name!r}: got max_id={max_id} and shape={shape}, expected no negative size")
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
@@ -227,10 +257,11 @@ class Embedding(Representation):
                 stacklevel=2,
             )
         self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
-        self._exchange = Exchange(self.plan, self._group, gradient_reduction)
+        self._exchange = Exchange(self.plan, self._group, gradient_reduction, deduplicate, wire_dtype)
         self._seed = seed
         drawn = self._agree(
             f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} seed {seed} "
+            f"deduplicate {deduplicate} wire {wire_dtype} initialize {initialize} "
             f"trainable {trainable} unique {self.unique} initializer {_describe(self.initializer)} "
             f"constrainer {_describe(self.constrainer)} normalizer {_describe(self.normalizer)} "
             f"regularizer {type(self.regularizer).__name__}"
@@ -250,7 +281,7 @@ class Embedding(Representation):
             self._embeddings = ParameterTable(
                 self.plan, sparse=gradient == "sparse", trainable=trainable, dtype=stored, device=device, track=track
             )
-        self._fill(nn.init.normal_, drawn)
+        self._fill(self.initializer if initialize else nn.init.normal_, drawn)
 
     @classmethod
     def from_pretrained(cls, tensor: Any, *, trainable: bool = False, **kwargs: Any) -> Self:
@@ -281,9 +312,8 @@ class Embedding(Representation):
     @torch.no_grad()
     def _fill(self, initializer: Initializer, seed: int) -> None:
         weight = self._embeddings.weight.detach()
-        fill_rows(weight, initializer, self._shape, self.plan.first, self.max_id, seed)
-        state = {key: torch.zeros_like(value) for key, value in self._embeddings.optimizer_state().items()}
-        self._embeddings.load_optimizer_state(state)
+        fill_rows(weight, initializer, self._shape, self.plan, seed)
+        self._embeddings.reset_optimizer_state()
         self._embeddings.touch_all()
 
     def reset_parameters(self) -> None:
@@ -328,16 +358,52 @@ class Embedding(Representation):
         x = stored.reshape(*prefix, *self._shape)
         return torch.view_as_complex(x) if self.is_complex else x
 
-    def _plain_forward(self, indices: Tensor | None = None) -> Tensor:
-        table = self._embeddings
-        if indices is None:
-            if self.plan.world_size == 1 and not torch.is_grad_enabled():
-                return self._as_seen(table.weight.contiguous(), (self.max_id,))
-            indices = torch.arange(self.max_id, device=table.weight.device)
+    def forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
+        """As :meth:`Representation.forward`, of ids that may have been prefetched. A collective on several ranks."""
+        return super().forward(indices)  # type: ignore[arg-type]
+
+    def _unique(self, indices: Any) -> tuple[Any, Tensor | None]:
+        return (indices, indices.inverse) if isinstance(indices, Prefetched) else super()._unique(indices)
+
+    def prefetch(self, indices: Tensor, stale_rows: bool = False) -> Prefetched:
+        """Send the ids of a later lookup to the owners of their rows while something else is computed. A collective.
+
+        ``table(table.prefetch(ids))`` is ``table(ids)``: call this once the ids are known, say before the backward of the step
+        before, and give the result to the table when the rows are wanted. On one rank there is nothing to send.
+
+        Args:
+            indices: integers of any shape.
+            stale_rows: look the rows up now, so that they travel meanwhile too. They lack what an optimizer does to them
+                between this call and the lookup; their gradients go to the rows all the same. (A fused Adagrad refuses
+                it while another lookup is pending.)
+
+        Raises:
+            IndexError: ids out of range, on all ranks; and as forward.
+        """
+        indices, inverse = self._unique(indices)
+        route = self._send(indices, wait=stale_rows)
+        rows = self._exchange.start_return(self._embeddings.lookup(route.rows), route) if stale_rows else None
+        return Prefetched(self, tuple(indices.shape), inverse, route, rows)
+
+    def _send(self, indices: Any, wait: bool = True) -> Route:
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
-        route = self._exchange.send_ids(flat, table.weight.device)
-        rows = self._exchange.return_rows(table.lookup(route.rows), route)
-        return self._as_seen(rows, tuple(indices.shape))
+        return self._exchange.send_ids(flat, self._embeddings.weight.device, wait)
+
+    def _plain_forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
+        table, exchange = self._embeddings, self._exchange
+        if isinstance(indices, Prefetched):
+            if indices.table is not self:
+                raise ValueError(f"table {self.name!r}: got ids that were prefetched by table {indices.table.name!r}")
+            route, way = indices.route.wait(), indices.rows
+        else:
+            if indices is None:
+                if self.plan.world_size == 1 and not torch.is_grad_enabled():
+                    return self._as_seen(table.weight.contiguous(), (self.max_id,))
+                indices = torch.arange(self.max_id, device=table.weight.device)
+            route, way = self._send(indices), None
+        if way is None:
+            way = exchange.start_return(table.lookup(route.rows), route)
+        return self._as_seen(exchange.arrive(way, route), tuple(indices.shape))
 
     def constrainer_in_step(self) -> dict[Tensor, RowFunction]:
         """Return, by Parameter, what a row-wise optimizer may apply to the rows ``(n, D)`` that it updates.
@@ -367,7 +433,7 @@ class Embedding(Representation):
             mine = weight.new_zeros(self.plan.block, self.plan.dim)
             mine[: len(weight)] = weight
             dist.all_gather(list(blocks.split(self.plan.block)), mine, group=self._group)
-            weight = blocks[: self.max_id]
+            weight = native.take(blocks, self.plan.slots(torch.arange(self.max_id, device=blocks.device)))
         if layout == "torch":
             return {"weight": weight}
         mine_only = "_embeddings.rows"
@@ -407,10 +473,10 @@ class Embedding(Representation):
             raise ValueError(f"table {self.name!r} lies on a process group of its own, {who} takes the default group only")
 
     @torch.no_grad()
-    def local_rows(self) -> tuple[int, Tensor]:
-        """Return the first global id of this rank and its rows ``(R, *shape)``, normalized as forward does."""
+    def local_rows(self) -> Tensor:
+        """Return this rank's rows ``(R, *shape)``, normalized as forward does; ``plan.local_ids()`` are their ids."""
         x = self._as_seen(self._embeddings.weight.detach(), (self.plan.num_local,))
-        return self.plan.first, x if self.normalizer is None else self.normalizer(x)
+        return x if self.normalizer is None else self.normalizer(x)
 
     def set_learning_rate(self, lr: float) -> None:
         """Change the learning rate of the fused optimizer; RuntimeError for other gradients."""
@@ -429,8 +495,7 @@ class Embedding(Representation):
 
     def extra_repr(self) -> str:
         """Show the interface's part and this rank's share."""
-        first, rows = self.plan.first, self.plan.num_local
-        share = f"rows {first} to {first + rows} on rank {self.plan.rank} of {self.plan.world_size}"
+        share = f"{self.plan.num_local} rows on rank {self.plan.rank} of {self.plan.world_size}"
         return f"{super().extra_repr()}, name={self.name!r}, gradient={self.gradient!r}, {share}"
 
 

@@ -4,19 +4,22 @@ With one rank nothing is communicated. With several, a forward makes three colle
 
 1. counts, all to all: how many ids each rank asks of each other one; -1 says that the sender's ids are bad, so that all
    ranks raise the same error instead of waiting for each other;
-2. ids, all to all, as row numbers of the owner's shard;
-3. rows, all to all, then a permutation back into the order of the ids. Backward runs 3. the other way.
+2. ids, all to all, as row numbers of the owner's shard, each once unless told otherwise;
+3. rows, all to all, then a permutation back into the order of the ids. Backward runs 3. the other way, and adds up the
+   gradients of an id before they travel.
 
 Every rank takes part in every lookup, with an empty batch if it has no ids, and in every backward.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardemb import native
+from shardemb.native import Merged
 from shardemb.plan import RowPlan
 from shardemb.types import GradientReduction, IdTypeError
 
@@ -35,6 +38,29 @@ class Route:
     sent: list[int]
     #: ids that each rank sent to this one
     received: list[int]
+    #: the duplicates among this rank's ids, if each id was sent once
+    merged: Merged | None = None
+    #: the transfer of the ids, as long as it may be under way
+    pending: list[Any] = field(default_factory=list)
+
+    def wait(self) -> "Route":
+        """Return when :attr:`rows` have arrived."""
+        if self.pending:
+            self.pending[0].wait()
+            self.pending.clear()
+        return self
+
+
+@dataclass(frozen=True)
+class RowsUnderWay:
+    """Rows that were looked up and are travelling back."""
+
+    #: (M, D) at their owner, differentiable
+    looked_up: Tensor
+    #: (m, D) where they arrive, as they travel
+    arriving: Tensor
+    #: None with one rank
+    work: Any
 
 
 class Exchange:
@@ -45,11 +71,22 @@ class Exchange:
         group: process group; None with one rank.
         reduction: "mean" divides the gradients that arrive by the number of ranks, as DistributedDataParallel does;
             "sum" leaves them.
+        deduplicate: send each id of a batch once, and its summed gradient back.
+        wire_dtype: float16 or bfloat16 in which rows and gradients travel; None for their own.
     """
 
-    def __init__(self, plan: RowPlan, group: Any, reduction: GradientReduction) -> None:
+    def __init__(
+        self,
+        plan: RowPlan,
+        group: Any,
+        reduction: GradientReduction,
+        deduplicate: bool = True,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
         self.plan = plan
         self.group = group
+        self.deduplicate = deduplicate
+        self.wire_dtype = wire_dtype
         self._scale = 1.0 / plan.world_size if reduction == "mean" else 1.0
 
     def check(self, ids: Any) -> Exception | None:
@@ -69,8 +106,13 @@ class Exchange:
                 )
         return None
 
-    def send_ids(self, ids: Any, device: torch.device) -> Route:
+    def send_ids(self, ids: Any, device: torch.device, wait: bool = True) -> Route:
         """Check flat ids ``(n,)`` and bring them to the owners of their rows. A collective.
+
+        Args:
+            ids: to look up.
+            device: of the rows.
+            wait: return when they have arrived; otherwise :meth:`Route.wait` does.
 
         Raises:
             IndexError: an id out of range, on all ranks.
@@ -86,7 +128,8 @@ class Exchange:
         world_size = self.plan.world_size
         counts = torch.full((world_size,), -1, device=device)
         if error is None:
-            counts, local, permutation = self._bucketize(ids.to(device, torch.int64).contiguous())
+            slots = self.plan.slots(ids.to(device, torch.int64)).contiguous()
+            counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
         answer = torch.empty_like(counts)
         dist.all_to_all_single(answer, counts, group=self.group)
         received = answer.tolist()
@@ -94,22 +137,31 @@ class Exchange:
             self._raise_everywhere(error)
         sent = counts.tolist()
         rows = local.new_empty(sum(received))
-        dist.all_to_all_single(rows, local, received, sent, group=self.group)
-        return Route(rows, permutation, sent, received)
+        work = dist.all_to_all_single(rows, local, received, sent, group=self.group, async_op=True)
+        route = Route(rows, permutation, sent, received, merged, [work])
+        return route.wait() if wait else route
 
-    def _bucketize(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _merge(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Merged]:
+        """As :meth:`_bucketize`, each slot once: ascending slots are in the order of their owners."""
+        plan = self.plan
+        merged = native.merge(slots, plan.num_rows)
+        bounds = torch.arange(plan.world_size + 1, device=slots.device) * plan.block
+        lengths = torch.searchsorted(merged.unique, bounds).diff()
+        return lengths, merged.unique % plan.block, merged.inverse, merged
+
+    def _bucketize(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return ids per owner ``(W,)``, row numbers within the owner's shard ``(n,)``, and their permutation ``(n,)``."""
         import fbgemm_gpu  # noqa: F401  # registers the operator
 
         lengths, local, _, _, permutation = torch.ops.fbgemm.block_bucketize_sparse_features(
-            torch.full((1,), len(ids), dtype=torch.int64, device=ids.device),
-            ids,
+            torch.full((1,), len(slots), dtype=torch.int64, device=slots.device),
+            slots,
             False,
             True,
-            torch.full((1,), self.plan.block, dtype=torch.int64, device=ids.device),
+            torch.full((1,), self.plan.block, dtype=torch.int64, device=slots.device),
             self.plan.world_size,
         )
-        return lengths, local, permutation
+        return lengths, local, permutation, None
 
     def _raise_everywhere(self, error: Exception | None) -> None:
         told: list[Any] = [None] * self.plan.world_size
@@ -119,28 +171,51 @@ class Exchange:
 
     def return_rows(self, rows: Tensor, route: Route) -> Tensor:
         """Bring the owners' rows ``(M, D)`` back to who asked: ``(n, D)`` in the order of the ids. A collective."""
+        return self.arrive(self.start_return(rows, route), route)
+
+    def start_return(self, rows: Tensor, route: Route) -> RowsUnderWay:
+        """Let the owners' rows ``(M, D)`` travel back; :meth:`arrive` waits for them. A collective."""
         if route.permutation is None:
-            return rows
-        return _ReturnRows.apply(rows, route, self.group, self._scale)
+            return RowsUnderWay(rows, rows, None)
+        return RowsUnderWay(rows, *self._transfer(rows.detach(), route.sent, route.received))
+
+    def arrive(self, way: RowsUnderWay, route: Route) -> Tensor:
+        """Return the rows ``(n, D)`` in the order of the ids."""
+        return way.looked_up if route.permutation is None else _ReturnRows.apply(way.looked_up, way, route, self)
+
+    def _transfer(self, rows: Tensor, received: list[int], sent: list[int]) -> tuple[Tensor, Any]:
+        """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and its handle."""
+        if self.wire_dtype is not None and self.wire_dtype.itemsize < rows.itemsize:
+            # gloo would send bfloat16 as float16
+            rows = rows.to(self.wire_dtype).view(torch.int16)
+        arriving = native.empty((sum(received), rows.shape[1]), rows.dtype, rows.device)
+        if not rows.shape[1]:
+            return arriving, None
+        return arriving, dist.all_to_all_single(arriving, rows.contiguous(), received, sent, group=self.group, async_op=True)
+
+    def _received(self, arriving: Tensor, work: Any, dtype: torch.dtype) -> Tensor:
+        if work is not None:
+            work.wait()
+        if self.wire_dtype is None or arriving.dtype == dtype:
+            return arriving
+        return arriving.view(self.wire_dtype).to(dtype)
 
 
 class _ReturnRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route, group: Any, scale: float) -> Tensor:
-        ctx.route, ctx.group, ctx.scale = route, group, scale
+    def forward(ctx: Any, looked_up: Tensor, way: RowsUnderWay, route: Route, exchange: Exchange) -> Tensor:
+        ctx.route, ctx.exchange = route, exchange
         assert route.permutation is not None
-        back = rows.new_empty(len(route.permutation), rows.shape[1])
-        if rows.shape[1]:
-            dist.all_to_all_single(back, rows.contiguous(), route.sent, route.received, group=group)
-        return back.index_select(0, route.permutation)
+        return native.take(exchange._received(way.arriving, way.work, looked_up.dtype), route.permutation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        route = ctx.route
-        # the permutation has no duplicates, so this copy is exact and needs no sum
-        by_owner = torch.empty_like(grad, memory_format=torch.contiguous_format).index_copy_(0, route.permutation, grad)
-        rows = grad.new_empty(len(route.rows), grad.shape[1])
-        if grad.shape[1]:
-            dist.all_to_all_single(rows, by_owner, route.received, route.sent, group=ctx.group)
-        return (rows if ctx.scale == 1 else rows.mul_(ctx.scale)), None, None, None
+        route, exchange, grad = ctx.route, ctx.exchange, grad.contiguous()
+        if route.merged is not None:
+            by_owner = route.merged.sum(grad)
+        else:
+            by_owner = native.empty(grad.shape, grad.dtype, grad.device)
+            native.put(by_owner, route.permutation, grad)
+        rows = exchange._received(*exchange._transfer(by_owner, route.received, route.sent), grad.dtype)
+        return (rows if exchange._scale == 1 else rows.mul_(exchange._scale)), None, None, None

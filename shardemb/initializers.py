@@ -1,9 +1,9 @@
-"""Initial rows that depend on the seed and the global row id, never on the shard or the number of ranks.
+"""Initial rows that depend on the seed and the id, never on the shard or the number of ranks.
 
-A table is filled in fixed blocks of :data:`BLOCK_ROWS` global rows. Each block has its own random stream, and a rank
-makes every block that it holds a row of, whole, and keeps its part. So any initializer works, also a user's callable,
-as long as a row's value does not depend on how many rows the table has. Where it does, and the function is known, its
-scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes the whole table for itself once
+A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.plan`). Each block has its own random stream,
+and a rank makes every block that it holds a row of, whole, and keeps its part. So any initializer works, also a user's
+callable, as long as a row's value does not depend on how many rows the table has. Where it does, and the function is known,
+its scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes the whole table for itself once
 (orthogonal, sparse, eye, dirac).
 """
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import init
 
-from shardemb.metrics import free_bytes
+from shardemb import native
+from shardemb.metrics import free_bytes, progress
+from shardemb.plan import RowPlan, Spread
 from shardemb.types import Initializer, normalize_name
 
 #: Rows that share one random stream. A constant of the format: another value gives other initial tables.
@@ -165,43 +167,57 @@ def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> I
 
 
 @torch.no_grad()
-def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], first: int, total: int, seed: int) -> None:
-    """Fill a shard in place, block by block; at most two blocks of memory besides it.
+def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], plan: RowPlan, seed: int) -> None:
+    """Fill a shard in place, block by block; at most two blocks of memory besides it. A bar shows what takes long.
 
     Args:
-        out: ``(R, D)`` the rows ``first`` to ``first + R`` of the table.
+        out: ``(R, D)``, this rank's rows.
         initializer: gets ``(n, *shape)`` on the CPU, in the table's dtype.
         shape: of one real row, ``prod(shape) == D``.
-        first: global id of the shard's first row.
-        total: ``V``, rows of the whole table.
+        plan: which rows these are.
         seed: of the table.
 
     Raises:
         ValueError: the initializer returned another shape, or a pretrained tensor does not fit the table.
         MemoryError: an initializer that needs the whole table, which does not fit.
     """
+    total = plan.num_rows
     pretrained = getattr(initializer, "tensor", None)
     if isinstance(pretrained, Tensor):  # PyKEEN's PretrainedInitializer and its subclasses: rows by id
         real = torch.view_as_real(pretrained) if pretrained.is_complex() else pretrained
         if tuple(real.shape) != (total, *shape):
             raise ValueError(f"shape does not match: expected {(total, *shape)} but got {tuple(real.shape)}")
-        out.copy_(real[first : first + len(out)].reshape(out.shape))
+        _cut(out, real.reshape(total, out.shape[1]), plan)
         return
-    last = first + len(out)
+    first, last = plan.first, plan.first + len(out)
     function, kwargs = (initializer.func, initializer.keywords) if isinstance(initializer, partial) else (initializer, {})
     whole = function in _WHOLE_TABLE
     size = max(1, total) if whole else BLOCK_ROWS
     # even a rank without rows lets the initializer look at an empty block: what it refuses, it refuses on every rank
     blocks = range(0, 1) if whole or last == first else range(first // size, -(-last // size))
     with torch.random.fork_rng(devices=[]):
-        for block in blocks:
+        for block in progress(blocks, f"filling table {plan.table!r}", len(out) / max(1, len(blocks)), plan.rank == 0):
             start, stop = block * size, min((block + 1) * size, total)
             torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0]))
             rows = _make(initializer, torch.zeros(stop - start, *shape, dtype=out.dtype), whole)
             scale = _row_count_scale(function, kwargs, stop - start, total, shape)
+            if whole:
+                _cut(out, rows, plan)
+                continue
             low, high = max(start, first), min(stop, last)
             part = rows[low - start : high - start]
-            out[low - first : high - first] = part if scale == 1 else part * scale
+            part = part if scale == 1 else part * scale
+            if plan.spread is None:  # the block's slots, where their ids are
+                native.put(out, Spread(total).ids(torch.arange(low, high)).to(out.device), part.to(out.device, out.dtype))
+            else:
+                out[low - first : high - first] = part
+
+
+def _cut(out: Tensor, rows: Tensor, plan: RowPlan) -> None:
+    """Copy this rank's part of a whole table ``(V, D)``."""
+    for start in range(0, len(out), BLOCK_ROWS):
+        ids = plan.local_ids(start, min(start + BLOCK_ROWS, len(out)))
+        out[start : start + BLOCK_ROWS] = rows[ids.to(rows.device)]
 
 
 def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:

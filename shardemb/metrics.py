@@ -2,13 +2,19 @@
 
 import json
 import os
+import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from shardemb.files import replacing
+
+T = TypeVar("T")
 
 
 class MetricsFile:
@@ -69,6 +75,28 @@ def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
     right.set(ylabel="filtered MRR", ylim=(0, 1.15 * best))
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
+
+
+def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = True) -> Iterator[T]:
+    """Go over items with a progress bar, which appears after a few seconds.
+
+    Args:
+        items: to go over.
+        what: is being done.
+        unit: rows in an item.
+        shown: whether there is a bar at all, on this rank.
+    """
+    bar = progress_bar(total=round(len(items) * unit), desc=what, unit=" rows", delay=3, disable=not shown)
+    with bar:
+        for item in items:
+            yield item
+            bar.update(unit)
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """Make a tqdm bar that writes few lines into a log file."""
+    tqdm.set_lock(threading.RLock())  # its default lock is a semaphore between processes, which a killed rank leaks
+    return tqdm(unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
 
 
 def free_bytes(device: torch.device) -> int | None:

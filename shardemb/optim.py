@@ -1,9 +1,10 @@
 """Row-wise optimizers: for a shard's Parameter with a sparse gradient, and a specification of what FBGEMM does in backward.
 
-Each is an ordinary ``torch.optim.Optimizer``. A step merges the duplicates of a sparse gradient once, then goes over the
-touched rows in chunks that stay in cache: read, decay, update, constrain (if the coordinator asks for it), write. Rows that
-got no gradient are not looked at; nor are their moments decayed ("lazy", as torch.optim.SparseAdam). A dense gradient
-touches all rows.
+Each is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of a sparse gradient, those of all lookups
+together, then goes over them once, in chunks that stay in cache: add the gradients of a row up, read it, decay, update,
+constrain (if the coordinator asks for it), write. Rows that got no gradient are not looked at; nor are their moments decayed
+("lazy", as torch.optim.SparseAdam). A dense gradient touches all rows. float32 rows on the CPU go through
+:mod:`shardemb.native`'s loops if there are any, others through torch's operators.
 
 No class has the name of one in torch.optim: PyKEEN's class_resolver, which finds every subclass of Optimizer by its name,
 could not be imported any more.
@@ -17,10 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from shardemb import native
+from shardemb.native import CHUNK_ROWS
 from shardemb.types import RowFunction
-
-#: Rows updated at a time: 512 to 2048 keep them in cache, which halves the time.
-CHUNK_ROWS = 2048
 
 
 class RowWiseOptimizer(torch.optim.Optimizer):
@@ -84,22 +84,46 @@ class RowWiseOptimizer(torch.optim.Optimizer):
 
     def _step_one(self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None) -> None:
         assert parameter.grad is not None
-        rows, grad = merged_gradient(parameter.grad)
         state = self._state_of(parameter)
         state["step"] += 1
         data = parameter.detach()
         weights = data.contiguous()
         tensors = [_as_rows(tensor) for tensor in (weights, *(state[name] for name in self.state_per_row))]
+        if parameter.grad.is_sparse:
+            rows, values = _rows_and_values(parameter.grad)
+            merged = native.merge(rows, len(parameter))
+            rule = _RULES.get(type(self))
+            if rule is not None and native.can_update(tensors[0], values, merged, tensors[1:]):
+                rate, decay = self.rate(group, state["step"]), group["weight_decay"] * group["lr"]
+                options = {key: group[key] for key in ("eps", "betas") if key in group}
+                native.update(rule, tensors[0], values, merged, tensors[1:], rate, decay, constrain=constrain, **options)
+            else:
+                self._update(tensors, merged.unique, merged.sum(values), group, state["step"], constrain)
+        else:
+            self._update(tensors, None, _as_rows(parameter.grad.contiguous()), group, state["step"], constrain)
+        if weights is not data:  # not contiguous
+            data.copy_(weights)
+
+    def _update(
+        self,
+        tensors: list[Tensor],
+        rows: Tensor | None,
+        grad: Tensor,
+        group: Mapping[str, Any],
+        step: int,
+        constrain: RowFunction | None,
+    ) -> None:
+        """Update rows and their state ``(R, D)``, all or those that are named, in chunks; ``grad`` has one row for each."""
         for start in range(0, len(grad), CHUNK_ROWS):
             stop = min(start + CHUNK_ROWS, len(grad))
             chunk = None if rows is None else rows[start:stop]
             # a slice is a view, index_select a copy that is written back
             parts = [t[start:stop] if chunk is None else t.index_select(0, chunk) for t in tensors]
-            weight = parts[0].to(_state_dtype(parameter))
+            weight = parts[0].to(_state_dtype(tensors[0]))
             if group["weight_decay"]:
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
             kept = dict(zip(self.state_per_row, parts[1:], strict=True))
-            self.update_rows(weight, grad[start:stop].to(weight.dtype), kept, group, state["step"])
+            self.update_rows(weight, grad[start:stop].to(weight.dtype), kept, group, step)
             if weight is not parts[0]:
                 parts[0].copy_(weight)
             if constrain is not None:
@@ -107,8 +131,10 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             if chunk is not None:
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.index_copy_(0, chunk, part)
-        if weights is not data:  # not contiguous
-            data.copy_(weights)
+
+    def rate(self, group: Mapping[str, Any], step: int) -> float:
+        """Return the learning rate of a step, bias correction included."""
+        return float(group["lr"])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, made if there is none; ValueError if it is another optimizer's."""
@@ -117,7 +143,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         for name, per_row in self.state_per_row.items():
             shape = parameter.shape[:1] if per_row else parameter.shape
             if name not in state:
-                state[name] = torch.zeros(shape, dtype=_state_dtype(parameter), device=parameter.device)
+                state[name] = native.empty(shape, _state_dtype(parameter), parameter.device).zero_()
             if state[name].shape != shape:
                 raise ValueError(
                     f"{type(self).__name__}: got {name!r} of shape {tuple(state[name].shape)} for a parameter "
@@ -138,18 +164,19 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def merged_gradient(grad: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return the touched rows ``(n,)``, each once, ascending, and their summed gradients ``(n, D)``; rows None for all."""
-    if not grad.is_sparse:
-        return None, _as_rows(grad.contiguous())
-    if grad.sparse_dim() != 1:
-        raise ValueError(f"got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1: that of rows")
-    rows, values = grad._indices()[0], _as_rows(grad._values().contiguous())
+def merged_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the touched rows ``(n,)`` of a sparse gradient, each once, ascending, and their summed gradients ``(n, D)``."""
+    rows, values = _rows_and_values(grad)
     if grad.is_coalesced():
         return rows, values
-    # half the time of coalesce() at 65536 rows; adds duplicates in the order in which they were looked up
-    unique, inverse = rows.unique(return_inverse=True)
-    return unique, values.new_zeros(len(unique), values.shape[1]).index_add_(0, inverse, values)
+    merged = native.merge(rows, len(grad))
+    return merged.unique, merged.sum(values)
+
+
+def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
+    if grad.sparse_dim() != 1:
+        raise ValueError(f"got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1: that of rows")
+    return grad._indices()[0], _as_rows(grad._values().contiguous())
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -211,14 +238,6 @@ class SparseSGD(RowWiseOptimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    def _step_one(self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None) -> None:
-        grad = parameter.grad
-        assert grad is not None
-        if not grad.is_sparse or group["weight_decay"] or constrain is not None:
-            super()._step_one(parameter, group, constrain)
-        else:  # a sum needs no merging
-            parameter.detach().add_(grad, alpha=-group["lr"])
 
     def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
         """See the class."""
@@ -306,7 +325,12 @@ class LazyAdam(RowWiseOptimizer):
             square = grad.square()
         # SparseAdam adds eps before the second bias correction, torch.optim.Adam after it
         root = state["exp_avg_sq"].lerp_(square, 1 - beta2).sqrt().add_(group["eps"])
-        weight.addcdiv_(mean, root, value=-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
+        weight.addcdiv_(mean, root, value=-self.rate(group, step))
+
+    def rate(self, group: Mapping[str, Any], step: int) -> float:
+        """See :class:`RowWiseOptimizer`."""
+        beta1, beta2 = group["betas"]
+        return float(group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
 
 
 class RowWiseAdam(LazyAdam):
@@ -316,6 +340,16 @@ class RowWiseAdam(LazyAdam):
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": True}
+
+
+#: a subclass may have another update_rows, which the C loops know nothing of
+_RULES = {
+    SparseSGD: "sgd",
+    SparseAdagrad: "adagrad",
+    RowWiseAdagrad: "rowwise_adagrad",
+    LazyAdam: "adam",
+    RowWiseAdam: "rowwise_adam",
+}
 
 
 @dataclass(frozen=True)

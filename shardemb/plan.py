@@ -1,19 +1,69 @@
 """Who owns which row, and whether it fits.
 
-Rows lie in contiguous blocks of ``ceil(V / W)``, the only layout that TorchRec's row-wise input distribution knows
-(with any other it trains the wrong rows). The last ranks may own fewer rows, or none. Ids are expected to be spread:
-the vocabulary shuffles them, so that the popular ones do not share a block.
+On several ranks a table's rows lie in the order of their *slots*, a permutation of the ids that depends on the number of rows
+alone, and each rank owns a contiguous block of ``ceil(V / W)`` slots, the only layout that TorchRec's row-wise input
+distribution knows (with any other it trains the wrong rows). So ids that are in order of popularity, as they are when they
+are given at first sight, spread over the ranks: with Zipf's law the fullest of 8 shards gets a few percent more than the
+mean, instead of 2.4 times as much. The last ranks may own fewer rows, or none. One rank alone keeps its rows in order of ids.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from shardemb.metrics import free_bytes
 
 if TYPE_CHECKING:
     from torchrec.distributed.types import ParameterSharding
+
+
+#: the golden ratio's fractional part: its multiples fill the unit interval more evenly than random numbers do (Knuth, TAOCP 3,
+#: section 6.4, Fibonacci hashing)
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The permutation ``slot = (id * multiplier + offset) mod V``, with a multiplier near ``V`` times the golden ratio."""
+
+    #: ``V``, at most 2^40
+    num_rows: int
+
+    def __post_init__(self) -> None:
+        if self.num_rows > 1 << 40:
+            raise ValueError(f"got {self.num_rows:,} rows, expected at most 2^40: products of row numbers would overflow")
+
+    @property
+    def multiplier(self) -> int:
+        """Coprime to ``V``."""
+        near = round(self.num_rows * _GOLDEN)
+        return next(
+            m for step in range(self.num_rows + 1) for m in (near + step, near - step) if math.gcd(m, self.num_rows) <= 1
+        )
+
+    @property
+    def offset(self) -> int:
+        """Keeps ids 0 and 5 off the same eighth: the load of 2, 4, 8, 16 shards is 0.5 to 3 percent lower than without."""
+        return self.num_rows // 20
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """Map ids ``(n,)`` to slots."""
+        return (self._times(ids, self.multiplier) + self.offset) % self.num_rows if self.num_rows else ids
+
+    def ids(self, slots: Tensor) -> Tensor:
+        """Map slots ``(n,)`` back to ids."""
+        if not self.num_rows:
+            return slots
+        return self._times((slots + self.num_rows - self.offset) % self.num_rows, pow(self.multiplier, -1, self.num_rows))
+
+    def _times(self, x: Tensor, factor: int) -> Tensor:
+        if self.num_rows < 1 << 31:
+            return x * factor % self.num_rows
+        high, low = factor >> 20, factor & ((1 << 20) - 1)  # no product reaches 2^63
+        return ((x * high % self.num_rows << 20) + x * low) % self.num_rows
 
 
 @dataclass(frozen=True)
@@ -38,17 +88,36 @@ class RowPlan:
             raise ValueError(f"table {self.table!r}: got rank {self.rank} of {self.world_size}")
 
     @property
+    def spread(self) -> Spread | None:
+        """The order of the rows: slots on several ranks, None for ids on one."""
+        return Spread(self.num_rows) if self.world_size > 1 else None
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """Return where ids ``(n,)`` stand in the order of the rows."""
+        return ids if self.spread is None else self.spread.slots(ids)
+
+    def owner_of(self, ids: Tensor) -> Tensor:
+        """Return the ranks ``(n,)`` that own ids ``(n,)``."""
+        return self.slots(ids) // self.block
+
+    def local_ids(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Return the ids of this rank's rows ``[first, last)``, by default of all ``(R,)``."""
+        last = self.num_local if last is None else last
+        slots = torch.arange(self.first + first, self.first + last)
+        return slots if self.spread is None else self.spread.ids(slots)
+
+    @property
     def block(self) -> int:
         """Rows of every rank but the last ones."""
         return max(1, -(-self.num_rows // self.world_size))
 
     def range_of(self, rank: int) -> tuple[int, int]:
-        """Return the global ids ``[first, last)`` that ``rank`` owns; empty past the end of the table."""
+        """Return the slots ``[first, last)`` that ``rank`` owns; empty past the end of the table."""
         return min(rank * self.block, self.num_rows), min((rank + 1) * self.block, self.num_rows)
 
     @property
     def first(self) -> int:
-        """Global id of this rank's first row."""
+        """Slot of this rank's first row."""
         return self.range_of(self.rank)[0]
 
     @property
@@ -75,7 +144,7 @@ class RowPlan:
             )
 
     def parameter_sharding(self, device: str = "cpu") -> "ParameterSharding":
-        """Describe this placement to TorchRec: its row-wise sharding, one ShardMetadata a rank."""
+        """Describe this placement, of slots, to TorchRec: its row-wise sharding, one ShardMetadata a rank."""
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
         from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingType, ShardMetadata
 

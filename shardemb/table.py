@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from shardemb import native
+from shardemb.native import CHUNK_ROWS
 from shardemb.optim import FusedOptimizer, moves_touched_rows_only, why_refused
 from shardemb.plan import RowPlan
 from shardemb.types import RowFunction
-
-#: Rows constrained at a time, so that the pass needs bounded memory and stays in cache.
-CHUNK_ROWS = 2048
 
 
 class _RowSet:
@@ -53,7 +52,10 @@ class _RowSet:
         """Return the rows ``(n,)``, each once; None for all."""
         if self._batches is None:
             return None
-        return torch.cat(self._batches).unique() if self._batches else torch.empty(0, dtype=torch.int64)
+        if not self._batches:
+            return torch.empty(0, dtype=torch.int64)
+        rows = self._batches[0] if len(self._batches) == 1 else torch.cat(self._batches)
+        return native.merge(rows, self._num_rows).unique
 
 
 class Table(nn.Module):
@@ -70,11 +72,17 @@ class Table(nn.Module):
         super().__init__()
         self.plan = plan
         if plan.world_size > 1:
-            #: which rows the weight is: the first, one past the last, and how many the whole table has; for the state dict
-            self.register_buffer("rows", torch.tensor([plan.first, plan.first + plan.num_local, plan.num_rows]))
+            #: which rows the weight is, see :meth:`_here`; for the state dict
+            self.register_buffer("rows", torch.tensor(self._here()))
         self._track = track
         self._changed = _RowSet(plan.num_local)
         self.touch_all()
+
+    def _here(self) -> tuple[int, ...]:
+        """Return the first slot, one past the last, how many the whole table has, and the order of the slots."""
+        plan = self.plan
+        order = (plan.spread.multiplier, plan.spread.offset) if plan.spread is not None else ()
+        return (plan.first, plan.first + plan.num_local, plan.num_rows, *order)
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)`` for row numbers ``(n,)`` of this shard, which the caller has checked."""
@@ -90,6 +98,9 @@ class Table(nn.Module):
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`optimizer_state` gave."""
+
+    def reset_optimizer_state(self) -> None:
+        """Forget what backward's optimizer keeps, in place."""
 
     @property
     def any_changed(self) -> bool:
@@ -111,21 +122,20 @@ class Table(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take this rank's rows as they were saved here, or its part of a whole table."""
-        plan, key = self.plan, f"{prefix}rows"
-        here = (plan.first, plan.first + plan.num_local, plan.num_rows)
+        plan, key, here = self.plan, f"{prefix}rows", self._here()
         weight = state_dict.get(f"{prefix}weight")
         if key in state_dict:
-            first, last, total = state_dict[key].tolist()
-            if (first, last, total) != here:
+            saved = tuple(state_dict[key].tolist())
+            if saved != here:
                 error_msgs.append(
-                    f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got rows {first} to {last} of {total}, "
-                    f"expected {here[0]} to {here[1]} of {here[2]}: to load at another number of ranks use "
+                    f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got rows {saved[0]} to {saved[1]} of "
+                    f"{saved[2]}, expected {here[0]} to {here[1]} of {here[2]}: to load at another number of ranks use "
                     f"shardemb.checkpoint, or save Embedding.full_state_dict()"
                 )
                 return
         elif isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == plan.num_rows:
-            state_dict[f"{prefix}weight"] = weight[here[0] : here[1]]
             if plan.world_size > 1:
+                state_dict[f"{prefix}weight"] = weight[plan.local_ids().to(weight.device)]
                 state_dict[key] = self.rows
         elif isinstance(weight, Tensor) and plan.world_size > 1:
             error_msgs.append(
@@ -160,8 +170,9 @@ class Table(nn.Module):
                 chunk.copy_(function(chunk))
                 done += len(chunk)
         else:
+            buffer = weight.new_empty(min(len(rows), CHUNK_ROWS), weight.shape[1])
             for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
-                weight.index_copy_(0, chunk, function(weight.index_select(0, chunk)))
+                native.put(weight, chunk, function(native.take(weight, chunk, buffer[: len(chunk)])).contiguous())
                 done += len(chunk)
         return done
 
@@ -180,7 +191,7 @@ class ParameterTable(Table):
         super().__init__(plan, track)
         plan.check_fits(dtype.itemsize, device)
         self.sparse = sparse
-        weight = torch.empty(plan.num_local, plan.dim, dtype=dtype, device=device)
+        weight = native.empty((plan.num_local, plan.dim), dtype, device)
         self.weight = nn.Parameter(weight, requires_grad=trainable)
         #: rows whose gradient came, and which no optimizer has updated yet as far as is known
         self._waiting = _RowSet(plan.num_local)
@@ -215,9 +226,25 @@ class ParameterTable(Table):
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; the gradient adds up in ``weight.grad``."""
-        out = F.embedding(rows, self.weight, sparse=self.sparse)
+        out = _SparseLookup.apply(self.weight, rows) if self.sparse else F.embedding(rows, self.weight)
         self._watch(out, rows)
         return out
+
+
+class _SparseLookup(torch.autograd.Function):
+    """F.embedding with a sparse gradient, over rows of a table too large for any cache."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = weight.shape
+        return native.take(weight, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(rows[None], grad, ctx.shape, check_invariants=False), None
 
 
 _TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
@@ -325,6 +352,10 @@ class FusedTable(Table):
             bounds_check_mode=BoundsCheckMode.NONE,  # it would set bad ids to 0; the exchange has checked them
             device=device,
         )
+        if not cuda:
+            shape = tbe.weights_host.shape
+            tbe.weights_host.data = tbe.weights_host.new_empty(0)  # freed before the same comes in large pages
+            tbe.weights_host.data = native.empty(shape, dtype, device).zero_()
         self.__dict__["_tbe"] = tbe  # no submodule: its parameters are not for an optimizer, nor for the state dict
         self.register_buffer("weight", tbe.split_embedding_weights()[0][: plan.num_local, : plan.dim])
         self._offsets = torch.arange(1, device=device)
@@ -356,7 +387,7 @@ class FusedTable(Table):
                 both gradients (any optimizer but SGD).
         """
         if not (self.trainable and torch.is_grad_enabled()):
-            return self.weight.index_select(0, rows)
+            return native.take(self.weight, rows)
         waiting = self._pending() if self._pending is not None else None
         if waiting is not None and not waiting.done and self.optimizer.name != "sgd":
             raise RuntimeError(
@@ -390,18 +421,27 @@ class FusedTable(Table):
         """Return Adagrad's ``sum``: ``(R,)`` row-wise, ``(R, D)`` otherwise; nothing for SGD."""
         if self.optimizer.name == "sgd":
             return {}
-        total = self._tbe.split_optimizer_states()[0][0][: self.plan.num_local]
+        total = self._accumulator()
         return {"sum": total / self._mean_share if total.dim() == 1 else total[:, : self.plan.dim]}
 
     @torch.no_grad()
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`optimizer_state` gave."""
         if self.optimizer.name != "sgd":
-            total = self._tbe.split_optimizer_states()[0][0][: self.plan.num_local]
+            total = self._accumulator()
             if total.dim() == 1:
-                total.copy_(state["sum"] * self._mean_share)
+                torch.mul(state["sum"], self._mean_share, out=total)
             else:
                 total[:, : self.plan.dim] = state["sum"]
+
+    @torch.no_grad()
+    def reset_optimizer_state(self) -> None:
+        """Set Adagrad's sums to 0, in place."""
+        if self.optimizer.name != "sgd":
+            self._accumulator().zero_()
+
+    def _accumulator(self) -> Tensor:
+        return self._tbe.split_optimizer_states()[0][0][: self.plan.num_local]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedTable":
         before = self.weight

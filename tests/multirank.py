@@ -4,14 +4,14 @@ This module must not import pykeen: ranks import it too. The oracle gets PyKEEN'
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb import Coordinator, Embedding, FusedOptimizer
+from shardemb import Coordinator, Embedding, FusedOptimizer, native
 from shardemb.table import FusedTable, ParameterTable, Table
 
 OURS = ("SparseSGD", "SparseAdagrad", "RowWiseAdagrad", "LazyAdam", "RowWiseAdam")
@@ -80,6 +80,8 @@ def jobs(draw: Callable[..., Any]) -> dict[str, Any]:
         # a replicated table's gradients are the coordinator's to reduce
         "coordinated": placement == "replicated" or draw(st.booleans()),
         "zeros": draw(st.booleans()),
+        "deduplicate": draw(st.booleans()),
+        "c_loops": draw(st.sampled_from([True, True, False])),
         "clip": draw(st.sampled_from([None, None, 0.5])) if gradient != "fused" else None,
         "steps": draw(st.lists(step, min_size=1, max_size=4)),
         "seed": draw(st.integers(0, 2**31)),
@@ -137,6 +139,7 @@ def make_table(job: dict[str, Any]) -> Embedding:
         optimizer=fused,
         gradient_reduction=job["reduction"],
         placement=job["placement"],
+        deduplicate=job["deduplicate"],
         seed=job["seed"],
         name="table",
     )
@@ -146,9 +149,7 @@ def make_table(job: dict[str, Any]) -> Embedding:
 
 def train(rank: int, world_size: int, job: dict[str, Any], plant: str | None = None) -> torch.Tensor:
     """Train ours on this rank; ``world_size`` 1 takes the ids of all ranks. Returns all stored rows."""
-    if plant is None:
-        return _train(rank, world_size, job)
-    with planted(plant):
+    with planted(plant) if plant is not None else nullcontext(), nullcontext() if job["c_loops"] else without_c_loops():
         return _train(rank, world_size, job)
 
 
@@ -227,6 +228,17 @@ def rule(
 
 
 @contextmanager
+def without_c_loops() -> Iterator[None]:
+    """Do as on a machine without a C compiler."""
+    found = native._library
+    native._library = lambda: "not in this test"
+    try:
+        yield
+    finally:
+        native._library = found
+
+
+@contextmanager
 def planted(bug: str) -> Iterator[None]:
     """Break our tables in one of the ways that the comparison is there to find."""
     lookups = {cls: cls.lookup for cls in (ParameterTable, FusedTable)}
@@ -277,6 +289,7 @@ def exact(job: dict[str, Any]) -> bool:
         and job["regularizer"] is None
         and not job["unique"]
         and job["clip"] is None
+        and not (job["deduplicate"] and job["world_size"] > 1)
     )
     return plain and "sgd" in job["optimizer"].lower() and job["reduction"] == "sum" and not job["dtype"].is_complex
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shardemb.initializers import BLOCK_ROWS, PretrainedInitializer, fill_rows, resolve_initializer
+from shardemb.plan import RowPlan
 from shardemb.types import normalize_name
 
 NAMES = {
@@ -34,13 +35,13 @@ SHAPES = {"eye": (6,), "sparse": (6,), "init_quaternions": (3, 4), "dirac": (3, 
 
 
 def table(initializer, world_size: int, shape=(3, 2), seed: int = 5, rows: int = ROWS, dtype=torch.float32) -> torch.Tensor:
-    block, shards, dim = -(-rows // world_size), [], torch.Size(shape).numel()
+    whole = torch.full((rows, torch.Size(shape).numel()), torch.nan, dtype=dtype)
     for rank in range(world_size):
-        first, last = min(rank * block, rows), min((rank + 1) * block, rows)
-        shard = torch.full((last - first, dim), torch.nan, dtype=dtype)
-        fill_rows(shard, initializer, shape, first, rows, seed)
-        shards.append(shard)
-    return torch.cat(shards)
+        plan = RowPlan("t", rows, whole.shape[1], world_size, rank)
+        shard = torch.full((plan.num_local, plan.dim), torch.nan, dtype=dtype)
+        fill_rows(shard, initializer, shape, plan, seed)
+        whole[plan.local_ids()] = shard
+    return whole
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,10 +107,12 @@ def test_a_whole_table_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_rank_without_rows_refuses_what_the_others_do() -> None:
+    empty = RowPlan("t", 5, 6, 4, 3)
+    assert empty.num_local == 0
     with pytest.raises(ValueError, match="Only tensors with 2 dimensions"):
-        fill_rows(torch.empty(0, 6), resolve_initializer("eye", None), (3, 2), 501, 501, 0)
+        fill_rows(torch.empty(0, 6), resolve_initializer("eye", None), (3, 2), empty, 0)
     with pytest.raises(ValueError, match="returned shape"):
-        fill_rows(torch.empty(0, 6), lambda x: x[:, :1], (3, 2), 501, 501, 0)
+        fill_rows(torch.empty(0, 6), lambda x: x[:, :1], (3, 2), empty, 0)
 
 
 def test_pretrained_rows_go_to_their_shard() -> None:

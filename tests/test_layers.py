@@ -12,8 +12,9 @@ PACKAGE = Path(shardemb.__file__).parent
 
 FLOORS = [
     {"types", "files"},
-    {"metrics"},
-    {"initializers", "transforms", "plan", "vocabulary", "optim"},
+    {"metrics", "native"},
+    {"plan", "transforms", "vocabulary", "optim"},
+    {"initializers"},
     {"exchange", "table"},
     {"embedding"},
     {"coordinator", "pykeen"},
@@ -34,7 +35,8 @@ ONLY = {
     "pykeen": {"pykeen"},
 }
 #: rooms that work without a process group
-NO_DISTRIBUTED = {"types", "files", "metrics", "initializers", "transforms", "plan", "vocabulary", "optim", "table"} | {
+NO_DISTRIBUTED = {"types", "files", "metrics", "native", "plan", "initializers", "transforms", "vocabulary", "optim", "table"}
+NO_DISTRIBUTED |= {
     "kge.triples",
     "kge.scorers",
     "kge.losses",

@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 import shardemb
 from shardemb.metrics import free_bytes
-from shardemb.plan import RowPlan
+from shardemb.plan import RowPlan, Spread
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 501])
@@ -13,10 +13,49 @@ def test_every_row_has_one_owner(rows: int, ranks: int) -> None:
     plans = [RowPlan("t", rows, 6, ranks, rank) for rank in range(ranks)]
     owned = [row for plan in plans for row in range(plan.first, plan.first + plan.num_local)]
     assert owned == list(range(rows))
+    ids = torch.arange(rows)
+    assert torch.cat([plan.local_ids() for plan in plans]).sort().values.equal(ids)
     for plan in plans:
         for row in range(plan.first, plan.first + plan.num_local):
             assert row // plan.block == plan.rank
             assert row % plan.block == row - plan.first  # what FBGEMM's bucketizing takes for granted
+        assert (plan.owner_of(plan.local_ids()) == plan.rank).all()
+        assert plan.slots(plan.local_ids()).equal(torch.arange(plan.first, plan.first + plan.num_local))
+        assert plan.local_ids(1, 3).equal(plan.local_ids()[1:3]) or plan.num_local < 3
+
+
+@pytest.mark.parametrize("rows", [*range(70), 501, 4096, 10**6, 2**31 - 1, 2**31 + 11, 3 * 10**9, 2**40])
+def test_slots_are_a_permutation_of_ids(rows: int) -> None:
+    spread = Spread(rows)
+    ids = torch.arange(rows) if rows <= 4096 else torch.randint(rows, (1000,))
+    slots = spread.slots(ids)
+    assert slots.tolist() == [(i * spread.multiplier + spread.offset) % rows for i in ids.tolist()]
+    assert spread.ids(slots).equal(ids)
+    assert len(slots.unique()) == len(ids.unique())
+    with pytest.raises(ValueError, match="at most 2\\^40"):
+        Spread(2**40 + 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("order", "each_once"), [("popularity", False), ("popularity", True), ("shuffled", True), ("eighth", True)]
+)
+def test_popular_ids_spread_over_the_ranks(ranks: int, order: str, each_once: bool) -> None:
+    """What each shard is asked for, with ids of Zipf's law of exponent 0.8, stays near the mean.
+
+    In random order the most popular rows may meet on one shard by chance, so there it takes the exchange that sends each once.
+    """
+    rows, batch = 10**6, 65536
+    share = torch.arange(1, rows + 1, dtype=torch.float64).pow(-0.8)
+    if order == "shuffled":
+        share = share[torch.randperm(rows, generator=torch.Generator().manual_seed(0))]
+    if order == "eighth":  # only every eighth id is in use
+        share = torch.zeros_like(share).scatter_(0, torch.arange(0, rows, 8), share[: rows // 8])
+    share /= share.sum()
+    asked = 1 - (1 - share) ** batch if each_once else share
+    load = torch.zeros(ranks, dtype=torch.float64)
+    load.index_add_(0, RowPlan("t", rows, 6, ranks).owner_of(torch.arange(rows)), asked)
+    assert load.max() / load.mean() < 1.1
 
 
 def test_bytes_and_refusal_before_allocation() -> None:
@@ -51,12 +90,12 @@ def _torchrec(rank: int, world_size: int, rows: int) -> float:
     environment = ShardingEnv.from_process_group(dist.group.WORLD)
     sharding = {"t": ours.plan.parameter_sharding()}
     theirs = EmbeddingCollectionSharder().shard(collection, sharding, environment, torch.device("cpu"))
-    first, mine = ours.local_rows()
+    first, mine = ours.plan.first, ours.local_rows()
     (shard,) = theirs.state_dict()["embeddings.t.weight"].local_shards()
     assert shard.metadata.shard_offsets == [first, 0]
     shard.tensor.detach().copy_(mine)
     ids = torch.arange(rank, rows, 2)
-    jagged = KeyedJaggedTensor(keys=["f"], values=ids, lengths=torch.tensor([len(ids)]))
+    jagged = KeyedJaggedTensor(keys=["f"], values=ours.plan.slots(ids), lengths=torch.tensor([len(ids)]))
     return (theirs(jagged)["f"].values() - ours(ids)).abs().max().item()
 
 

@@ -42,7 +42,7 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
 def _ordinary_loop(rank: int, world_size: int, block: str) -> float:
     names: dict = {}
     exec(block, names)
-    rows = names["people"].local_rows()[1]
+    rows = names["people"].local_rows()
     return (rows.norm(dim=1) - 1).abs().max().item()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.sampling import equal_range, with_reciprocals
+from shardemb.plan import RowPlan
 
 #: scores held at a time: 32 MB, which the C library keeps for the next batch; more would be mapped anew each time
 MAX_SCORES = 1 << 23
@@ -51,19 +52,19 @@ def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTail
         FloatingPointError: a score is NaN or infinite, on all ranks.
     """
     entity = model.entity
-    first, rows = entity.local_rows()
+    plan, rows = entity.plan, entity.local_rows()
     ranks = []
-    for batch in with_reciprocals(triples, model.num_relations).split(max(1, MAX_SCORES // max(1, entity.plan.block))):
+    for batch in with_reciprocals(triples, model.num_relations).split(max(1, MAX_SCORES // max(1, plan.block))):
         query = model.queries(batch[:, 0], batch[:, 1])
         scores = model.scorer.score_all(query, rows)
         finite = not scores.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(scores))).all())
-        here, places = _owned(batch[:, 2], first, len(rows))
+        here, places = _owned(batch[:, 2], plan)
         true = scores.new_full((len(batch),), -torch.inf)
         true[here] = scores[here, places]  # out of the same product, so that a tail equals itself to the last bit
         _all_reduce(model, true, dist.ReduceOp.MAX)
         scores[here, places] = -torch.inf
         of, tails = known.pairs(batch)
-        here, places = _owned(tails, first, len(rows))
+        here, places = _owned(tails, plan)
         scores[of[here], places] = -torch.inf
         better, equal = _count(scores > true.unsqueeze(1)), _count(scores == true.unsqueeze(1))
         counts = torch.stack([better, equal, torch.full_like(better, not finite)])
@@ -77,10 +78,11 @@ def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTail
     return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.float64)
 
 
-def _owned(ids: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return which ids lie in ``[first, first + count)``, and their row numbers there."""
-    here = ((ids >= first) & (ids < first + count)).nonzero().squeeze(1)
-    return here, ids[here] - first
+def _owned(ids: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
+    """Return the places ``(m,)`` of the ids ``(n,)`` that this rank owns, and their row numbers here."""
+    rows = plan.slots(ids) - plan.first
+    here = ((rows >= 0) & (rows < plan.num_local)).nonzero().squeeze(1)
+    return here, rows[here]
 
 
 def _count(mask: Tensor) -> Tensor:

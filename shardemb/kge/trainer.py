@@ -4,8 +4,6 @@ A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entiti
 ``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
 """
 
-import sys
-import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from shardemb import checkpoint
 from shardemb.coordinator import Coordinator
@@ -22,7 +19,7 @@ from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig, with_reciprocals
 from shardemb.kge.triples import Triples
-from shardemb.metrics import MetricsFile, plot_metrics, read_metrics
+from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
 from shardemb.optim import RowWiseAdagrad
 from shardemb.vocabulary import Vocabulary
 
@@ -144,14 +141,11 @@ class _Job:
                 if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
                     vocabulary.save(output / f"{name}.parquet")
             self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps)
-        tqdm.set_lock(threading.RLock())  # its default lock is a semaphore between processes, which a killed rank leaks
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=config.epochs * len(data.train),
             initial=self.first_epoch * len(data.train),
             unit=" triples",
-            unit_scale=True,
             smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants few lines
             disable=self.rank > 0 or not progress,
         )
 

@@ -1,0 +1,153 @@
+/* Rows looked up, merged and updated in one pass over memory; shardemb/native.py compiles this file and says what goes in.
+ *
+ * The rows of a large table are in no cache, so a step is bound by how many of them are on their way from memory at once:
+ * each loop asks for the row AHEAD of the one it works on. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define AHEAD 8  /* rows */
+#define DIGIT 11 /* bits sorted in a pass: 2048 counters stay in the first cache */
+
+enum { SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, ROWWISE_ADAM };
+
+static inline void ask_to_read(const void *row, int64_t bytes) {
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch((const char *)row + k, 0);
+}
+
+static inline void ask_to_write(const void *row, int64_t bytes) {
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch((const char *)row + k, 1);
+}
+
+void gather(const char *table, int64_t bytes, const int64_t *rows, int64_t begin, int64_t end, char *out) {
+    for (int64_t i = begin; i < end; i++) {
+        if (i + AHEAD < end) ask_to_read(table + rows[i + AHEAD] * bytes, bytes);
+        memcpy(out + i * bytes, table + rows[i] * bytes, bytes);
+    }
+}
+
+void scatter(char *table, int64_t bytes, const int64_t *rows, int64_t begin, int64_t end, const char *in) {
+    for (int64_t i = begin; i < end; i++) {
+        if (i + AHEAD < end) ask_to_write(table + rows[i + AHEAD] * bytes, bytes);
+        memcpy(table + rows[i] * bytes, in + i * bytes, bytes);
+    }
+}
+
+/* A stable radix sort, low digits first; rows lie below num_rows, so that few passes do. The places of unique[u] in rows are
+ * order[starts[u]] to order[starts[u + 1] - 1]; inverse[i] is the u of rows[i]. Returns how many are unique, -1 for no memory. */
+int64_t merge(const int64_t *rows, int64_t n, int64_t num_rows, int64_t *order, int64_t *unique, int64_t *starts,
+              int64_t *inverse) {
+    int64_t *scratch = malloc((4 * n + 1) * sizeof(int64_t));
+    if (!scratch) return -1;
+    int64_t *key = scratch, *place = key + n, *next_key = place + n, *next_place = next_key + n, *swap;
+    memcpy(key, rows, n * sizeof(int64_t));
+    for (int64_t i = 0; i < n; i++) place[i] = i;
+    for (int shift = 0; shift < 63 && (num_rows - 1) >> shift > 0; shift += DIGIT) {
+        int64_t to[1 << DIGIT] = {0}, total = 0;
+        for (int64_t i = 0; i < n; i++) to[(key[i] >> shift) & ((1 << DIGIT) - 1)]++;
+        for (int digit = 0; digit < 1 << DIGIT; digit++) {
+            int64_t count = to[digit];
+            to[digit] = total;
+            total += count;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            int64_t at = to[(key[i] >> shift) & ((1 << DIGIT) - 1)]++;
+            next_key[at] = key[i];
+            next_place[at] = place[i];
+        }
+        swap = key, key = next_key, next_key = swap;
+        swap = place, place = next_place, next_place = swap;
+    }
+    int64_t u = -1;
+    for (int64_t i = 0; i < n; i++) {
+        if (i == 0 || key[i] != key[i - 1]) {
+            unique[++u] = key[i];
+            starts[u] = i;
+        }
+        order[i] = place[i];
+        inverse[place[i]] = u;
+    }
+    starts[++u] = n;
+    free(scratch);
+    return u;
+}
+
+/* The gradients of one row, added up in the order in which they came; `merged` is where, if there are several. */
+static inline const float *sum_of(const float *grad, int64_t dim, const int64_t *order, int64_t begin, int64_t end,
+                                  float *merged) {
+    if (end - begin == 1) return grad + order[begin] * dim;
+    memcpy(merged, grad + order[begin] * dim, dim * sizeof(float));
+    for (int64_t i = begin + 1; i < end; i++) {
+        if (i + AHEAD < end) ask_to_read(grad + order[i + AHEAD] * dim, dim * sizeof(float));
+        const float *other = grad + order[i] * dim;
+        for (int64_t k = 0; k < dim; k++) merged[k] += other[k];
+    }
+    return merged;
+}
+
+void sum_rows(const float *grad, int64_t dim, const int64_t *order, const int64_t *starts, int64_t begin, int64_t end,
+              float *out) {
+    for (int64_t u = begin; u < end; u++) {
+        if (u + AHEAD < end) ask_to_read(grad + order[starts[u + AHEAD]] * dim, dim * sizeof(float));
+        const float *g = sum_of(grad, dim, order, starts[u], starts[u + 1], out + u * dim);
+        if (g != out + u * dim) memcpy(out + u * dim, g, dim * sizeof(float));
+    }
+}
+
+static inline float mean_square(const float *g, int64_t dim) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < dim; k++) total += g[k] * g[k];
+    return dim ? total / dim : 0;
+}
+
+/* For each unique row from begin to end: add its gradients up, decay, update; `out`, if given, gets a copy of the new rows. */
+void update(int rule, float *weight, float *first, float *second, int64_t dim, const float *grad, const int64_t *order,
+            const int64_t *unique, const int64_t *starts, int64_t begin, int64_t end, float lr, float eps, float keep,
+            float new1, float new2, float *merged, float *out) {
+    const int64_t bytes = dim * sizeof(float);
+    const int64_t wide1 = rule == ADAGRAD || rule == ADAM || rule == ROWWISE_ADAM ? bytes : rule == ROWWISE_ADAGRAD ? 4 : 0;
+    const int64_t wide2 = rule == ADAM ? bytes : rule == ROWWISE_ADAM ? 4 : 0;
+    for (int64_t u = begin; u < end; u++) {
+        if (u + AHEAD < end) {
+            const int64_t next = unique[u + AHEAD];
+            ask_to_read(grad + order[starts[u + AHEAD]] * dim, bytes);
+            ask_to_write(weight + next * dim, bytes);
+            ask_to_write((char *)first + next * wide1, wide1);
+            ask_to_write((char *)second + next * wide2, wide2);
+        }
+        const float *restrict g = sum_of(grad, dim, order, starts[u], starts[u + 1], merged);
+        float *restrict w = weight + unique[u] * dim;
+        float *restrict a = (float *)((char *)first + unique[u] * wide1);
+        float *restrict b = (float *)((char *)second + unique[u] * wide2);
+        if (keep != 1)
+            for (int64_t k = 0; k < dim; k++) w[k] *= keep;
+        if (rule == SGD) {
+            for (int64_t k = 0; k < dim; k++) w[k] -= lr * g[k];
+        } else if (rule == ADAGRAD) {
+            for (int64_t k = 0; k < dim; k++) {
+                a[k] += g[k] * g[k];
+                w[k] -= lr * g[k] / (sqrtf(a[k]) + eps);
+            }
+        } else if (rule == ROWWISE_ADAGRAD) {
+            *a += mean_square(g, dim);
+            const float rate = lr / (sqrtf(*a) + eps);
+            for (int64_t k = 0; k < dim; k++) w[k] -= rate * g[k];
+        } else if (rule == ADAM) {
+            for (int64_t k = 0; k < dim; k++) {
+                a[k] += new1 * (g[k] - a[k]);
+                b[k] += new2 * (g[k] * g[k] - b[k]);
+                w[k] -= lr * a[k] / (sqrtf(b[k]) + eps);
+            }
+        } else {
+            *b += new2 * (mean_square(g, dim) - *b);
+            const float rate = lr / (sqrtf(*b) + eps);
+            for (int64_t k = 0; k < dim; k++) {
+                a[k] += new1 * (g[k] - a[k]);
+                w[k] -= rate * a[k];
+            }
+        }
+        if (out) memcpy(out + (u - begin) * dim, w, bytes);
+    }
+}

@@ -1,0 +1,166 @@
+"""The loops in C, against torch's operators; and a machine without a compiler."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from multirank import without_c_loops
+
+from shardemb import native
+
+
+@pytest.fixture(params=["C", "torch"])
+def loops(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "C":
+        assert native.why_not() is None, "these tests need a C compiler"
+        yield "C"
+    else:
+        with without_c_loops():
+            yield "torch"
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dim", [0, 1, 7, 128])
+def test_take_and_put(loops: str, threads: int, dim: int, dtype: torch.dtype) -> None:
+    table = torch.randn(5001, dim).to(dtype)
+    rows = torch.randint(5001, (9001,))
+    assert native.take(table, rows).equal(table[rows])
+    assert native.take(table, rows[:0]).shape == (0, dim)
+    out = torch.empty(9001, dim, dtype=dtype)
+    assert native.take(table, rows, out) is out
+    assert native.take(table.t().contiguous().t(), rows).equal(table[rows])  # not contiguous
+    once, values = torch.randperm(5001)[:4500], torch.randn(4500, dim).to(dtype)
+    expected = table.index_copy(0, once, values)
+    native.put(table, once, values)
+    assert table.equal(expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 2048, 2049, 10**6, 2**40])
+@pytest.mark.parametrize("n", [0, 1, 2, 5000])
+def test_merge(loops: str, threads: int, num_rows: int, n: int) -> None:
+    rows = torch.randint(num_rows, (n,))
+    rows[: n // 3] = rows[:1]
+    merged = native.merge(rows, num_rows)
+    unique, inverse = rows.unique(return_inverse=True)
+    assert merged.unique.equal(unique)
+    assert merged.inverse.equal(inverse)
+    for dtype in (torch.float32, torch.float64):
+        values = torch.randn(n, 6, dtype=dtype)
+        in_order = torch.zeros(len(unique), 6, dtype=dtype).index_add_(0, inverse, values)
+        assert merged.sum(values).equal(in_order)
+
+
+RULES = {"sgd": (), "adagrad": (6,), "rowwise_adagrad": (1,), "adam": (6, 6), "rowwise_adam": (6, 1)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("constrained", [False, True])
+def test_update(threads: int, rule: str, constrained: bool) -> None:
+    """In float64 by the formulas of the papers; touched rows and their state alone move."""
+    rows = torch.randint(9001, (7001,))
+    weight, grad = torch.randn(9001, 6), torch.randn(7001, 6)
+    state = [torch.rand(9001, width) for width in RULES[rule]]
+    w, (a, b) = weight.double(), [*(s.double() for s in state), None, None][:2]
+    touched = torch.zeros(9001, 1, dtype=torch.bool).index_fill_(0, rows, True)
+    g = torch.zeros(9001, 6, dtype=torch.float64).index_add_(0, rows, grad.double())
+    square = g.square().mean(1, keepdim=True) if rule.startswith("rowwise") else g.square()
+    new = w * (1 - 0.01)
+    if rule == "sgd":
+        new = new - 0.1 * g
+    elif "adagrad" in rule:
+        a = torch.where(touched, a + square, a)
+        new = new - 0.1 * g / (a.sqrt() + 1e-3)
+    else:
+        a, b = torch.where(touched, 0.9 * a + 0.1 * g, a), torch.where(touched, 0.8 * b + 0.2 * square, b)
+        new = new - 0.1 * a / (b.sqrt() + 1e-3)
+    if constrained:
+        new = torch.nn.functional.normalize(new)
+    expected = torch.where(touched, new, w)
+
+    def constrain(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return torch.nn.functional.normalize(x)
+
+    seen: list[int] = []
+    merged = native.merge(rows, 9001)
+    options = {"eps": 1e-3, "betas": (0.9, 0.8), "decay": 0.01, "constrain": constrain if constrained else None}
+    assert native.can_update(weight, grad, merged, state)
+    native.update(rule, weight, grad, merged, state, 0.1, **options)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-5)
+    for got, right in zip(state, (a, b), strict=False):
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
+    assert sum(seen) == (len(merged.unique) if constrained else 0)
+    assert not native.can_update(weight.double(), grad, merged, state)
+    with without_c_loops():
+        assert not native.can_update(weight, grad, native.merge(rows, 9001), state)
+
+
+def _why_not(folder: Path, **environment: str) -> tuple[str, str]:
+    """Ask a fresh process, whose compiled loops go into a folder of its own."""
+    code = (
+        "from shardemb import native; import torch; print(native.why_not()); native.take(torch.ones(3, 2), torch.tensor([1]))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip(), done.stderr
+
+
+def test_compiled_once_and_done_without(tmp_path: Path) -> None:
+    assert _why_not(tmp_path, SHARDEMB_NATIVE="0") == ("SHARDEMB_NATIVE is 0", "")
+    said, _ = _why_not(tmp_path, CC="no-such-compiler")
+    assert said.startswith("no C compiler")
+    said, warned = _why_not(tmp_path, CC="false")
+    assert "did not compile" in said
+    assert "several times slower" in warned
+    assert not list(tmp_path.rglob("*.so"))
+    assert _why_not(tmp_path) == ("None", "")
+    (library,) = tmp_path.rglob("*.so")
+    made = library.stat().st_mtime_ns
+    assert _why_not(tmp_path) == ("None", "")
+    assert library.stat().st_mtime_ns == made
+
+
+FORK = """
+import os, torch
+from shardemb import native
+torch.set_num_threads(2)
+table, rows = torch.randn(9001, 4), torch.arange(9001)
+native.take(table, rows)
+child = os.fork()
+if child == 0:  # compared by numpy: torch's own threads do not live on
+    os._exit(0 if (native.take(table, rows).numpy() == table.numpy()).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_forked_processes_have_threads_of_their_own() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
+
+
+def test_large_tensors_lie_in_large_pages() -> None:
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not switch.exists() or "[never]" in switch.read_text():
+        pytest.skip("this Linux has no transparent huge pages")
+
+    def huge_kilobytes() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("AnonHugePages")).split()[1])
+
+    before = huge_kilobytes()
+    tensor = native.empty((64 << 20,), torch.uint8).zero_()
+    assert huge_kilobytes() - before >= 48 << 10
+    del tensor
