@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import draw_ids, write
+from measure import draw_ids
+from report import write
 from torch.nn import functional as F
 
 from shardemb import Coordinator, Embedding, optim

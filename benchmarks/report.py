@@ -1,4 +1,4 @@
-"""What the benchmarks share: the ids that they draw, and a result that says where, when and how it was measured."""
+"""A benchmark's result, which says where, when and how it was measured."""
 
 import importlib.metadata
 import json
@@ -10,28 +10,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pykeen", "shardemb")
 
 
-def draw_ids(kind: str, rows: int, number: int, seed: int = 0) -> torch.Tensor:
-    """Draw ids ``(number,)``: "uniform", or "zipf" with exponent 0.8; the seed draws other ids, the popular stay the same.
-
-    Popular ids are spread over the table; those of "zipf in id order" are the first ones.
-    """
-    generator = np.random.default_rng(seed)
-    if kind == "uniform":
-        return torch.from_numpy(generator.integers(rows, size=number))
-    shares = np.cumsum(np.arange(1, rows + 1) ** -0.8)
-    ids = np.minimum(np.searchsorted(shares / shares[-1], generator.random(number)), rows - 1)
-    return torch.from_numpy(ids if kind == "zipf in id order" else np.random.default_rng(0).permutation(rows)[ids])
-
-
 def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
-    """Write what was measured, with the command, the date, the machine and the versions.
+    """Write what was measured, with the command, the date, the machine, the versions and how memory is allocated.
 
     Args:
         name: of the file in ``benchmarks/results``; the number of cores and the date are added.
@@ -47,6 +31,7 @@ def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
         "date": today,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": versions,
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "LD_PRELOAD", "OMP_"))},
         **body,
     }
     path = path or RESULTS / f"{name}_{os.cpu_count()}cores_{today}.json"

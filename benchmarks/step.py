@@ -5,8 +5,11 @@
 A step is lookup, backward, update, constrainer, forgetting the gradient, on one thread. Its ids come from a pool that is
 drawn beforehand, another batch each time; its gradient is one random tensor, the same for all. Every batch is seen once before
 timing starts. Figures are medians over rounds of process CPU time in ms; a ratio is the median of each round's, to the
-baseline's time; bars are upper bounds. The functions below say what a section compares. All of them take half an hour and
-16 GB; the JSON goes to benchmarks/results unless ``--quick``, which tries everything on small tables and judges nothing.
+baseline's time; bars are upper bounds. The functions below say what a section compares. All of them take a quarter of an hour
+and 16 GB; the JSON goes to benchmarks/results unless ``--quick``, which tries everything on small tables and judges nothing.
+
+glibc hands blocks of 32 MiB back to the kernel, so at 65536 x 128 every contestant's lookup pays for 8192 page faults, a third
+of FBGEMM's step. ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592`` before the command keeps them.
 """
 
 import argparse
@@ -14,35 +17,28 @@ import functools
 import gc
 import inspect
 import json
-import multiprocessing
-import os
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from report import draw_ids, write
+from measure import Step, Times, cuda_ms, draw_ids, in_processes, in_turn, pool_of, proc_bytes, process_group
+from report import write
 from torch import Tensor
 
 import shardemb
 
-Step = Callable[[Tensor, Tensor], object]  # of ids (n,) and the gradient of what they look up (n, D)
-Times = dict[str, list[float]]  # ms of one step, round by round
-
 KINDS = ("uniform", "zipf")
 GRADIENTS = ("sparse", "fused")
 FBGEMM, TORCHREC, DMP = "FBGEMM", "TorchRec ShardedEmbeddingCollection", "TorchRec DistributedModelParallel"
-JUDGED = {True: ": met", False: ": MISSED", None: ""}
 TORCH_ADAM, PYKEEN_ADAM, PYKEEN_PASS = "torch SparseAdam", "PyKEEN and Adam, dense", "PyKEEN, normalize on all rows"
+JUDGED = {True: ": met", False: ": MISSED", None: ""}
 
 
 # --- contestants ---
@@ -140,104 +136,7 @@ def single(table: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-# --- clocks, processes, memory ---
-
-
-def cpu_ms(step: Step, ids: Tensor, grad: Tensor) -> float:
-    """Return the process' CPU time."""
-    start = time.process_time()
-    step(ids, grad)
-    return 1e3 * (time.process_time() - start)
-
-
-def cuda_ms(step: Step, ids: Tensor, grad: Tensor) -> float:
-    """Return the GPU's time."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    step(ids, grad)
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop)
-
-
-def pool_of(kind: str, rows: int, number: int, seed: int = 0) -> Sequence[Tensor]:
-    """Draw the batches that take turns; more small ones, so that they do not stay in cache either."""
-    batches = 4 if number > 10_000 else 16
-    return draw_ids(kind, rows, batches * number, seed).chunk(batches)
-
-
-def in_turn(
-    steps: Mapping[str, Step],
-    pool: Sequence[Tensor],
-    grad: Tensor,
-    rounds: int,
-    repeat: int = 1,
-    before: Callable[[], object] = lambda: None,
-    clock: Callable[[Step, Tensor, Tensor], float] = cpu_ms,
-) -> Times:
-    """Time each step once a round, after two rounds at least, and the whole pool, have warmed it up.
-
-    Args:
-        steps: contestants by name.
-        pool: batches of ids ``(n,)``.
-        grad: ``(n, D)``.
-        rounds: how many are timed.
-        repeat: steps of a contestant that make up one measurement.
-        before: called before each step, not timed.
-        clock: times one step.
-    """
-    times: Times = {name: [] for name in steps}
-    warmup = max(2, -(-len(pool) // repeat))
-    for number in range(warmup + rounds):
-        for name, step in steps.items():
-            spent = 0.0
-            for batch in range(number * repeat, (number + 1) * repeat):
-                before()
-                spent += clock(step, pool[batch % len(pool)], grad)
-            if number >= warmup:
-                times[name].append(spent / repeat)
-    return times
-
-
-@contextmanager
-def process_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
-    """Be a rank of a gloo group that listens on this machine's loopback alone."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
-    where = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": world_size}
-    dist.init_process_group("gloo", **where, timeout=timedelta(minutes=2))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _process_main(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: Any) -> Any:
-    torch.set_num_threads(1)
-    if count == 1:
-        return function(*arguments)
-    with process_group(rank, count, folder):
-        result = function(*arguments)
-        dist.barrier()
-        return result
-
-
-def in_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 1800.0) -> list[Any]:
-    """Return what the function returns in each of several fresh processes, one gloo group if they are more than one."""
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, spawn) as executor:
-        futures = [executor.submit(_process_main, rank, count, folder, function, arguments) for rank in range(count)]
-        try:
-            return [future.result(timeout) for future in futures]
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
-
-
-def proc_bytes(path: str, key: str) -> int:
-    """Return one of Linux's figures in kB, as bytes."""
-    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:"))
-    return 1024 * int(line.split()[1])
+# --- the memory, and the result ---
 
 
 @functools.cache
@@ -252,9 +151,6 @@ def row_limit(rows: int, dim: int, number: int, kind: str, repetitions: int) -> 
         draw_ids(kind, rows, number * repetitions).numpy().tofile(ids)
         command = [program, *map(str, (rows, dim, number, repetitions)), ids]
         return json.loads(subprocess.run(command, check=True, timeout=120, capture_output=True).stdout)
-
-
-# --- the result ---
 
 
 class Run:
@@ -302,7 +198,7 @@ def _line(section: str, record: Mapping[str, Any]) -> str:
     parts += [f"{record['cpu_ms']:9.3f} ms" if "cpu_ms" in record else " " * 12]
     parts += [f"{record['x_limit']:5.1f} x limit" if "x_limit" in record else " " * 13]
     if record["ratio"] is not None:
-        parts += [f"{record['ratio']:8.3g} x {record['baseline']}"]
+        parts += [f"{record['ratio']:8.4g} x {record['baseline']}"]
     if record["bar"] is not None:
         parts += [f"(bar {record['bar']}{JUDGED[record['met']]})"]
     return " ".join(parts).rstrip()
