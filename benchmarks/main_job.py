@@ -7,11 +7,7 @@ Runs ``shardemb train`` as a user would, one run after the other, and writes
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -19,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "numpy", "shardemb")
+from report import write
 
 
 def run(workers: int, arguments: list[str], folder: Path) -> dict:
@@ -55,27 +50,9 @@ def main() -> None:
                 settings = [part for value in [*arguments.set, f"training.seed={seed}"] for part in ("--set", value)]
                 runs.append({"seed": seed, **run(workers, ["--dataset", arguments.dataset, *settings], Path(folder) / "run")})
                 print(runs[-1], flush=True)
-    today = datetime.date.today().isoformat()
-    result = {
-        "command": "python benchmarks/main_job.py " + " ".join(sys.argv[1:]),
-        "date": today,
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "largest_mrr_difference_between_1_and_2_workers": max(
-            abs(one["test"]["mrr"] - two["test"]["mrr"]) for one, two in zip(runs[::2], runs[1::2], strict=True)
-        ),
-        "runs": runs,
-    }
-    path = RESULTS / f"main_job_{arguments.dataset.replace(':', '-')}_{os.cpu_count()}cores_{today}.json"
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
-
-
-def cpu_name() -> str:
-    """Return the processor's name as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    differences = [abs(one["test"]["mrr"] - two["test"]["mrr"]) for one, two in zip(runs[::2], runs[1::2], strict=True)]
+    body = {"largest_mrr_difference_between_1_and_2_workers": max(differences), "runs": runs}
+    write(f"main_job_{arguments.dataset.replace(':', '-')}", body)
 
 
 if __name__ == "__main__":

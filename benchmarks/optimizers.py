@@ -7,18 +7,15 @@ gives medians of process CPU time in ms, and the median over rounds of the ratio
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from main_job import cpu_name
+from measure import draw_ids
+from report import write
 from torch.nn import functional as F
 
 from shardemb import Coordinator, Embedding, optim
@@ -30,16 +27,6 @@ PAIRS = {
     "Adam": (torch.optim.SparseAdam, optim.LazyAdam),
     "row-wise Adam": (None, optim.RowWiseAdam),
 }
-
-
-def draw_ids(kind: str, rows: int, number: int) -> torch.Tensor:
-    """Uniform ids, or ids with Zipf's law of exponent 0.8, spread over the table."""
-    generator = np.random.default_rng(0)
-    if kind == "uniform":
-        return torch.from_numpy(generator.integers(rows, size=number))
-    weights = np.arange(1, rows + 1) ** -0.8
-    ranks = np.searchsorted(np.cumsum(weights / weights.sum()), generator.random(number))
-    return torch.from_numpy(generator.permutation(rows)[np.minimum(ranks, rows - 1)])
 
 
 def torch_step(rows: torch.Tensor, cls: type[torch.optim.Optimizer], ids: torch.Tensor) -> Callable[[], None]:
@@ -139,21 +126,7 @@ def main() -> None:
                 "torch Adagrad, normalize on all rows": all_rows_step(rows, ids),
             }
             measure(number, kind, steps, "Adagrad, no constrainer")
-    if arguments.output is not None:
-        document = {
-            "command": "python benchmarks/optimizers.py "
-            + f"--rows {arguments.rows} --dim {arguments.dim} --rounds {arguments.rounds}",
-            "date": date.today().isoformat(),
-            "machine": {
-                "cpu": cpu_name(),
-                "threads": 1,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
-            "results": results,
-        }
-        arguments.output.parent.mkdir(exist_ok=True, parents=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    write("optimizers", {"threads": 1, "results": results}, arguments.output)
 
 
 if __name__ == "__main__":

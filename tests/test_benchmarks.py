@@ -1,0 +1,48 @@
+"""The benchmarks run, on small tables; no time is judged."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def test_step_measures_every_section(tmp_path: Path) -> None:
+    pytest.importorskip("pykeen")
+    path = tmp_path / "step.json"
+    command = [sys.executable, ROOT / "benchmarks" / "step.py", "--quick", "--rounds", "1", "--output", path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(path.read_text())
+    assert {"command", "date", "machine", "versions", "rounds", "notes", "sections"} <= set(document)
+    assert set(document["sections"]) == set(document["notes"]) == set("ABCDEFGH")
+    for section, records in document["sections"].items():
+        assert records or f"{section}: no " in done.stdout, section  # no compiler, no CUDA device
+        for record in records:
+            assert {"name", "ids", "kind", "rows", "dim", "ratio", "baseline", "bar", "met"} <= set(record)
+            assert record["met"] is None
+            assert record["name"] in done.stdout
+    assert all(math.isfinite(number) for number in _numbers(document["sections"]))
+
+
+def test_an_unknown_section_is_refused() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "step.py", "--only", "Z"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "expected sections among A,B" in done.stderr
