@@ -18,8 +18,9 @@ from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_init
 from shardemb.optim import FusedOptimizer
 from shardemb.plan import RowPlan
 from shardemb.table import FusedTable, ParameterTable, Table
+from shardemb.torchrec import Groups, TorchRecOptions, TorchRecTable, make_groups
 from shardemb.transforms import probe_constrainer, resolve_constrainer, resolve_normalizer, resolve_regularizer
-from shardemb.types import Gradient, GradientReduction, Initializer, Placement, RowFunction
+from shardemb.types import Backend, Gradient, GradientReduction, Initializer, Placement, RowFunction
 
 
 class Representation(nn.Module, ABC):
@@ -136,6 +137,9 @@ class Embedding(Representation):
             optimizer; every step costs all rows. "fused": FBGEMM updates the rows in backward as ``optimizer`` says; one
             lookup a step, no gradient is kept.
         optimizer: of the fused gradient, :class:`~shardemb.FusedOptimizer`.
+        backend: of the fused gradient: "fbgemm", this package's exchange around FBGEMM's tables, or "torchrec", TorchRec's
+            ShardedEmbeddingCollection, with the same results; it needs a process group, also with one rank.
+        torchrec: what TorchRec does with ``backend="torchrec"``, :class:`~shardemb.TorchRecOptions`.
         placement: "row_wise": each row on one rank; "replicated": all rows on every rank, whose lookups are local and
             whose gradients :class:`~shardemb.Coordinator` reduces. For small tables. (A bad id in a replicated table
             raises on its own rank only.)
@@ -168,6 +172,8 @@ class Embedding(Representation):
         *,
         gradient: Gradient = "sparse",
         optimizer: FusedOptimizer | None = None,
+        backend: Backend = "fbgemm",
+        torchrec: TorchRecOptions | None = None,
         placement: Placement = "row_wise",
         gradient_reduction: GradientReduction = "mean",
         process_group: Any = None,
@@ -182,6 +188,7 @@ class Embedding(Representation):
         super().__init__(max_id=max_id, shape=shape, **kwargs)
         for key, value, allowed in (
             ("gradient", gradient, ("dense", "sparse", "fused")),
+            ("backend", backend, ("fbgemm", "torchrec")),
             ("placement", placement, ("row_wise", "replicated")),
             ("gradient_reduction", gradient_reduction, ("mean", "sum")),
         ):
@@ -191,6 +198,15 @@ class Embedding(Representation):
             raise TypeError(f"table {name!r}: got optimizer={optimizer!r}, expected a shardemb.FusedOptimizer")
         if optimizer is not None and gradient != "fused":
             raise ValueError(f"table {name!r}: optimizer={optimizer} needs gradient='fused', got gradient={gradient!r}")
+        if backend == "torchrec" and (gradient != "fused" or placement != "row_wise"):
+            raise ValueError(
+                f"table {name!r}: backend='torchrec' is for gradient='fused' and placement='row_wise', got "
+                f"gradient={gradient!r} and placement={placement!r}: change them, or use backend='fbgemm'"
+            )
+        if torchrec is not None and not isinstance(torchrec, TorchRecOptions):
+            raise TypeError(f"table {name!r}: got torchrec={torchrec!r}, expected a shardemb.TorchRecOptions")
+        if torchrec is not None and backend != "torchrec":
+            raise ValueError(f"table {name!r}: torchrec={torchrec} needs backend='torchrec', got backend={backend!r}")
         if placement == "replicated" and gradient == "fused":
             raise ValueError(
                 f"table {name!r}: placement='replicated' with gradient='fused' would update each rank's copy by its own "
@@ -220,6 +236,13 @@ class Embedding(Representation):
         self._group = process_group if dist.is_initialized() and process_group is not dist.group.WORLD else None
         ranks = (dist.get_world_size(self._group), dist.get_rank(self._group)) if dist.is_initialized() else (1, 0)
         self._world_size = ranks[0]
+        device = torch.device(device)
+        self._groups: Groups | None = None
+        if backend == "torchrec":
+            self._groups = make_groups(name, self._group, torchrec or TorchRecOptions(), device)
+            ranks = (dist.get_world_size(self._groups.shard), dist.get_rank(self._groups.shard))
+        #: of the ranks that share the rows
+        self._row_group = self._group if self._groups is None else self._groups.shard
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             warnings.warn(
                 f"table {name!r}: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialized, so each "
@@ -227,25 +250,30 @@ class Embedding(Representation):
                 stacklevel=2,
             )
         self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
-        self._exchange = Exchange(self.plan, self._group, gradient_reduction)
+        self._exchange = Exchange(self.plan, self._row_group, gradient_reduction)
         self._seed = seed
         drawn = self._agree(
-            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} seed {seed} "
+            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} {backend} {torchrec} "
+            f"seed {seed} "
             f"trainable {trainable} unique {self.unique} initializer {_describe(self.initializer)} "
             f"constrainer {_describe(self.constrainer)} normalizer {_describe(self.normalizer)} "
             f"regularizer {type(self.regularizer).__name__}"
         )
-        device, track = torch.device(device), self.constrains_changed_rows_only
+        track = self.constrains_changed_rows_only
         self._embeddings: Table
         if gradient == "fused":
-            self._embeddings = FusedTable(
-                self.plan,
-                optimizer=optimizer or FusedOptimizer(),
-                trainable=trainable,
-                dtype=stored,
-                device=device,
-                track=track,
-            )
+            common: dict[str, Any] = {"optimizer": optimizer or FusedOptimizer(), "trainable": trainable}
+            common |= {"dtype": stored, "device": device, "track": track}
+            if self._groups is None:
+                self._embeddings = FusedTable(self.plan, **common)
+            else:
+                self._embeddings = TorchRecTable(
+                    self.plan,
+                    groups=self._groups,
+                    options=torchrec or TorchRecOptions(),
+                    reduction=gradient_reduction,
+                    **common,
+                )
         else:
             self._embeddings = ParameterTable(
                 self.plan, sparse=gradient == "sparse", trainable=trainable, dtype=stored, device=device, track=track
@@ -335,9 +363,33 @@ class Embedding(Representation):
                 return self._as_seen(table.weight.contiguous(), (self.max_id,))
             indices = torch.arange(self.max_id, device=table.weight.device)
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
-        route = self._exchange.send_ids(flat, table.weight.device)
-        rows = self._exchange.return_rows(table.lookup(route.rows), route)
+        if isinstance(table, TorchRecTable):
+            rows = table.fetch(table.send_ids(flat, table.device))
+        else:
+            route = self._exchange.send_ids(flat, table.weight.device)
+            rows = self._exchange.return_rows(table.lookup(route.rows), route)
         return self._as_seen(rows, tuple(indices.shape))
+
+    @property
+    def torchrec_table(self) -> TorchRecTable:
+        """TorchRec's side of the table: its ``torchrec_module`` and ``torchrec_plan``; RuntimeError for other backends."""
+        if not isinstance(self._embeddings, TorchRecTable):
+            raise RuntimeError(f"table {self.name!r} is not TorchRec's: make it with gradient='fused', backend='torchrec'")
+        return self._embeddings
+
+    def synchronize_replicas(self) -> None:
+        """Average the rows that moved, and their optimizer state, over replicas; :class:`~shardemb.Coordinator` does it.
+
+        For ``TorchRecOptions(sharding_group_size=...)``, once a step or less often, before :meth:`post_parameter_update`, and
+        before saving. A collective; other tables do nothing.
+        """
+        if isinstance(self._embeddings, TorchRecTable):
+            self._embeddings.synchronize_replicas()
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """Whether this rank's rows are no replica of those of an earlier rank."""
+        return self._groups is None or self._groups.holds_first_copy
 
     def constrainer_in_step(self) -> dict[Tensor, RowFunction]:
         """Return, by Parameter, what a row-wise optimizer may apply to the rows ``(n, D)`` that it updates.
@@ -366,7 +418,7 @@ class Embedding(Representation):
             blocks = weight.new_empty(self.plan.world_size * self.plan.block, self.plan.dim)
             mine = weight.new_zeros(self.plan.block, self.plan.dim)
             mine[: len(weight)] = weight
-            dist.all_gather(list(blocks.split(self.plan.block)), mine, group=self._group)
+            dist.all_gather(list(blocks.split(self.plan.block)), mine, group=self._row_group)
             weight = blocks[: self.max_id]
         if layout == "torch":
             return {"weight": weight}

@@ -97,6 +97,17 @@ class Exchange:
         dist.all_to_all_single(rows, local, received, sent, group=self.group)
         return Route(rows, permutation, sent, received)
 
+    def check_everywhere(self, ids: Any, device: torch.device) -> None:
+        """Raise on all ranks what the ids of any rank deserve: :meth:`send_ids` without sending. A collective."""
+        error = self.check(ids)
+        if self.plan.world_size > 1:
+            bad = torch.tensor(int(error is not None), device=device)
+            dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.group)
+            if bad:
+                self._raise_everywhere(error)
+        elif error is not None:
+            raise error
+
     def _bucketize(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids per owner ``(W,)``, row numbers within the owner's shard ``(n,)``, and their permutation ``(n,)``."""
         import fbgemm_gpu  # noqa: F401  # registers the operator

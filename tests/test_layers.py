@@ -15,6 +15,7 @@ FLOORS = [
     {"metrics"},
     {"initializers", "transforms", "plan", "vocabulary", "optim"},
     {"exchange", "table"},
+    {"torchrec"},
     {"embedding"},
     {"coordinator", "pykeen"},
     {"checkpoint"},
@@ -28,7 +29,7 @@ FLOORS = [
 ]
 #: third-party packages that only some rooms may know
 ONLY = {
-    "torchrec": {"table", "exchange", "optim", "plan"},
+    "torchrec": {"torchrec", "table", "exchange", "optim", "plan"},
     "fbgemm_gpu": {"table", "exchange", "optim", "plan"},
     "ray": {"launch"},
     "pykeen": {"pykeen"},
