@@ -236,21 +236,12 @@ class Embedding(Representation):
         self._group = process_group if dist.is_initialized() and process_group is not dist.group.WORLD else None
         ranks = (dist.get_world_size(self._group), dist.get_rank(self._group)) if dist.is_initialized() else (1, 0)
         self._world_size = ranks[0]
-        device = torch.device(device)
-        self._groups: Groups | None = None
-        if backend == "torchrec":
-            self._groups = make_groups(name, self._group, torchrec or TorchRecOptions(), device)
-            ranks = (dist.get_world_size(self._groups.shard), dist.get_rank(self._groups.shard))
-        #: of the ranks that share the rows
-        self._row_group = self._group if self._groups is None else self._groups.shard
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             warnings.warn(
                 f"table {name!r}: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialized, so each "
                 f"process makes a whole table of its own: call torch.distributed.init_process_group first",
                 stacklevel=2,
             )
-        self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
-        self._exchange = Exchange(self.plan, self._row_group, gradient_reduction)
         self._seed = seed
         drawn = self._agree(
             f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} {backend} {torchrec} "
@@ -259,6 +250,15 @@ class Embedding(Representation):
             f"constrainer {_describe(self.constrainer)} normalizer {_describe(self.normalizer)} "
             f"regularizer {type(self.regularizer).__name__}"
         )
+        device = torch.device(device)
+        self._groups: Groups | None = None
+        if backend == "torchrec":
+            self._groups = make_groups(name, self._group, torchrec or TorchRecOptions(), device)
+            ranks = (dist.get_world_size(self._groups.shard), dist.get_rank(self._groups.shard))
+        #: of the ranks that share the rows
+        self._row_group = self._group if self._groups is None else self._groups.shard
+        self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
+        self._exchange = Exchange(self.plan, self._row_group, gradient_reduction)
         track = self.constrains_changed_rows_only
         self._embeddings: Table
         if gradient == "fused":

@@ -371,7 +371,7 @@ class FusedTable(Table):
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return self.weight.index_select(0, rows)
-        return self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows))))
+        return self._await_backward(self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows)))))
 
     @property
     def _waits_for_backward(self) -> bool:
@@ -390,10 +390,13 @@ class FusedTable(Table):
             out = engine()[:, : self.plan.dim].contiguous()
         else:
             out = self.weight.new_zeros(0, self.plan.dim, requires_grad=True)
+        self._watch(out, rows)
+        return out
+
+    def _await_backward(self, out: Tensor) -> Tensor:
         pending = _Pending()
         out.register_hook(lambda grad: setattr(pending, "done", True))
         self._pending = weakref.ref(pending)
-        self._watch(out, rows)
         return out
 
     def _bag_offsets(self, n: int) -> Tensor:

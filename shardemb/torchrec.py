@@ -97,7 +97,7 @@ def make_groups(table: str, group: Any, options: TorchRecOptions, device: torch.
             f"table {table!r}: backend='torchrec' needs a process group, got none: call "
             f"torch.distributed.init_process_group first (also with one process), or use backend='fbgemm'"
         )
-    everyone = dist.group.WORLD if group is None else group
+    everyone: Any = dist.group.WORLD if group is None else group
     size, world_size = options.sharding_group_size, dist.get_world_size(everyone)
     if size is None or size == world_size:
         return Groups(everyone, everyone)
@@ -301,17 +301,19 @@ class TorchRecTable(FusedTable):
         (sharding,) = sent.context.sharding_contexts
         sharding.lengths_after_input_dist = owned[0].lengths().view(-1, owned[0].stride())
         rows = owned[0].values()
-        if self.trainable and torch.is_grad_enabled():
+        trained = self.trainable and torch.is_grad_enabled()
+        if trained:
             rows = self._trained(rows, lambda: self.torchrec_module.compute(sent.context, owned)[0])
             self._stale |= self._cached
+            rows = _Reduce.apply(rows, self._scale, self.plan.world_size)
         else:
             rows = self.lookup(rows)
-        if rows.requires_grad:
-            rows = _Reduce.apply(rows, self._scale, self.plan.world_size)
         if not self.plan.dim:  # TorchRec sends at least a column
             rows = F.pad(rows, (0, 1))
         back = self.torchrec_module.output_dist(sent.context, [rows])[_IDS].values()
-        return back[:, : self.plan.dim].contiguous()
+        back = back[:, : self.plan.dim].contiguous()
+        # not what the owner looked up: TorchRec's requests keep the graph of a lookup that was given up until gc finds it
+        return self._await_backward(back) if trained else back
 
     def _got_gradient(self, rows: Tensor) -> None:
         if self._constrained:
