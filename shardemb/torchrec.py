@@ -123,8 +123,6 @@ def make_groups(table: str, group: Any, options: TorchRecOptions, device: torch.
 class Sent:
     """A lookup on its way to the owners of its rows."""
 
-    #: ids of this rank
-    count: int
     #: TorchRec's context of the lookup
     context: Any
     #: TorchRec's awaitable of the ids that all ranks ask of this one
@@ -277,8 +275,12 @@ class TorchRecTable(FusedTable):
         )
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        _ = self.weight
+        _ = self.weight  # written back
         super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        _ = self.weight  # written back, or it would later write over what is loaded
+        super()._load_from_state_dict(*args)
 
     def send_ids(self, ids: Any, device: torch.device) -> Sent:
         """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective.
@@ -293,7 +295,7 @@ class TorchRecTable(FusedTable):
         lengths = torch.tensor([len(values)], device=device)  # one bag, of 0 ids too: a batch of 0 bags breaks the peers
         features = KeyedJaggedTensor(keys=[_IDS], values=values, lengths=lengths)
         context = self.torchrec_module.create_context()
-        return Sent(len(values), context, self.torchrec_module.input_dist(context, features))
+        return Sent(context, self.torchrec_module.input_dist(context, features))
 
     def fetch(self, sent: Sent) -> Tensor:
         """Return the rows ``(n, D)`` in the order of the ids; backward updates them on their owners. A collective."""
@@ -318,7 +320,8 @@ class TorchRecTable(FusedTable):
     def _got_gradient(self, rows: Tensor) -> None:
         if self._constrained:
             super()._got_gradient(rows)
-        self._moved.add(rows)
+        if self._groups.replica is not None:
+            self._moved.add(rows)
 
     @torch.no_grad()
     def synchronize_replicas(self) -> int:
@@ -328,9 +331,9 @@ class TorchRecTable(FusedTable):
             The number of rows that were averaged; 0 without replicas.
         """
         group, count = self._groups.replica, self._groups.num_replicas
-        mine, self._moved = self._moved.unique(), _RowSet(self.plan.num_local)
         if group is None:
             return 0
+        mine, self._moved = self._moved.unique(), _RowSet(self.plan.num_local)
         length = torch.tensor([-1 if mine is None else len(mine)], device=self.device)
         lengths = [torch.empty_like(length) for _ in range(count)]
         dist.all_gather(lengths, length, group=group)

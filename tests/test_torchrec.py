@@ -133,6 +133,8 @@ def test_training_equals_fbgemm_and_one_process(rank_pool, world_size: int) -> N
 
 def _reads(rank: int, world_size: int) -> None:
     """What trains nothing, and which rows are constrained."""
+    from torchrec import KeyedJaggedTensor
+
     with group_of_one(world_size):
         table = make(501, 6, "rowwise_adagrad", constrainer="normalize")
         whole = table.full_state_dict("torch")["weight"].clone()
@@ -181,6 +183,10 @@ def _reads(rank: int, world_size: int) -> None:
         expected = torch.zeros(7, 6)
         expected[1], expected[5] = -0.1 * world_size, -0.05 * world_size
         assert torch.allclose(half.full_state_dict("torch")["weight"].float(), expected, atol=1e-3)
+        few = make(1, 8, "sgd")  # one rank's shard is padding, which TorchRec itself looks up too
+        features = KeyedJaggedTensor(keys=["ids"], values=torch.zeros(3, dtype=torch.int64), lengths=torch.tensor([3]))
+        theirs = few.torchrec_table.torchrec_module(features)["ids"].values()
+        assert torch.equal(theirs, few(torch.zeros(3, dtype=torch.int64)))
         assert make(5, 0, "sgd")(ids % 5).shape == (len(ids), 0)
 
         assert table.torchrec_table.torchrec_plan.sharding_type == "row_wise"
