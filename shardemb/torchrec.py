@@ -6,6 +6,9 @@ so that the table's own reduction holds. The update is FBGEMM's, as in :class:`~
 
 With several replicas (2D parallelism) each group of ranks holds all rows and trains on its own batches, and
 :meth:`TorchRecTable.synchronize_replicas` averages the rows that moved, and their optimizer state.
+
+A program that uses PyKEEN too imports it first: PyKEEN collects all classes of optimizers by name when it is imported, and
+fails on two of TorchRec's that have the same one.
 """
 
 import os

@@ -16,9 +16,7 @@ import pytest
 # Children are forked from one server that has imported the slow packages already: the first test of a session pays
 # their import (torch.optim imports torch._dynamo when it is first used), later ones start ranks in milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torchrec.distributed.planner", "torch._dynamo"]
-)
+_context.set_forkserver_preload(["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo"])
 
 
 def _rank_main(channel: Connection, rank: int, world_size: int, store: str) -> None:
