@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shardemb.embedding import Embedding, Representation
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
     from shardemb.plan import RowPlan
+    from shardemb.torchrec import TorchRecOptions
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "Representation",
     "RowPlan",
     "RowWiseAdagrad",
+    "TorchRecOptions",
     "__version__",
     "clip_grad_norm_",
     "optim",
@@ -34,6 +36,7 @@ _ROOMS = {
     "Representation": "embedding",
     "RowPlan": "plan",
     "RowWiseAdagrad": "optim",
+    "TorchRecOptions": "torchrec",
     "clip_grad_norm_": "coordinator",
 }
 

@@ -69,7 +69,9 @@ def _model_pieces(model: nn.Module) -> tuple[dict[str, _Piece], dict[Tensor, str
     inside: set[Tensor] = set()
     for prefix, table in _tables(model):
         for key, tensor in table.stored_rows().items():
-            pieces[prefix + key] = _Piece(tensor, table.plan.first, table.max_id, table.plan.world_size > 1)
+            pieces[prefix + key] = _Piece(
+                tensor, table.plan.first, table.max_id, table.plan.world_size > 1 and table.holds_first_copy
+            )
         for parameter in table.parameters():
             names[parameter] = prefix + "weight"
         inside |= {*table.parameters(), *table.buffers()}

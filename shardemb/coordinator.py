@@ -20,7 +20,8 @@ class Coordinator:
     1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers of a model), by mean,
        or by sum for a replicated table that says so. A collective, one all-reduce for all of them;
     2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks. A collective, one all-reduce;
-    3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward). Those of :mod:`shardemb.optim`
+    3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward; replicas of TorchRec's are averaged,
+       a collective). Those of :mod:`shardemb.optim`
        constrain the rows of sparse tables in the same pass, while they are in cache;
     4. ``post_parameter_update()`` of each module that has one: tables constrain their own changed rows;
     5. forget the gradients.
@@ -98,6 +99,8 @@ class Coordinator:
                 optimizer.step(constrain={key: f for table in self.tables for key, f in table.constrainer_in_step().items()})
             else:
                 optimizer.step()
+        for table in self.tables:
+            table.synchronize_replicas()
         with ExitStack() as stack:
             for table in self.tables:
                 stack.enter_context(table.updated_once())  # PyKEEN's models hand the call on to their tables

@@ -20,8 +20,9 @@ from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_init
 from shardemb.optim import FusedOptimizer
 from shardemb.plan import RowPlan
 from shardemb.table import FusedTable, ParameterTable, Table
+from shardemb.torchrec import Groups, Sent, TorchRecOptions, TorchRecTable, make_groups
 from shardemb.transforms import probe_constrainer, resolve_constrainer, resolve_normalizer, resolve_regularizer
-from shardemb.types import Gradient, GradientReduction, Initializer, Placement, RowFunction
+from shardemb.types import Backend, Gradient, GradientReduction, Initializer, Placement, RowFunction
 
 
 class Representation(nn.Module, ABC):
@@ -110,9 +111,9 @@ class Prefetched:
     shape: tuple[int, ...]
     #: with ``unique``, where each id stands among the unique ones
     inverse: Tensor | None
-    route: Route
+    route: Route | Sent
     #: None unless the rows were looked up too
-    rows: RowsUnderWay | None
+    rows: Tensor | RowsUnderWay | None
 
 
 class Embedding(Representation):
@@ -154,6 +155,9 @@ class Embedding(Representation):
             optimizer; every step costs all rows. "fused": FBGEMM updates the rows in backward as ``optimizer`` says; one
             lookup a step, no gradient is kept.
         optimizer: of the fused gradient, :class:`~shardemb.FusedOptimizer`.
+        backend: of the fused gradient: "fbgemm", this package's exchange around FBGEMM's tables, or "torchrec", TorchRec's
+            ShardedEmbeddingCollection, with the same results; it needs a process group, also with one rank.
+        torchrec: what TorchRec does with ``backend="torchrec"``, :class:`~shardemb.TorchRecOptions`.
         placement: "row_wise": each row on one rank; "replicated": all rows on every rank, whose lookups are local and
             whose gradients :class:`~shardemb.Coordinator` reduces. For small tables. (A bad id in a replicated table
             raises on its own rank only.)
@@ -193,6 +197,8 @@ class Embedding(Representation):
         *,
         gradient: Gradient = "sparse",
         optimizer: FusedOptimizer | None = None,
+        backend: Backend = "fbgemm",
+        torchrec: TorchRecOptions | None = None,
         placement: Placement = "row_wise",
         gradient_reduction: GradientReduction = "mean",
         deduplicate: bool = True,
@@ -210,6 +216,7 @@ class Embedding(Representation):
         super().__init__(max_id=max_id, shape=shape, **kwargs)
         for key, value, allowed in (
             ("gradient", gradient, ("dense", "sparse", "fused")),
+            ("backend", backend, ("fbgemm", "torchrec")),
             ("placement", placement, ("row_wise", "replicated")),
             ("gradient_reduction", gradient_reduction, ("mean", "sum")),
         ):
@@ -219,6 +226,17 @@ class Embedding(Representation):
             raise TypeError(f"table {name!r}: got optimizer={optimizer!r}, expected a shardemb.FusedOptimizer")
         if optimizer is not None and gradient != "fused":
             raise ValueError(f"table {name!r}: optimizer={optimizer} needs gradient='fused', got gradient={gradient!r}")
+        if backend == "torchrec" and wire_dtype is not None:
+            raise ValueError(f"table {name!r}: wire_dtype={wire_dtype} is for backend='fbgemm', got backend='torchrec'")
+        if backend == "torchrec" and (gradient != "fused" or placement != "row_wise"):
+            raise ValueError(
+                f"table {name!r}: backend='torchrec' is for gradient='fused' and placement='row_wise', got "
+                f"gradient={gradient!r} and placement={placement!r}: change them, or use backend='fbgemm'"
+            )
+        if torchrec is not None and not isinstance(torchrec, TorchRecOptions):
+            raise TypeError(f"table {name!r}: got torchrec={torchrec!r}, expected a shardemb.TorchRecOptions")
+        if torchrec is not None and backend != "torchrec":
+            raise ValueError(f"table {name!r}: torchrec={torchrec} needs backend='torchrec', got backend={backend!r}")
         if placement == "replicated" and gradient == "fused":
             raise ValueError(
                 f"table {name!r}: placement='replicated' with gradient='fused' would update each rank's copy by its own "
@@ -256,27 +274,39 @@ class Embedding(Representation):
                 f"process makes a whole table of its own: call torch.distributed.init_process_group first",
                 stacklevel=2,
             )
-        self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
-        self._exchange = Exchange(self.plan, self._group, gradient_reduction, deduplicate, wire_dtype)
         self._seed = seed
         drawn = self._agree(
-            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} seed {seed} "
-            f"deduplicate {deduplicate} wire {wire_dtype} initialize {initialize} "
+            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} {backend} {torchrec} "
+            f"seed {seed} deduplicate {deduplicate} wire {wire_dtype} initialize {initialize} "
             f"trainable {trainable} unique {self.unique} initializer {_describe(self.initializer)} "
             f"constrainer {_describe(self.constrainer)} normalizer {_describe(self.normalizer)} "
             f"regularizer {type(self.regularizer).__name__}"
         )
-        device, track = torch.device(device), self.constrains_changed_rows_only
+        device = torch.device(device)
+        self._groups: Groups | None = None
+        if backend == "torchrec":
+            self._groups = make_groups(name, self._group, torchrec or TorchRecOptions(), device)
+            ranks = (dist.get_world_size(self._groups.shard), dist.get_rank(self._groups.shard))
+        #: of the ranks that share the rows
+        self._row_group = self._group if self._groups is None else self._groups.shard
+        self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
+        self._exchange = Exchange(self.plan, self._row_group, gradient_reduction, deduplicate, wire_dtype)
+        track = self.constrains_changed_rows_only
         self._embeddings: Table
         if gradient == "fused":
-            self._embeddings = FusedTable(
-                self.plan,
-                optimizer=optimizer or FusedOptimizer(),
-                trainable=trainable,
-                dtype=stored,
-                device=device,
-                track=track,
-            )
+            common: dict[str, Any] = {"optimizer": optimizer or FusedOptimizer(), "trainable": trainable}
+            common |= {"dtype": stored, "device": device, "track": track}
+            if self._groups is None:
+                self._embeddings = FusedTable(self.plan, **common)
+            else:
+                self._embeddings = TorchRecTable(
+                    self.plan,
+                    groups=self._groups,
+                    options=torchrec or TorchRecOptions(),
+                    reduction=gradient_reduction,
+                    deduplicate=deduplicate,
+                    **common,
+                )
         else:
             self._embeddings = ParameterTable(
                 self.plan, sparse=gradient == "sparse", trainable=trainable, dtype=stored, device=device, track=track
@@ -381,29 +411,60 @@ class Embedding(Representation):
             IndexError: ids out of range, on all ranks; and as forward.
         """
         indices, inverse = self._unique(indices)
-        route = self._send(indices, wait=stale_rows)
-        rows = self._exchange.start_return(self._embeddings.lookup(route.rows), route) if stale_rows else None
-        return Prefetched(self, tuple(indices.shape), inverse, route, rows)
+        route = self._send(indices, wait=False)
+        return Prefetched(self, tuple(indices.shape), inverse, route, self._start(route) if stale_rows else None)
 
-    def _send(self, indices: Any, wait: bool = True) -> Route:
+    def _send(self, indices: Any, wait: bool = True) -> Route | Sent:
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
-        return self._exchange.send_ids(flat, self._embeddings.weight.device, wait)
+        table = self._embeddings
+        if isinstance(table, TorchRecTable):
+            return table.send_ids(flat, table.device)
+        return self._exchange.send_ids(flat, table.device, wait)
+
+    def _start(self, route: Route | Sent) -> Tensor | RowsUnderWay:
+        """Look up what all ranks ask of this one, and let it travel back. A collective."""
+        table = self._embeddings
+        if isinstance(route, Sent):
+            assert isinstance(table, TorchRecTable)
+            return table.fetch(route)
+        return self._exchange.start_return(table.lookup(route.wait().rows), route)
 
     def _plain_forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
-        table, exchange = self._embeddings, self._exchange
         if isinstance(indices, Prefetched):
             if indices.table is not self:
                 raise ValueError(f"table {self.name!r}: got ids that were prefetched by table {indices.table.name!r}")
-            route, way = indices.route.wait(), indices.rows
+            route, way = indices.route, indices.rows
         else:
             if indices is None:
                 if self.plan.world_size == 1 and not torch.is_grad_enabled():
-                    return self._as_seen(table.weight.contiguous(), (self.max_id,))
-                indices = torch.arange(self.max_id, device=table.weight.device)
+                    return self._as_seen(self._embeddings.weight.contiguous(), (self.max_id,))
+                indices = torch.arange(self.max_id, device=self._embeddings.device)
             route, way = self._send(indices), None
         if way is None:
-            way = exchange.start_return(table.lookup(route.rows), route)
-        return self._as_seen(exchange.arrive(way, route), tuple(indices.shape))
+            way = self._start(route)
+        rows = way if isinstance(way, Tensor) else self._exchange.arrive(way)
+        return self._as_seen(rows, tuple(indices.shape))
+
+    @property
+    def torchrec_table(self) -> TorchRecTable:
+        """TorchRec's side of the table: its ``torchrec_module`` and ``torchrec_plan``; RuntimeError for other backends."""
+        if not isinstance(self._embeddings, TorchRecTable):
+            raise RuntimeError(f"table {self.name!r} is not TorchRec's: make it with gradient='fused', backend='torchrec'")
+        return self._embeddings
+
+    def synchronize_replicas(self) -> None:
+        """Average the rows that moved, and their optimizer state, over replicas; :class:`~shardemb.Coordinator` does it.
+
+        For ``TorchRecOptions(sharding_group_size=...)``, once a step or less often, before :meth:`post_parameter_update`, and
+        before saving. A collective; other tables do nothing.
+        """
+        if isinstance(self._embeddings, TorchRecTable):
+            self._embeddings.synchronize_replicas()
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """Whether this rank's rows are no replica of those of an earlier rank."""
+        return self._groups is None or self._groups.holds_first_copy
 
     def constrainer_in_step(self) -> dict[Tensor, RowFunction]:
         """Return, by Parameter, what a row-wise optimizer may apply to the rows ``(n, D)`` that it updates.
@@ -432,7 +493,7 @@ class Embedding(Representation):
             blocks = weight.new_empty(self.plan.world_size * self.plan.block, self.plan.dim)
             mine = weight.new_zeros(self.plan.block, self.plan.dim)
             mine[: len(weight)] = weight
-            dist.all_gather(list(blocks.split(self.plan.block)), mine, group=self._group)
+            dist.all_gather(list(blocks.split(self.plan.block)), mine, group=self._row_group)
             weight = native.take(blocks, self.plan.slots(torch.arange(self.max_id, device=blocks.device)))
         if layout == "torch":
             return {"weight": weight}

@@ -55,6 +55,7 @@ class Route:
 class RowsUnderWay:
     """Rows that were looked up and are travelling back."""
 
+    route: Route
     #: (M, D) at their owner, differentiable
     looked_up: Tensor
     #: (m, D) where they arrive, as they travel
@@ -141,6 +142,17 @@ class Exchange:
         route = Route(rows, permutation, sent, received, merged, [work])
         return route.wait() if wait else route
 
+    def check_everywhere(self, ids: Any, device: torch.device) -> None:
+        """Raise on all ranks what the ids of any rank deserve: :meth:`send_ids` without sending. A collective."""
+        error = self.check(ids)
+        if self.plan.world_size > 1:
+            bad = torch.tensor(int(error is not None), device=device)
+            dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.group)
+            if bad:
+                self._raise_everywhere(error)
+        elif error is not None:
+            raise error
+
     def _merge(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Merged]:
         """As :meth:`_bucketize`, each slot once: ascending slots are in the order of their owners."""
         plan = self.plan
@@ -171,17 +183,17 @@ class Exchange:
 
     def return_rows(self, rows: Tensor, route: Route) -> Tensor:
         """Bring the owners' rows ``(M, D)`` back to who asked: ``(n, D)`` in the order of the ids. A collective."""
-        return self.arrive(self.start_return(rows, route), route)
+        return self.arrive(self.start_return(rows, route))
 
     def start_return(self, rows: Tensor, route: Route) -> RowsUnderWay:
         """Let the owners' rows ``(M, D)`` travel back; :meth:`arrive` waits for them. A collective."""
         if route.permutation is None:
-            return RowsUnderWay(rows, rows, None)
-        return RowsUnderWay(rows, *self._transfer(rows.detach(), route.sent, route.received))
+            return RowsUnderWay(route, rows, rows, None)
+        return RowsUnderWay(route, rows, *self._transfer(rows.detach(), route.sent, route.received))
 
-    def arrive(self, way: RowsUnderWay, route: Route) -> Tensor:
+    def arrive(self, way: RowsUnderWay) -> Tensor:
         """Return the rows ``(n, D)`` in the order of the ids."""
-        return way.looked_up if route.permutation is None else _ReturnRows.apply(way.looked_up, way, route, self)
+        return way.looked_up if way.route.permutation is None else _ReturnRows.apply(way.looked_up, way, self)
 
     def _transfer(self, rows: Tensor, received: list[int], sent: list[int]) -> tuple[Tensor, Any]:
         """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and its handle."""
@@ -203,14 +215,14 @@ class Exchange:
 
 class _ReturnRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, looked_up: Tensor, way: RowsUnderWay, route: Route, exchange: Exchange) -> Tensor:
-        ctx.route, ctx.exchange = route, exchange
-        assert route.permutation is not None
-        return native.take(exchange._received(way.arriving, way.work, looked_up.dtype), route.permutation)
+    def forward(ctx: Any, looked_up: Tensor, way: RowsUnderWay, exchange: Exchange) -> Tensor:
+        ctx.route, ctx.exchange = way.route, exchange
+        assert way.route.permutation is not None
+        return native.take(exchange._received(way.arriving, way.work, looked_up.dtype), way.route.permutation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         route, exchange, grad = ctx.route, ctx.exchange, grad.contiguous()
         if route.merged is not None:
             by_owner = route.merged.sum(grad)
@@ -218,4 +230,4 @@ class _ReturnRows(torch.autograd.Function):
             by_owner = native.empty(grad.shape, grad.dtype, grad.device)
             native.put(by_owner, route.permutation, grad)
         rows = exchange._received(*exchange._transfer(by_owner, route.received, route.sent), grad.dtype)
-        return (rows if exchange._scale == 1 else rows.mul_(exchange._scale)), None, None, None
+        return (rows if exchange._scale == 1 else rows.mul_(exchange._scale)), None, None

@@ -5,7 +5,7 @@ This room knows nothing of other ranks: it looks up row numbers of its own shard
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ class Table(nn.Module):
         self._track = track
         self._changed = _RowSet(plan.num_local)
         self.touch_all()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.weight.device
 
     def _here(self) -> tuple[int, ...]:
         """Return the first slot, one past the last, how many the whole table has, and the order of the slots."""
@@ -310,56 +315,71 @@ class FusedTable(Table):
             )
         self.optimizer, self.trainable = optimizer, trainable
         self._lr = optimizer.lr
+        #: whether a second lookup before the backward of the first gives another result than the sum of both gradients
+        self._one_lookup = optimizer.name != "sgd"
         self._build(dtype, device)
 
     def _build(self, dtype: torch.dtype, device: torch.device) -> None:
         """Make FBGEMM's module, and :attr:`weight`, which is a view of its rows."""
+        plan = self.plan
+        columns = max(4, -(-plan.dim // 4) * 4)
+        # FBGEMM's row-wise mean runs over the padding too: a smaller rate and eps give the rule for the real columns.
+        self._mean_share = plan.dim / columns if self.optimizer.name == "rowwise_adagrad" and plan.dim else 1.0
+        tbe = self._make_tbe(columns, dtype, device)
+        self.__dict__["_tbe"] = tbe  # no submodule: its parameters are not for an optimizer, nor for the state dict
+        self.register_buffer("weight", tbe.split_embedding_weights()[0][: plan.num_local, : plan.dim])
+        self._offsets = torch.arange(1, device=device)
+        self._pending: weakref.ref[_Pending] | None = None
+
+    def _engine_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Say what FBGEMM's module shall do, whoever makes it."""
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+
+        return {
+            "optimizer": {
+                "sgd": EmbOptimType.EXACT_SGD,
+                "adagrad": EmbOptimType.EXACT_ADAGRAD,
+                "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            }[self.optimizer.name],
+            "learning_rate": self._lr * math.sqrt(self._mean_share),
+            "eps": self.optimizer.eps * math.sqrt(self._mean_share),
+            "output_dtype": SparseType.from_dtype(dtype),
+            "stochastic_rounding": False,
+            "bounds_check_mode": BoundsCheckMode.NONE,  # it would set bad ids to 0; the exchange has checked them
+        }
+
+    def _make_tbe(self, columns: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """Return FBGEMM's module for this rank's rows."""
+        from fbgemm_gpu.split_embedding_configs import SparseType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
             ComputeDevice,
             SplitTableBatchedEmbeddingBagsCodegen,
         )
 
-        plan, optimizer = self.plan, self.optimizer
-        columns = max(4, -(-plan.dim // 4) * 4)
-        state = optimizer.state_columns
-        plan.check_fits(dtype.itemsize, device, 4 * (columns if state is None else state))
-        # FBGEMM's row-wise mean runs over the padding too: a smaller rate and eps give the rule for the real columns.
-        self._mean_share = plan.dim / columns if optimizer.name == "rowwise_adagrad" and plan.dim else 1.0
+        state = self.optimizer.state_columns
+        self.plan.check_fits(dtype.itemsize, device, 4 * (columns if state is None else state))
         cuda = device.type == "cuda"
-        precision = SparseType.from_dtype(dtype)
         tbe = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[
                 (
-                    max(plan.num_local, 1),  # without a row it would fail in forward
+                    max(self.plan.num_local, 1),  # without a row it would fail in forward
                     columns,
                     EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST,
                     ComputeDevice.CUDA if cuda else ComputeDevice.CPU,
                 )
             ],
-            optimizer={
-                "sgd": EmbOptimType.EXACT_SGD,
-                "adagrad": EmbOptimType.EXACT_ADAGRAD,
-                "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-            }[optimizer.name],
-            learning_rate=self._lr * math.sqrt(self._mean_share),
-            eps=optimizer.eps * math.sqrt(self._mean_share),
-            weights_precision=precision,
-            output_dtype=precision,
-            stochastic_rounding=False,
+            weights_precision=SparseType.from_dtype(dtype),
             pooling_mode=PoolingMode.NONE if cuda else PoolingMode.SUM,
-            bounds_check_mode=BoundsCheckMode.NONE,  # it would set bad ids to 0; the exchange has checked them
             device=device,
+            **self._engine_options(dtype),
         )
         if not cuda:
             shape = tbe.weights_host.shape
             tbe.weights_host.data = tbe.weights_host.new_empty(0)  # freed before the same comes in large pages
             tbe.weights_host.data = native.empty(shape, dtype, device).zero_()
-        self.__dict__["_tbe"] = tbe  # no submodule: its parameters are not for an optimizer, nor for the state dict
-        self.register_buffer("weight", tbe.split_embedding_weights()[0][: plan.num_local, : plan.dim])
-        self._offsets = torch.arange(1, device=device)
-        self._pending: weakref.ref[_Pending] | None = None
+        return tbe
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy rows and optimizer state; FBGEMM's module is made anew by whoever takes them."""
@@ -388,21 +408,32 @@ class FusedTable(Table):
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return native.take(self.weight, rows)
+        return self._await_backward(self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows)))))
+
+    @property
+    def _waits_for_backward(self) -> bool:
         waiting = self._pending() if self._pending is not None else None
-        if waiting is not None and not waiting.done and self.optimizer.name != "sgd":
+        return waiting is not None and not waiting.done
+
+    def _trained(self, rows: Tensor, engine: Callable[[], Tensor]) -> Tensor:
+        """Return :meth:`lookup`'s rows from ``engine``, which gives ``(n, columns)``, padding included."""
+        if self._one_lookup and self._waits_for_backward:
             raise RuntimeError(
                 f"table {self.plan.table!r}: a second lookup before the backward of the first would make two "
                 f"{self.optimizer.name} updates of a row in one step: look all ids up at once (torch.cat), use "
                 f"gradient='sparse', or take rows that are not trained under torch.no_grad()"
             )
         if len(rows):
-            out = self._tbe(rows, self._bag_offsets(len(rows)))[:, : self.plan.dim].contiguous()
+            out = engine()[:, : self.plan.dim].contiguous()
         else:
             out = self.weight.new_zeros(0, self.plan.dim, requires_grad=True)
+        self._watch(out, rows)
+        return out
+
+    def _await_backward(self, out: Tensor) -> Tensor:
         pending = _Pending()
         out.register_hook(lambda grad: setattr(pending, "done", True))
         self._pending = weakref.ref(pending)
-        self._watch(out, rows)
         return out
 
     def _bag_offsets(self, n: int) -> Tensor:

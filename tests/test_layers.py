@@ -16,6 +16,7 @@ FLOORS = [
     {"plan", "transforms", "vocabulary", "optim"},
     {"initializers"},
     {"exchange", "table"},
+    {"torchrec"},
     {"embedding"},
     {"coordinator", "pykeen"},
     {"checkpoint"},
@@ -29,7 +30,7 @@ FLOORS = [
 ]
 #: third-party packages that only some rooms may know
 ONLY = {
-    "torchrec": {"table", "exchange", "optim", "plan"},
+    "torchrec": {"torchrec", "table", "exchange", "optim", "plan"},
     "fbgemm_gpu": {"table", "exchange", "optim", "plan"},
     "ray": {"launch"},
     "pykeen": {"pykeen"},
