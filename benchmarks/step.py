@@ -335,9 +335,12 @@ def constraint(run: Run) -> None:
     import pykeen.nn
 
     size, everything = (run.rows, run.dim), pykeen.nn.Embedding(run.rows, shape=run.dim, constrainer="normalize")
-    steps: dict[str, Step] = {PYKEEN_PASS: lambda ids, grad: everything.post_parameter_update()}
+    steps: dict[str, Step] = {}
     for gradient in GRADIENTS:
         steps[gradient], steps[f"{gradient}, normalize"] = ours(*size, gradient), ours(*size, gradient, constrainer="normalize")
+    # it empties the caches, so that neither of two steps that are compared may follow it
+    steps[PYKEEN_PASS] = lambda ids, grad: everything.post_parameter_update()
+    for gradient in GRADIENTS:
         steps[f"{gradient}, update"], steps[f"shardemb {gradient}, a pass of its own"] = apart(*size, gradient)
     facts = {"ids": run.few, "kind": "uniform", "rows": run.rows, "dim": run.dim}
     grad = torch.randn(run.few, run.dim)
