@@ -412,7 +412,7 @@ class Embedding(Representation):
         """
         indices, inverse = self._unique(indices)
         route = self._send(indices, wait=False)
-        return Prefetched(self, tuple(indices.shape), inverse, route, self._start(route) if stale_rows else None)
+        return Prefetched(self, tuple(indices.shape), inverse, route, self._start(route, wait=False) if stale_rows else None)
 
     def _send(self, indices: Any, wait: bool = True) -> Route | Sent:
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
@@ -421,13 +421,13 @@ class Embedding(Representation):
             return table.send_ids(flat, table.device)
         return self._exchange.send_ids(flat, table.device, wait)
 
-    def _start(self, route: Route | Sent) -> Tensor | RowsUnderWay:
+    def _start(self, route: Route | Sent, wait: bool = True) -> Tensor | RowsUnderWay:
         """Look up what all ranks ask of this one, and let it travel back. A collective."""
         table = self._embeddings
         if isinstance(route, Sent):
             assert isinstance(table, TorchRecTable)
             return table.fetch(route)
-        return self._exchange.start_return(table.lookup(route.wait().rows), route)
+        return self._exchange.return_rows(table.lookup(route.wait().rows), route, wait)
 
     def _plain_forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
         if isinstance(indices, Prefetched):

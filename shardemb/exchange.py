@@ -3,8 +3,8 @@
 With one rank nothing is communicated. With several, a forward makes three collectives and a backward one:
 
 1. counts, all to all: how many ids each rank asks of each other one; -1 says that the sender's ids are bad, so that all
-   ranks raise the same error instead of waiting for each other;
-2. ids, all to all, as row numbers of the owner's shard, each once unless told otherwise;
+   ranks raise the same error instead of waiting for each other. A few ids travel in the same message;
+2. ids, all to all, if there are more: as row numbers of the owner's shard, each once unless told otherwise;
 3. rows, all to all, then a permutation back into the order of the ids. Backward runs 3. the other way, and adds up the
    gradients of an id before they travel.
 
@@ -22,6 +22,9 @@ from shardemb import native
 from shardemb.native import Merged
 from shardemb.plan import RowPlan
 from shardemb.types import GradientReduction, IdTypeError
+
+#: ids for one rank that fit into the message that says how many there are: a message of 512 bytes, as fast as one of 8
+_FEW = 62
 
 _ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (IndexError, IdTypeError, AttributeError)}
 
@@ -88,6 +91,7 @@ class Exchange:
         self.group = group
         self.deduplicate = deduplicate
         self.wire_dtype = wire_dtype
+        self._bounds: Tensor | None = None
         self._scale = 1.0 / plan.world_size if reduction == "mean" else 1.0
 
     def check(self, ids: Any) -> Exception | None:
@@ -126,21 +130,25 @@ class Exchange:
                 raise error
             rows = ids.to(device, torch.int64).contiguous()  # FBGEMM would read a strided tensor as if it were dense
             return Route(rows, None, [len(rows)], [len(rows)])
-        world_size = self.plan.world_size
-        counts = torch.full((world_size,), -1, device=device)
+        # a row for each rank: ids that follow or -1, the most that this rank asks of any, and the ids if these are few
+        message = torch.full((self.plan.world_size, 2 + _FEW), -1, device=device)
         if error is None:
             slots = self.plan.slots(ids.to(device, torch.int64)).contiguous()
             counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
-        answer = torch.empty_like(counts)
-        dist.all_to_all_single(answer, counts, group=self.group)
-        received = answer.tolist()
+            sent = counts.tolist()
+            message[:, 0], message[:, 1] = counts, max(sent)
+            if max(sent) <= _FEW:
+                message[:, 2:].masked_scatter_(_first(counts), local)
+        answer = torch.empty_like(message)
+        dist.all_to_all_single(answer, message, group=self.group)
+        received, most = answer[:, :2].t().tolist()
         if error is not None or min(received) < 0:
             self._raise_everywhere(error)
-        sent = counts.tolist()
+        if max(most) <= _FEW:  # on no rank are there more
+            return Route(answer[:, 2:][_first(answer[:, 0])], permutation, sent, received, merged)
         rows = local.new_empty(sum(received))
-        work = dist.all_to_all_single(rows, local, received, sent, group=self.group, async_op=True)
-        route = Route(rows, permutation, sent, received, merged, [work])
-        return route.wait() if wait else route
+        work = dist.all_to_all_single(rows, local, received, sent, group=self.group, async_op=not wait)
+        return Route(rows, permutation, sent, received, merged, [] if wait else [work])
 
     def check_everywhere(self, ids: Any, device: torch.device) -> None:
         """Raise on all ranks what the ids of any rank deserve: :meth:`send_ids` without sending. A collective."""
@@ -157,9 +165,10 @@ class Exchange:
         """As :meth:`_bucketize`, each slot once: ascending slots are in the order of their owners."""
         plan = self.plan
         merged = native.merge(slots, plan.num_rows)
-        bounds = torch.arange(plan.world_size + 1, device=slots.device) * plan.block
-        lengths = torch.searchsorted(merged.unique, bounds).diff()
-        return lengths, merged.unique % plan.block, merged.inverse, merged
+        if self._bounds is None or self._bounds.device != slots.device:
+            self._bounds = torch.arange(plan.world_size + 1, device=slots.device) * plan.block
+        counts = torch.searchsorted(merged.unique, self._bounds).diff()
+        return counts, merged.unique % plan.block, merged.inverse, merged
 
     def _bucketize(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return ids per owner ``(W,)``, row numbers within the owner's shard ``(n,)``, and their permutation ``(n,)``."""
@@ -181,29 +190,32 @@ class Exchange:
         bad = [entry for entry in told if entry is not None]
         raise _ERRORS[bad[0][0]]("; ".join(text for _, text in bad))
 
-    def return_rows(self, rows: Tensor, route: Route) -> Tensor:
-        """Bring the owners' rows ``(M, D)`` back to who asked: ``(n, D)`` in the order of the ids. A collective."""
-        return self.arrive(self.start_return(rows, route))
+    def return_rows(self, rows: Tensor, route: Route, wait: bool = True) -> RowsUnderWay:
+        """Let the owners' rows ``(M, D)`` travel back to who asked. A collective.
 
-    def start_return(self, rows: Tensor, route: Route) -> RowsUnderWay:
-        """Let the owners' rows ``(M, D)`` travel back; :meth:`arrive` waits for them. A collective."""
+        Args:
+            rows: that the route's :attr:`Route.rows` name.
+            route: of the lookup.
+            wait: return when they have arrived; otherwise :meth:`arrive` waits.
+        """
         if route.permutation is None:
             return RowsUnderWay(route, rows, rows, None)
-        return RowsUnderWay(route, rows, *self._transfer(rows.detach(), route.sent, route.received))
+        return RowsUnderWay(route, rows, *self._transfer(rows.detach(), route.sent, route.received, wait))
 
     def arrive(self, way: RowsUnderWay) -> Tensor:
         """Return the rows ``(n, D)`` in the order of the ids."""
         return way.looked_up if way.route.permutation is None else _ReturnRows.apply(way.looked_up, way, self)
 
-    def _transfer(self, rows: Tensor, received: list[int], sent: list[int]) -> tuple[Tensor, Any]:
-        """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and its handle."""
+    def _transfer(self, rows: Tensor, received: list[int], sent: list[int], wait: bool) -> tuple[Tensor, Any]:
+        """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and what to wait for."""
         if self.wire_dtype is not None and self.wire_dtype.itemsize < rows.itemsize:
             # gloo would send bfloat16 as float16
             rows = rows.to(self.wire_dtype).view(torch.int16)
         arriving = native.empty((sum(received), rows.shape[1]), rows.dtype, rows.device)
         if not rows.shape[1]:
             return arriving, None
-        return arriving, dist.all_to_all_single(arriving, rows.contiguous(), received, sent, group=self.group, async_op=True)
+        work = dist.all_to_all_single(arriving, rows.contiguous(), received, sent, group=self.group, async_op=not wait)
+        return arriving, work
 
     def _received(self, arriving: Tensor, work: Any, dtype: torch.dtype) -> Tensor:
         if work is not None:
@@ -211,6 +223,11 @@ class Exchange:
         if self.wire_dtype is None or arriving.dtype == dtype:
             return arriving
         return arriving.view(self.wire_dtype).to(dtype)
+
+
+def _first(counts: Tensor) -> Tensor:
+    """Return ``(W, _FEW)``, true at the first ``counts`` ``(W,)`` places of each row."""
+    return torch.arange(_FEW, device=counts.device) < counts.unsqueeze(1)
 
 
 class _ReturnRows(torch.autograd.Function):
@@ -229,5 +246,5 @@ class _ReturnRows(torch.autograd.Function):
         else:
             by_owner = native.empty(grad.shape, grad.dtype, grad.device)
             native.put(by_owner, route.permutation, grad)
-        rows = exchange._received(*exchange._transfer(by_owner, route.received, route.sent), grad.dtype)
+        rows = exchange._received(*exchange._transfer(by_owner, route.received, route.sent, wait=True), grad.dtype)
         return (rows if exchange._scale == 1 else rows.mul_(exchange._scale)), None, None

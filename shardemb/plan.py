@@ -9,6 +9,7 @@ mean, instead of 2.4 times as much. The last ranks may own fewer rows, or none. 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +37,7 @@ class Spread:
         if self.num_rows > 1 << 40:
             raise ValueError(f"got {self.num_rows:,} rows, expected at most 2^40: products of row numbers would overflow")
 
-    @property
+    @cached_property
     def multiplier(self) -> int:
         """Coprime to ``V``."""
         near = round(self.num_rows * _GOLDEN)
@@ -51,7 +52,7 @@ class Spread:
 
     def slots(self, ids: Tensor) -> Tensor:
         """Map ids ``(n,)`` to slots."""
-        return (self._times(ids, self.multiplier) + self.offset) % self.num_rows if self.num_rows else ids
+        return self._times(ids, self.multiplier, self.offset) if self.num_rows else ids
 
     def ids(self, slots: Tensor) -> Tensor:
         """Map slots ``(n,)`` back to ids."""
@@ -59,11 +60,11 @@ class Spread:
             return slots
         return self._times((slots + self.num_rows - self.offset) % self.num_rows, pow(self.multiplier, -1, self.num_rows))
 
-    def _times(self, x: Tensor, factor: int) -> Tensor:
+    def _times(self, x: Tensor, factor: int, plus: int = 0) -> Tensor:
         if self.num_rows < 1 << 31:
-            return x * factor % self.num_rows
+            return (x * factor).add_(plus).remainder_(self.num_rows)
         high, low = factor >> 20, factor & ((1 << 20) - 1)  # no product reaches 2^63
-        return ((x * high % self.num_rows << 20) + x * low) % self.num_rows
+        return ((x * high % self.num_rows << 20) + x * low + plus) % self.num_rows
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class RowPlan:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"table {self.table!r}: got rank {self.rank} of {self.world_size}")
 
-    @property
+    @cached_property
     def spread(self) -> Spread | None:
         """The order of the rows: slots on several ranks, None for ids on one."""
         return Spread(self.num_rows) if self.world_size > 1 else None

@@ -256,11 +256,13 @@ _TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
 
 
 def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
-    tables = list(_TABLES)  # none in most programs that import this package, whose optimizers pay nothing then
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]} if tables else {}
-    for table in tables:
-        if table.weight in groups:
-            yield table, groups[table.weight]
+    # none in most programs that import this package, whose optimizers pay nothing then
+    by_id = {id(table.weight): table for table in _TABLES}
+    for group in optimizer.param_groups if by_id else ():
+        for parameter in group["params"]:
+            table = by_id.get(id(parameter))
+            if table is not None:
+                yield table, group
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
