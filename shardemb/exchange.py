@@ -209,8 +209,7 @@ class Exchange:
     def _transfer(self, rows: Tensor, received: list[int], sent: list[int], wait: bool) -> tuple[Tensor, Any]:
         """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and what to wait for."""
         if self.wire_dtype is not None and self.wire_dtype.itemsize < rows.itemsize:
-            # gloo would send bfloat16 as float16
-            rows = rows.to(self.wire_dtype).view(torch.int16)
+            rows = rows.to(self.wire_dtype).view(torch.uint8)  # which every backend can send
         arriving = native.empty((sum(received), rows.shape[1]), rows.dtype, rows.device)
         if not rows.shape[1]:
             return arriving, None

@@ -175,7 +175,7 @@ class Table(nn.Module):
                 chunk.copy_(function(chunk))
                 done += len(chunk)
         else:
-            buffer = weight.new_empty(min(len(rows), CHUNK_ROWS), weight.shape[1])
+            buffer = native.empty((min(len(rows), CHUNK_ROWS), weight.shape[1]), weight.dtype, weight.device)
             for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
                 native.put(weight, chunk, function(native.take(weight, chunk, buffer[: len(chunk)])).contiguous())
                 done += len(chunk)

@@ -1,9 +1,12 @@
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import shardemb
 
@@ -86,3 +89,145 @@ def test_ranks_that_make_different_tables_are_told(run_ranks) -> None:
     for text in run_ranks(_disagree, 2):
         assert "501 x (6,)" in text
         assert "502 x (6,)" in text
+
+
+COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier", "all_to_all")
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """Name the collectives as they are called."""
+    before, called = {name: getattr(dist, name) for name in COLLECTIVES}, []
+    try:
+        for name, function in before.items():
+            setattr(
+                dist,
+                name,
+                lambda *args, name=name, function=function, **kwargs: called.append(name) or function(*args, **kwargs),
+            )
+        yield called
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
+
+
+def _collectives(rank: int, world_size: int, gradient: str, number: int) -> tuple[int, ...]:
+    table = shardemb.Embedding(5001, shape=6, seed=1, gradient=gradient)
+    optimizers = [] if gradient == "fused" else shardemb.RowWiseAdagrad(table.parameters(), lr=0.1)
+    coordinator = shardemb.Coordinator(table, optimizers)
+    ids = torch.arange(number + rank)
+    counts = []
+    with counted() as called:
+        rows = table(ids)
+        counts.append(len(called))
+        rows.sum().backward()
+        counts.append(len(called))
+        coordinator.step()
+        counts.append(len(called))
+        waiting = table.prefetch(ids)
+        counts.append(len(called))
+        table(waiting)
+        counts.append(len(called))
+    return tuple(b - a for a, b in zip([0, *counts], counts, strict=False))
+
+
+@pytest.mark.parametrize("gradient", ["sparse", "fused"])
+@pytest.mark.parametrize(("number", "forward"), [(0, 2), (20, 2), (2000, 3)])
+def test_collectives_of_a_step(run_ranks, world_size: int, gradient: str, number: int, forward: int) -> None:
+    """A few ids travel with their counts; updates and constrainers need no other rank."""
+    expected = (forward, 1, 0, forward - 1, 1) if world_size > 1 else (0, 0, 0, 0, 0)
+    for counts in run_ranks(_collectives, world_size, gradient, number):
+        assert counts == expected
+
+
+def _sent_once(rank: int, world_size: int, deduplicate: bool, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Look ids up that are often the same; return how many travel, the rows, and the gradient of the whole table."""
+    table = shardemb.Embedding(501, shape=7, seed=1, deduplicate=deduplicate, gradient_reduction="sum", dtype=torch.float64)
+    ids = torch.arange(number) % (7 + rank)
+    rows = table(ids)
+    (rows * torch.arange(number)[:, None]).square().sum().backward()
+    whole = torch.zeros(501, 7, dtype=torch.float64)
+    whole[table.plan.local_ids()] = table._embeddings.weight.grad.to_dense()
+    return sum(table._exchange.send_ids(ids, torch.device("cpu")).sent), rows.detach(), whole
+
+
+@pytest.mark.parametrize("number", [30, 3000])
+def test_each_id_is_sent_once(run_ranks, number: int) -> None:
+    once, often = (run_ranks(_sent_once, 3, deduplicate, number) for deduplicate in (True, False))
+    for rank, ((few, rows, grad), (many, same_rows, same_grad)) in enumerate(zip(once, often, strict=True)):
+        assert (few, many) == (7 + rank, number)
+        assert rows.equal(same_rows)
+        torch.testing.assert_close(grad, same_grad)
+
+
+def _half(rank: int, world_size: int, wire_dtype: torch.dtype | None, number: int) -> tuple[torch.Tensor, ...]:
+    """Rows and gradients of many magnitudes, one of them beyond float16."""
+    table = shardemb.Embedding(501, shape=6, seed=1, wire_dtype=wire_dtype, gradient_reduction="sum")
+    with torch.no_grad():
+        weight = table._embeddings.weight
+        weight.copy_(((table.plan.local_ids()[:, None] + 1) * torch.tensor([1e-3, -1e-2, 0.1, 1, 10, 1e4])) / 7)
+    ids = torch.arange(number) % 501
+    rows = table(ids)
+    factors = torch.linspace(-3, 3, number)[:, None] + 0.01
+    (rows * factors).sum().backward()
+    whole = torch.zeros(501, 6)
+    whole[table.plan.local_ids()] = weight.grad.to_dense()
+    return rows.detach(), whole
+
+
+@pytest.mark.parametrize(("wire_dtype", "digits"), [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_half_precision_on_the_wire(run_ranks, wire_dtype: torch.dtype, digits: int) -> None:
+    """What the docstring says is lost, and no more; what is beyond float16's range becomes infinite, never something else."""
+    exact, half = (run_ranks(_half, 2, wire, 501) for wire in (None, wire_dtype))
+    for (rows, grad), (got, got_grad) in zip(exact, half, strict=True):
+        inside = rows.abs() < (65504 if wire_dtype == torch.float16 else torch.inf)
+        assert ((got - rows).abs() <= rows.abs() * 2**-digits)[inside].all()
+        assert got.isinf()[~inside].all()
+        assert not got.equal(rows)
+        assert ((got_grad - grad).abs() <= grad.abs() * 2**-digits).all()
+        assert not got_grad.equal(grad)
+    assert inside.all() == (wire_dtype == torch.bfloat16)
+    with pytest.raises(ValueError, match=r"wire_dtype=torch.float32, expected torch.float16, torch.bfloat16 or None"):
+        shardemb.Embedding(3, shape=2, wire_dtype=torch.float32)
+
+
+def _prefetch(rank: int, world_size: int, unique: bool, number: int) -> None:
+    """The same training with and without prefetched ids, and what stale rows are."""
+    tables = [
+        shardemb.Embedding(501, shape=6, seed=1, unique=unique, normalizer="normalize", normalizer_kwargs={"dim": -1})
+        for _ in "ab"
+    ]
+    optimizers = [shardemb.RowWiseAdagrad(table.parameters(), lr=0.1) for table in tables]
+    generator = torch.Generator().manual_seed(rank)
+    batches = [torch.randint(501, (number - rank, 2), generator=generator) for _ in range(4)]
+    waiting = tables[1].prefetch(batches[0])
+    for step, batch in enumerate(batches):
+        plain, prefetched = tables[0](batch), tables[1](waiting)
+        assert plain.equal(prefetched)
+        if step + 1 < len(batches):
+            waiting = tables[1].prefetch(batches[step + 1])  # before this step's backward and update
+        for rows, optimizer in zip((plain, prefetched), optimizers, strict=True):
+            rows.cos().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert tables[0].local_rows().equal(tables[1].local_rows())
+    table, before = tables[0], tables[0](batches[0]).detach()
+    stale = table.prefetch(batches[0], stale_rows=True)
+    table(batches[0]).cos().sum().backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+    rows = table(stale)
+    assert rows.detach().equal(before)
+    assert not table(batches[0]).detach().equal(before)
+    rows.cos().sum().backward()  # the gradient goes to the rows as they are now
+    assert table._embeddings.weight.grad is not None
+    with pytest.raises(ValueError, match=r"table 'embedding': got ids that were prefetched by table 'embedding'"):
+        tables[1](stale)
+    with pytest.raises(IndexError, match=f"rank {world_size - 1} of {world_size}.*got id 501"):
+        table.prefetch(torch.tensor([501 if rank == world_size - 1 else 3]))
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("number", [12, 700])
+def test_prefetched_ids(run_ranks, world_size: int, unique: bool, number: int) -> None:
+    run_ranks(_prefetch, world_size, unique, number)

@@ -11,7 +11,7 @@ from shardemb.embedding import Embedding
 from shardemb.kge.losses import n3, sampled_softmax
 from shardemb.kge.sampling import Chunk
 from shardemb.kge.scorers import SCORERS
-from shardemb.optim import FusedOptimizer
+from shardemb.optim import RowWiseAdagrad
 from shardemb.transforms import probe_constrainer, resolve_constrainer
 
 
@@ -77,13 +77,12 @@ class KnowledgeGraphModel(nn.Module):
             "initializer_kwargs": {"std": config.init_std},
             "gradient_reduction": "sum",  # the loss is already divided by the global batch
             "device": device,
+            "initialize": True,
         }
         self.entity = Embedding(
             num_entities,
             constrainer=config.constrainer or None,
             constrainer_kwargs=config.constrainer_kwargs,
-            gradient="fused",
-            optimizer=FusedOptimizer("rowwise_adagrad", lr=config.entity_lr),
             seed=2 * seed,
             name="entity",
             **common,
@@ -91,8 +90,6 @@ class KnowledgeGraphModel(nn.Module):
         self.relation = Embedding(
             2 * num_relations, gradient="dense", placement="replicated", seed=2 * seed + 1, name="relation", **common
         )
-        self.entity.reset_parameters()
-        self.relation.reset_parameters()
 
     def queries(self, heads: Tensor, relations: Tensor) -> Tensor:
         """Return ``(B, D)`` for entity ids ``(B,)`` and relation ids ``(B,)``. A collective."""
@@ -120,8 +117,8 @@ class KnowledgeGraphModel(nn.Module):
                 total = total + self.config.n3 * n3(*(self.scorer.modulus(x) for x in (heads, relations, tails)))
         return total, softmax
 
-    def set_learning_rate(self, factor: float, optimizer: torch.optim.Optimizer) -> None:
-        """Scale both learning rates by ``factor``; ``optimizer`` is the relations'."""
-        self.entity.set_learning_rate(self.config.entity_lr * factor)
-        for group in optimizer.param_groups:
-            group["lr"] = self.config.relation_lr * factor
+    def optimizer(self) -> RowWiseAdagrad:
+        """Make the optimizer of both tables."""
+        config = self.config
+        rates = [(self.entity, config.entity_lr), (self.relation, config.relation_lr)]
+        return RowWiseAdagrad([{"params": table.parameters(), "lr": lr, "initial_lr": lr} for table, lr in rates])

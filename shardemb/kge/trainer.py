@@ -20,7 +20,6 @@ from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig, with_reciprocals
 from shardemb.kge.triples import Triples
 from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
-from shardemb.optim import RowWiseAdagrad
 from shardemb.vocabulary import Vocabulary
 
 #: steps between two records of the loss
@@ -113,7 +112,7 @@ class _Job:
         self.rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.data, self.config, self.output = data, config, output
         self.model = KnowledgeGraphModel(len(data.entities), len(data.relations), model_config, config.seed)
-        self.optimizer = RowWiseAdagrad(self.model.relation.parameters(), lr=model_config.relation_lr)
+        self.optimizer = self.model.optimizer()
         self.coordinator = Coordinator(self.model, self.optimizer)
         queries = with_reciprocals(data.train, len(data.relations))
         chunks = -(-sampling.batch_size // sampling.chunk_size)
@@ -156,7 +155,8 @@ class _Job:
         seen, total, start = 0, torch.zeros(()), time.perf_counter()
         for step in range(self.sampler.num_steps):
             done = epoch * self.sampler.num_steps + step
-            self.model.set_learning_rate(1 - (1 - self.config.final_lr) * done / self.steps, self.optimizer)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * (1 - (1 - self.config.final_lr) * done / self.steps)
             size = self.sampler.batch_size(step)
             loss, softmax = self.model.loss(self.sampler.chunks(order, epoch, step))
             (loss / size).backward()
