@@ -21,7 +21,13 @@ from shardemb.optim import FusedOptimizer
 from shardemb.plan import RowPlan
 from shardemb.table import FusedTable, ParameterTable, Table
 from shardemb.torchrec import Groups, Sent, TorchRecOptions, TorchRecTable, make_groups
-from shardemb.transforms import probe_constrainer, resolve_constrainer, resolve_normalizer, resolve_regularizer
+from shardemb.transforms import (
+    is_plain_normalize,
+    probe_constrainer,
+    resolve_constrainer,
+    resolve_normalizer,
+    resolve_regularizer,
+)
 from shardemb.types import Backend, Gradient, GradientReduction, Initializer, Placement, RowFunction
 
 
@@ -362,7 +368,7 @@ class Embedding(Representation):
         if self.constrainer is not None and self._due is not False:
             if self._due:
                 self._due = False
-            self._embeddings.constrain_(self._constrain_stored, self._changed_only)
+            self._embeddings.constrain_(self._row_constrainer, self._changed_only)
 
     @contextmanager
     def updated_once(self) -> Iterator[None]:
@@ -377,6 +383,13 @@ class Embedding(Representation):
     def constrains_changed_rows_only(self) -> bool:
         """Whether :meth:`post_parameter_update` relies on knowing which rows changed."""
         return self.constrainer is not None and self._changed_only
+
+    @property
+    def _row_constrainer(self) -> RowFunction:
+        """The constrainer as a function of stored rows ``(n, D)``."""
+        if len(self._shape) == 1 and is_plain_normalize(self.constrainer):
+            return native.unit_rows
+        return self._constrain_stored
 
     def _constrain_stored(self, rows: Tensor) -> Tensor:
         assert self.constrainer is not None
@@ -473,7 +486,7 @@ class Embedding(Representation):
         """
         if self.gradient != "sparse" or not self.constrains_changed_rows_only or self._embeddings.any_changed:
             return {}
-        return {self._embeddings.weight: self._constrain_stored}
+        return {self._embeddings.weight: self._row_constrainer}
 
     def full_state_dict(self, layout: Literal["pykeen", "torch"] = "pykeen") -> dict[str, Any]:
         """Return the state of the whole table, on every rank. A collective; needs memory for all rows.

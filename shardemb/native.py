@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shardemb.types import RowFunction
 
@@ -80,16 +82,9 @@ def _library() -> ctypes.CDLL | str:
     library.merge.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer]
     library.merge.restype = number
     library.sum_rows.argtypes = [pointer, number, pointer, pointer, number, number, pointer]
-    library.update.argtypes = [
-        ctypes.c_int,
-        *[pointer] * 3,
-        number,
-        *[pointer] * 4,
-        number,
-        number,
-        *[real] * 5,
-        *[pointer] * 2,
-    ]
+    library.make_units.argtypes = [pointer, number, pointer, number, number]
+    tensors: list[Any] = [*[pointer] * 3, number, *[pointer] * 4]
+    library.update.argtypes = [ctypes.c_int, *tensors, number, number, *[real] * 5, ctypes.c_int, pointer, pointer]
     return library
 
 
@@ -171,6 +166,22 @@ def put(table: Tensor, rows: Tensor, values: Tensor) -> None:
         _in_parts(lambda a, b: loops.scatter(table.data_ptr(), size, rows.data_ptr(), a, b, values.data_ptr()), len(rows))
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """Return rows ``(n, D)`` divided by their 2-norm; :func:`constrain` and :func:`update` know it, and do it in C."""
+    return F.normalize(rows)
+
+
+def constrain(table: Tensor, rows: Tensor, function: RowFunction) -> None:
+    """Set ``table[rows] = function(table[rows])``, each row once, in chunks: rows ``(n,)`` int64, a function of ``(m, D)``."""
+    loops = _loops(table, rows)
+    if function is unit_rows and loops is not None and table.dtype == torch.float32:
+        _in_parts(lambda a, b: loops.make_units(table.data_ptr(), table.shape[1], rows.data_ptr(), a, b), len(rows))
+        return
+    buffer = empty((min(len(rows), CHUNK_ROWS), table.shape[1]), table.dtype, table.device)
+    for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
+        put(table, chunk, function(take(table, chunk, buffer[: len(chunk)])).contiguous())
+
+
 @dataclass(frozen=True)
 class Merged:
     """Rows ``(n,)`` with their duplicates merged."""
@@ -240,7 +251,7 @@ def update(
         decay: rows are scaled by ``1 - decay`` first.
         eps: added to the root.
         betas: decay of Adam's moments.
-        constrain: function of rows ``(m, D)``, applied to the updated rows while they are in cache.
+        constrain: function of rows ``(m, D)``, applied to the updated rows while they are in cache; :func:`unit_rows` in C.
     """
     loops, dim = _loops(weight), weight.shape[1]
     assert loops is not None
@@ -249,12 +260,15 @@ def update(
     places = (merged.order.data_ptr(), merged.unique.data_ptr(), merged.starts.data_ptr())
     numbers = (lr, eps, 1 - decay, 1 - betas[0], 1 - betas[1])
 
+    unit = constrain is unit_rows
+
     def part(a: int, b: int, out: Tensor | None = None) -> None:
         sums = torch.empty(dim)
-        loops.update(RULES[rule], *tensors, *places, a, b, *numbers, sums.data_ptr(), None if out is None else out.data_ptr())
+        copy = None if out is None else out.data_ptr()
+        loops.update(RULES[rule], *tensors, *places, a, b, *numbers, unit, sums.data_ptr(), copy)
 
     total = len(merged.unique)
-    if constrain is None:
+    if constrain is None or unit:
         _in_parts(part, total)
         return
     chunk = CHUNK_ROWS * torch.get_num_threads()

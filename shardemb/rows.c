@@ -95,17 +95,33 @@ void sum_rows(const float *grad, int64_t dim, const int64_t *order, const int64_
     }
 }
 
-static inline float mean_square(const float *g, int64_t dim) {
+static inline float sum_of_squares(const float *x, int64_t dim) {
     float total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < dim; k++) total += g[k] * g[k];
-    return dim ? total / dim : 0;
+    for (int64_t k = 0; k < dim; k++) total += x[k] * x[k];
+    return total;
 }
 
-/* For each unique row from begin to end: add its gradients up, decay, update; `out`, if given, gets a copy of the new rows. */
+static inline float mean_square(const float *g, int64_t dim) { return dim ? sum_of_squares(g, dim) / dim : 0; }
+
+/* torch.nn.functional.normalize of one row; NaN stays NaN. */
+static inline void make_unit(float *w, int64_t dim) {
+    const float norm = sqrtf(sum_of_squares(w, dim)), length = norm < 1e-12f ? 1e-12f : norm;
+    for (int64_t k = 0; k < dim; k++) w[k] /= length;
+}
+
+void make_units(float *weight, int64_t dim, const int64_t *rows, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+        if (i + AHEAD < end) ask_to_write(weight + rows[i + AHEAD] * dim, dim * sizeof(float));
+        make_unit(weight + rows[i] * dim, dim);
+    }
+}
+
+/* For each unique row from begin to end: add its gradients up, decay, update, make it a unit vector if `unit`; `out`, if given,
+ * gets a copy of the new rows. */
 void update(int rule, float *weight, float *first, float *second, int64_t dim, const float *grad, const int64_t *order,
             const int64_t *unique, const int64_t *starts, int64_t begin, int64_t end, float lr, float eps, float keep,
-            float new1, float new2, float *merged, float *out) {
+            float new1, float new2, int unit, float *merged, float *out) {
     const int64_t bytes = dim * sizeof(float);
     const int64_t wide1 = rule == ADAGRAD || rule == ADAM || rule == ROWWISE_ADAM ? bytes : rule == ROWWISE_ADAGRAD ? 4 : 0;
     const int64_t wide2 = rule == ADAM ? bytes : rule == ROWWISE_ADAM ? 4 : 0;
@@ -148,6 +164,7 @@ void update(int rule, float *weight, float *first, float *second, int64_t dim, c
                 w[k] -= rate * a[k];
             }
         }
+        if (unit) make_unit(w, dim);
         if (out) memcpy(out + (u - begin) * dim, w, bytes);
     }
 }

@@ -168,18 +168,14 @@ class Table(nn.Module):
         Returns:
             The number of rows that it was applied to.
         """
-        weight, done = self.weight.detach(), 0
+        weight = self.weight.detach()
         rows = self._take_changed() if changed_only else None
-        if rows is None:
-            for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
-                chunk.copy_(function(chunk))
-                done += len(chunk)
-        else:
-            buffer = native.empty((min(len(rows), CHUNK_ROWS), weight.shape[1]), weight.dtype, weight.device)
-            for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
-                native.put(weight, chunk, function(native.take(weight, chunk, buffer[: len(chunk)])).contiguous())
-                done += len(chunk)
-        return done
+        if rows is not None:
+            native.constrain(weight, rows.to(weight.device), function)
+            return len(rows)
+        for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
+            chunk.copy_(function(chunk))
+        return len(weight)
 
     def _take_changed(self) -> Tensor | None:
         """Return the rows ``(n,)`` that changed since the last call, each once; None for all rows."""

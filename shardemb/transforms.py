@@ -66,6 +66,15 @@ def resolve_normalizer(normalizer: Any, kwargs: Mapping[str, Any] | None) -> Row
     return _resolve(_NORMALIZERS, normalizer, kwargs)
 
 
+def is_plain_normalize(function: RowFunction | None) -> bool:
+    """Whether a function divides rows ``(n, d)`` by their 2-norm, as torch.nn.functional.normalize does by default."""
+    plain, kwargs = (
+        (function.func, function.keywords) if isinstance(function, partial) and not function.args else (function, {})
+    )
+    known = {"p": (2,), "dim": (1, -1), "eps": (1e-12,)}
+    return plain is F.normalize and all(value in known.get(key, ()) for key, value in kwargs.items())
+
+
 @torch.no_grad()
 def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: torch.dtype, table: str) -> bool:
     """Check on 8 random rows that a constrainer treats each row alone.

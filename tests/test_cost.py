@@ -40,7 +40,7 @@ class WholeTables(TorchDispatchMode):
 def rows_moved() -> Iterator[dict[str, int]]:
     """Count the rows that native.py's functions read and write."""
     moved = {"read": 0, "written": 0}
-    before = {name: getattr(native, name) for name in ("take", "put", "update")}
+    before = {name: getattr(native, name) for name in ("take", "put", "update", "constrain")}
 
     def count(name: str, *kinds: str) -> None:
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -54,6 +54,8 @@ def rows_moved() -> Iterator[dict[str, int]]:
     count("take", "read")
     count("put", "written")
     count("update", "read", "written")
+    if native.why_not() is None:  # otherwise it takes and puts
+        count("constrain", "read", "written")
     try:
         yield moved
     finally:

@@ -66,8 +66,8 @@ RULES = {"sgd": (), "adagrad": (6,), "rowwise_adagrad": (1,), "adam": (6, 6), "r
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("constrained", [False, True])
-def test_update(threads: int, rule: str, constrained: bool) -> None:
+@pytest.mark.parametrize("constrained", [None, "unit_rows", "callable"])
+def test_update(threads: int, rule: str, constrained: str | None) -> None:
     """In float64 by the formulas of the papers; touched rows and their state alone move."""
     rows = torch.randint(9001, (7001,))
     weight, grad = torch.randn(9001, 6), torch.randn(7001, 6)
@@ -95,16 +95,29 @@ def test_update(threads: int, rule: str, constrained: bool) -> None:
 
     seen: list[int] = []
     merged = native.merge(rows, 9001)
-    options = {"eps": 1e-3, "betas": (0.9, 0.8), "decay": 0.01, "constrain": constrain if constrained else None}
+    function = {None: None, "unit_rows": native.unit_rows, "callable": constrain}[constrained]
+    options = {"eps": 1e-3, "betas": (0.9, 0.8), "decay": 0.01, "constrain": function}
     assert native.can_update(weight, grad, merged, state)
     native.update(rule, weight, grad, merged, state, 0.1, **options)
     torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-5)
     for got, right in zip(state, (a, b), strict=False):
         torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
-    assert sum(seen) == (len(merged.unique) if constrained else 0)
+    assert sum(seen) == (len(merged.unique) if constrained == "callable" else 0)
     assert not native.can_update(weight.double(), grad, merged, state)
     with without_c_loops():
         assert not native.can_update(weight, grad, native.merge(rows, 9001), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("function", [native.unit_rows, torch.tanh])
+def test_constrain(loops: str, threads: int, function, dtype: torch.dtype) -> None:
+    table = torch.randn(5001, 7).to(dtype)
+    table[:3] = torch.tensor([[0.0], [torch.nan], [torch.inf]])
+    rows = torch.cat([torch.arange(3), torch.randperm(4998)[:4500] + 3])
+    expected = table.index_copy(0, rows, function(table[rows]))
+    native.constrain(table, rows, function)
+    torch.testing.assert_close(table, expected, equal_nan=True)
+    native.constrain(table, rows[:0], function)
 
 
 def _why_not(folder: Path, **environment: str) -> tuple[str, str]:

@@ -1,8 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from shardemb.transforms import (
+    is_plain_normalize,
     probe_constrainer,
     resolve_constrainer,
     resolve_normalizer,
@@ -129,3 +132,12 @@ def test_names() -> None:
         resolve_regularizer("nope", None)
     with pytest.raises(TypeError, match="Invalid regularizer"):
         resolve_regularizer(3, None)
+
+
+def test_which_normalize_is_the_plain_one() -> None:
+    for kwargs in (None, {}, {"dim": -1}, {"p": 2.0, "dim": 1, "eps": 1e-12}):
+        assert is_plain_normalize(resolve_constrainer("normalize", kwargs))
+    for kwargs in ({"p": 1}, {"dim": 0}, {"eps": 1e-6}, {"out": None}):
+        assert not is_plain_normalize(resolve_constrainer("normalize", kwargs))
+    for function in (None, torch.tanh, partial(F.normalize, p=2.0), partial(F.normalize, torch.ones(1, 1))):
+        assert is_plain_normalize(function) == (getattr(function, "keywords", None) == {"p": 2.0})
