@@ -236,6 +236,31 @@ def test_bad_ids_raise_alike_on_all_ranks(rank_pool) -> None:
     assert "torch.float32" in first[2]
 
 
+def _prefetch(rank: int, world_size: int) -> None:
+    """Prefetched ids, each sent once or as often as they come, train as the default backend does."""
+    with group_of_one(world_size):
+        for deduplicate in (True, False):
+            tables = [make(501, 6, "sgd", backend, deduplicate=deduplicate) for backend in ("torchrec", "fbgemm")]
+            batches = [torch.arange(7 + rank).repeat(3) + step for step in range(3)]
+            waiting = tables[0].prefetch(batches[0])
+            for step, batch in enumerate(batches):
+                rows = [tables[0](waiting), tables[1](batch)]
+                torch.testing.assert_close(*rows)
+                if step + 1 < len(batches):
+                    waiting = tables[0].prefetch(batches[step + 1])
+                for out in rows:
+                    out.cos().sum().backward()
+            torch.testing.assert_close(*(table.local_rows() for table in tables))
+            stale, before = tables[0].prefetch(batches[0], stale_rows=True), tables[1](batches[0]).detach()
+            _twice(tables[0], batches[0])
+            torch.testing.assert_close(tables[0](stale).detach(), before)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_prefetched_ids(rank_pool, world_size: int) -> None:
+    rank_pool(_prefetch, world_size)
+
+
 def _own_groups(rank: int, world_size: int) -> torch.Tensor:
     """Rows on ranks 1 and 2 of three."""
     group = dist.new_group([1, 2])
@@ -384,6 +409,7 @@ def test_what_does_not_fit_is_refused_before_allocation(run_ranks) -> None:
         ({"gradient": "fused", "torchrec": {}}, TypeError, "expected a shardemb.TorchRecOptions"),
         ({"backend": "fbgemm", "torchrec": TorchRecOptions()}, ValueError, "needs backend='torchrec', got backend='fbgemm'"),
         ({"backend": "nope"}, ValueError, "got backend='nope', expected one of"),
+        ({"gradient": "fused", "wire_dtype": torch.float16}, ValueError, "wire_dtype=torch.float16 is for backend='fbgemm'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(kwargs: dict, error: type[Exception], text: str) -> None:
