@@ -308,9 +308,17 @@ def growth(run: Run) -> None:
     """A step at 10 and 100 times the rows over one at 1,000,000 (ids uniform, row-wise Adagrad), and what construction takes.
 
     The peak is the process' VmHWM beyond that before the construction, over the bytes of rows and state; with the steps in
-    ratio_with_steps, since an optimizer makes its state in its first step.
+    ratio_with_steps, since an optimizer makes its state in its first step. A small table lies in part in the cache, so the
+    memory's limit (section F) grows too.
     """
     dim = 32
+    limits = {rows: row_limit(rows, dim, run.many, "uniform", 4 * run.rounds) for rows in run.growth}
+    for rows, limit in limits.items():
+        least = limits[run.growth[0]]
+        if limit is not None and least is not None and limit is not least:
+            facts = {"ids": run.many, "kind": "uniform", "rows": rows, "dim": dim}
+            grown, ms = limit["step_ns"] / least["step_ns"], 1e-6 * limit["step_ns"] * run.many
+            run.add("the memory's limit", grown, f"{run.growth[0]:,} rows", None, **facts, cpu_ms=ms)
     for gradient in GRADIENTS:
         for rows in run.growth[1:]:
             facts = {"ids": run.many, "kind": "uniform", "rows": rows, "dim": dim}

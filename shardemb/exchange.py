@@ -54,6 +54,11 @@ class Route:
         return self
 
 
+#: A line for each rank (how many ids follow, or -1; the most that this rank asks of any; the ids if these are few), and what a
+#: Route has: ids per rank, their row numbers ``(n,)``, the way back, the duplicates.
+_ToSend = tuple[Tensor, list[int], Tensor, Tensor, Merged | None]
+
+
 @dataclass(frozen=True)
 class RowsUnderWay:
     """Rows that were looked up and are travelling back."""
@@ -130,25 +135,53 @@ class Exchange:
                 raise error
             rows = ids.to(device, torch.int64).contiguous()  # FBGEMM would read a strided tensor as if it were dense
             return Route(rows, None, [len(rows)], [len(rows)])
-        # a row for each rank: ids that follow or -1, the most that this rank asks of any, and the ids if these are few
-        message = torch.full((self.plan.world_size, 2 + _FEW), -1, device=device)
-        if error is None:
+        world_size = self.plan.world_size
+        # for a few ids of a few ranks Python's own numbers take half the time of a tensor's operators
+        small = device.type == "cpu" and world_size * _FEW <= 1024
+        if error is not None:
+            message = torch.full((world_size, 2 + _FEW), -1, device=device)
+        else:
             slots = self.plan.slots(ids.to(device, torch.int64)).contiguous()
-            counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
-            sent = counts.tolist()
-            message[:, 0], message[:, 1] = counts, max(sent)
-            if max(sent) <= _FEW:
-                message[:, 2:].masked_scatter_(_first(counts), local)
+            merge = self._merge_few if self.deduplicate and small and len(slots) <= _FEW else self._merge_many
+            message, sent, local, permutation, merged = merge(slots)
         answer = torch.empty_like(message)
         dist.all_to_all_single(answer, message, group=self.group)
-        received, most = answer[:, :2].t().tolist()
+        lines = answer.tolist() if small else answer[:, :2].tolist()
+        received = [line[0] for line in lines]
         if error is not None or min(received) < 0:
             self._raise_everywhere(error)
-        if max(most) <= _FEW:  # on no rank are there more
-            return Route(answer[:, 2:][_first(answer[:, 0])], permutation, sent, received, merged)
+        if max(line[1] for line in lines) <= _FEW:  # on no rank are there more
+            if small:
+                rows = torch.tensor([row for line in lines for row in line[2 : 2 + line[0]]], dtype=torch.int64)
+            else:
+                rows = answer[:, 2:][_first(answer[:, 0])]
+            return Route(rows, permutation, sent, received, merged)
         rows = local.new_empty(sum(received))
         work = dist.all_to_all_single(rows, local, received, sent, group=self.group, async_op=not wait)
         return Route(rows, permutation, sent, received, merged, [] if wait else [work])
+
+    def _merge_few(self, slots: Tensor) -> _ToSend:
+        numbers = slots.tolist()
+        unique = sorted(set(numbers))
+        lines: list[list[int]] = [[] for _ in range(self.plan.world_size)]
+        for slot in unique:
+            lines[slot // self.plan.block].append(slot % self.plan.block)
+        sent = [len(line) for line in lines]
+        message = torch.tensor([[len(line), max(sent), *line, *[-1] * (_FEW - len(line))] for line in lines])
+        local = torch.tensor([row for line in lines for row in line], dtype=torch.int64)
+        places = {slot: place for place, slot in enumerate(unique)}
+        inverse = torch.tensor([places[slot] for slot in numbers], dtype=torch.int64)
+        none = slots[:0]
+        return message, sent, local, inverse, Merged(torch.tensor(unique, dtype=torch.int64), inverse, none, none)
+
+    def _merge_many(self, slots: Tensor) -> _ToSend:
+        counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
+        sent = counts.tolist()
+        message = torch.full((len(sent), 2 + _FEW), -1, device=slots.device)
+        message[:, 0], message[:, 1] = counts, max(sent)
+        if max(sent) <= _FEW:
+            message[:, 2:].masked_scatter_(_first(counts), local)
+        return message, sent, local, permutation, merged
 
     def check_everywhere(self, ids: Any, device: torch.device) -> None:
         """Raise on all ranks what the ids of any rank deserve: :meth:`send_ids` without sending. A collective."""
