@@ -1,6 +1,6 @@
 """Initial rows that depend on the seed and the id, never on the shard or the number of ranks.
 
-A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.plan`). Each block has its own random stream,
+A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.plan`; a table of one block, of ids). Each block has its own random stream,
 and a rank makes every block that it holds a row of, whole, and keeps its part. So any initializer works, also a user's
 callable, as long as a row's value does not depend on how many rows the table has. Where it does, and the function is known,
 its scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes the whole table for itself once
@@ -192,17 +192,18 @@ def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], pla
     first, last = plan.first, plan.first + len(out)
     function, kwargs = (initializer.func, initializer.keywords) if isinstance(initializer, partial) else (initializer, {})
     whole = function in _WHOLE_TABLE
-    size = max(1, total) if whole else BLOCK_ROWS
+    by_id = whole or total <= BLOCK_ROWS  # in one block rows may depend on each other, as in PyKEEN
+    size = max(1, total) if by_id else BLOCK_ROWS
     # even a rank without rows lets the initializer look at an empty block: what it refuses, it refuses on every rank
-    blocks = range(0, 1) if whole or last == first else range(first // size, -(-last // size))
+    blocks = range(0, 1) if by_id or last == first else range(first // size, -(-last // size))
     with torch.random.fork_rng(devices=[]):
         for block in progress(blocks, f"filling table {plan.table!r}", len(out) / max(1, len(blocks)), plan.rank == 0):
             start, stop = block * size, min((block + 1) * size, total)
             torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0]))
             rows = _make(initializer, torch.zeros(stop - start, *shape, dtype=out.dtype), whole)
             scale = _row_count_scale(function, kwargs, stop - start, total, shape)
-            if whole:
-                _cut(out, rows, plan)
+            if by_id:
+                _cut(out, rows if scale == 1 else rows * scale, plan)
                 continue
             low, high = max(start, first), min(stop, last)
             part = rows[low - start : high - start]

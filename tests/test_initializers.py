@@ -123,6 +123,14 @@ def test_pretrained_rows_go_to_their_shard() -> None:
         table(initializer, 4, rows=500)
 
 
+def test_a_table_of_one_block_may_be_any_function(world_size: int) -> None:
+    """In PyKEEN a callable may return the table; here too while it is called once."""
+    wanted = torch.arange(BLOCK_ROWS * 6.0).view(BLOCK_ROWS, 3, 2)
+    assert torch.equal(table(lambda x: wanted, world_size, rows=BLOCK_ROWS), wanted.view(BLOCK_ROWS, 6))
+    with pytest.raises(ValueError, match="returned shape"):
+        table(lambda x: torch.ones(BLOCK_ROWS + 1, 3, 2), world_size, rows=BLOCK_ROWS + 1)
+
+
 def test_errors() -> None:
     with pytest.raises(KeyError, match=r"nope is an invalid. Try one of: \['constant'"):
         resolve_initializer("nope", None)

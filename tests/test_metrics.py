@@ -1,3 +1,4 @@
+import sys
 import time
 
 import pytest
@@ -6,7 +7,10 @@ from shardemb.metrics import progress
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (1.1, True), (1.1, False)])
-def test_a_bar_appears_for_what_takes_long(capsys: pytest.CaptureFixture[str], seconds: float, shown: bool) -> None:
+def test_a_bar_appears_for_what_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float, shown: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a log file gets a line every ten seconds
     seen = []
     for item in progress(range(4), "filling table 'people'", 1000, shown):
         time.sleep(seconds)
