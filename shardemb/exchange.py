@@ -272,7 +272,7 @@ class _ReturnRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        route, exchange, grad = ctx.route, ctx.exchange, grad.contiguous()
+        route, exchange, grad = ctx.route, ctx.exchange, native.contiguous(grad)
         if route.merged is not None:
             by_owner = route.merged.sum(grad)
         else:

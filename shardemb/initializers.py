@@ -1,10 +1,10 @@
 """Initial rows that depend on the seed and the id, never on the shard or the number of ranks.
 
-A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.plan`; a table of one block, of ids). Each block has its own random stream,
-and a rank makes every block that it holds a row of, whole, and keeps its part. So any initializer works, also a user's
-callable, as long as a row's value does not depend on how many rows the table has. Where it does, and the function is known,
-its scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes the whole table for itself once
-(orthogonal, sparse, eye, dirac).
+A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.plan`), or, if it is no larger, in one of all
+ids. Each block has its own random stream, and a rank makes every block that it holds a row of, whole, and keeps its part. So
+any initializer works, also a user's callable, as long as a row's value does not depend on how many rows the table has. Where
+it does, and the function is known, its scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes
+the whole table for itself once (orthogonal, sparse, eye, dirac).
 """
 
 import math

@@ -58,6 +58,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     return tensor
 
 
+def contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a contiguous copy as :func:`empty` makes it."""
+    return tensor if tensor.is_contiguous() else empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
@@ -207,7 +212,7 @@ class Merged:
 
 
 def merge(rows: Tensor, num_rows: int) -> Merged:
-    """Merge the duplicates of rows ``(n,)`` int64 that lie in ``[0, num_rows)``."""
+    """Merge the duplicates of rows ``(n,)`` int64 that lie in ``[0, num_rows)``; IndexError (from the C loops) if not."""
     loops, n = _loops(rows), len(rows)
     if loops is None:
         each_once, places = rows.unique(return_inverse=True)
@@ -216,6 +221,8 @@ def merge(rows: Tensor, num_rows: int) -> Merged:
     found = loops.merge(
         rows.data_ptr(), n, num_rows, order.data_ptr(), unique.data_ptr(), starts.data_ptr(), inverse.data_ptr()
     )
+    if found == -2:
+        raise IndexError(f"got rows {int(rows.min())} to {int(rows.max())}, expected 0 <= row < {num_rows}")
     if found < 0:
         raise MemoryError(f"no memory to merge {n} rows")
     return Merged(unique[:found], inverse, order, starts[: found + 1])

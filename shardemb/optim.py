@@ -176,7 +176,7 @@ def merged_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
 def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
     if grad.sparse_dim() != 1:
         raise ValueError(f"got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1: that of rows")
-    return grad._indices()[0], _as_rows(grad._values().contiguous())
+    return grad._indices()[0], _as_rows(native.contiguous(grad._values()))
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

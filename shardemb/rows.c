@@ -35,9 +35,12 @@ void scatter(char *table, int64_t bytes, const int64_t *rows, int64_t begin, int
 }
 
 /* A stable radix sort, low digits first; rows lie below num_rows, so that few passes do. The places of unique[u] in rows are
- * order[starts[u]] to order[starts[u + 1] - 1]; inverse[i] is the u of rows[i]. Returns how many are unique, -1 for no memory. */
+ * order[starts[u]] to order[starts[u + 1] - 1]; inverse[i] is the u of rows[i]. Returns how many are unique, -1 for no memory,
+ * -2 for a row out of range. */
 int64_t merge(const int64_t *rows, int64_t n, int64_t num_rows, int64_t *order, int64_t *unique, int64_t *starts,
               int64_t *inverse) {
+    for (int64_t i = 0; i < n; i++)
+        if (rows[i] < 0 || rows[i] >= num_rows) return -2;
     int64_t *scratch = malloc((4 * n + 1) * sizeof(int64_t));
     if (!scratch) return -1;
     int64_t *key = scratch, *place = key + n, *next_key = place + n, *next_place = next_key + n, *swap;

@@ -245,7 +245,7 @@ class _SparseLookup(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(rows[None], grad, ctx.shape, check_invariants=False), None
+        return torch.sparse_coo_tensor(rows[None], native.contiguous(grad), ctx.shape, check_invariants=False), None
 
 
 _TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()

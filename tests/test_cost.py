@@ -99,7 +99,7 @@ def test_only_touched_rows_are_read_and_written(name: str, constrainer: str | No
     assert found == []
     assert moved["read"] <= 300 * 2  # the lookup, then the update, or the constrainer's pass after another's update
     assert moved["written"] <= 300 * 2
-    if name == "RowWiseAdagrad" and c_loops:
+    if name == "RowWiseAdagrad" and c_loops and native.why_not() is None:
         assert moved["read"] >= 300 + 290  # it does count
 
 
