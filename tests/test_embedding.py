@@ -464,3 +464,24 @@ def test_mistakes_that_are_easily_made() -> None:
     for sizes in ({"max_id": -1, "shape": 2}, {"max_id": 2, "shape": (2, -1)}):
         with pytest.raises(RuntimeError, match="expected no negative size"):
             Embedding(**sizes)
+
+
+#: of the rows of ids 0, 1, 4097 and 9000: the format of initial tables, which other versions and sizes must give too
+SUMS = [3.798292636871338, 2.9902029037475586, 3.568427085876465, 2.947432041168213]
+
+
+def _initialized(rank: int, world_size: int, gradient: str) -> None:
+    options = {"max_id": 9001, "shape": 6, "initializer": "uniform", "seed": 3, "gradient": gradient}
+    at_once, later = Embedding(**options, initialize=True), Embedding(**options)
+    assert not at_once.local_rows().equal(later.local_rows())
+    later.reset_parameters()
+    assert at_once.local_rows().equal(later.local_rows())
+    with torch.no_grad():  # rows are where their ids are looked up, and the same on any number of ranks
+        assert at_once(at_once.plan.local_ids()).equal(at_once.local_rows())
+        ids = torch.tensor([0, 1, 4097, 9000])
+        torch.testing.assert_close(at_once(ids).sum(1), torch.tensor(SUMS), rtol=0, atol=1e-6)
+
+
+def test_the_initializer_may_run_in_the_constructor(run_ranks, world_size: int) -> None:
+    for gradient in ("sparse", "fused"):
+        run_ranks(_initialized, world_size, gradient)
