@@ -201,7 +201,9 @@ class Merged:
     starts: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up the values ``(n, D)`` of each row, in the order in which they came: ``(u, D)``."""
+        """Add up the values ``(n, D)`` of each row, in the order in which they came: ``(u, D)``; half precision in float32."""
+        if values.itemsize < 4:
+            return self.sum(values.float()).to(values.dtype)
         out = empty((len(self.unique), values.shape[1]), values.dtype, values.device)
         loops = _loops(values) if len(self.starts) and values.dtype == torch.float32 else None
         if loops is None:

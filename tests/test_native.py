@@ -63,6 +63,10 @@ def test_merge(loops: str, threads: int, num_rows: int, n: int) -> None:
         values = torch.randn(n, 6, dtype=dtype)
         in_order = torch.zeros(len(unique), 6, dtype=dtype).index_add_(0, inverse, values)
         assert merged.sum(values).equal(in_order)
+    for half in (torch.float16, torch.bfloat16):
+        values = torch.randn(n, 6).to(half)
+        in_order = torch.zeros(len(unique), 6).index_add_(0, inverse, values.float())
+        assert merged.sum(values).equal(in_order.to(half))
 
 
 @needs_compiler
