@@ -134,6 +134,8 @@ class Exchange:
             if error is not None:
                 raise error
             rows = ids.to(device, torch.int64).contiguous()  # FBGEMM would read a strided tensor as if it were dense
+            if not wait:  # the caller may fill the same tensor with the next ids before these are looked up
+                rows = rows.clone()
             return Route(rows, None, [len(rows)], [len(rows)])
         world_size = self.plan.world_size
         # for a few ids of a few ranks Python's own numbers take half the time of a tensor's operators

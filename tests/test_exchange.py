@@ -223,6 +223,10 @@ def _prefetch(rank: int, world_size: int, unique: bool, number: int) -> None:
     assert table._embeddings.weight.grad is not None
     with pytest.raises(ValueError, match=r"table 'embedding': got ids that were prefetched by table 'embedding'"):
         tables[1](stale)
+    ids = batches[0].clone()
+    waiting = table.prefetch(ids)
+    ids.fill_(500)  # the buffer is used again
+    assert table(waiting).equal(table(batches[0]))
     with pytest.raises(IndexError, match=f"rank {world_size - 1} of {world_size}.*got id 501"):
         table.prefetch(torch.tensor([501 if rank == world_size - 1 else 3]))
 
