@@ -1,7 +1,7 @@
 """Memory for rows, and the loops over them that are written in C, where a C compiler is found.
 
 ``rows.c`` is compiled once (``cc``, or ``$CC``; under a second) into ``$XDG_CACHE_HOME/shardemb``. Without a compiler, or with
-``SHARDEMB_NATIVE=0``, torch's operators do the same at two to five times the cost: everything here has a way without.
+``SHARDEMB_NATIVE=0``, torch's operators do the same, more slowly: everything here has a way without.
 :func:`why_not` says which it is. All rows are on the CPU; callers check row numbers before.
 """
 
