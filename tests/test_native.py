@@ -177,12 +177,13 @@ torch.set_num_threads(2)
 table, rows = torch.randn(9001, 4), torch.arange(9001)
 native.take(table, rows)
 child = os.fork()
-if child == 0:  # compared by numpy: torch's own threads do not live on
+if child == 0:  # compared by numpy
     os._exit(0 if (native.take(table, rows).numpy() == table.numpy()).all() else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@needs_compiler  # torch's own threads do not live on in the child
 def test_forked_processes_have_threads_of_their_own() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
 
