@@ -46,11 +46,13 @@ class _Piece:
     first: int
     total: int
     sharded: bool
+    #: whether an earlier rank holds the same rows, and writes them
+    copy: bool = False
 
     def like(self, tensor: Tensor, by_row: bool) -> "_Piece":
         """Return the piece for a tensor that has a value for each of these rows, or one that every rank holds whole."""
         if by_row:
-            return _Piece(tensor, self.first, self.total, self.sharded)
+            return _Piece(tensor, self.first, self.total, self.sharded, self.copy)
         return _Piece(tensor, 0, _length(tensor), False)
 
     def places(self, ids: Tensor) -> Tensor:
@@ -69,9 +71,8 @@ def _model_pieces(model: nn.Module) -> tuple[dict[str, _Piece], dict[Tensor, str
     inside: set[Tensor] = set()
     for prefix, table in _tables(model):
         for key, tensor in table.stored_rows().items():
-            pieces[prefix + key] = _Piece(
-                tensor, table.plan.first, table.max_id, table.plan.world_size > 1 and table.holds_first_copy
-            )
+            sharded, copy = table.plan.world_size > 1, not table.holds_first_copy
+            pieces[prefix + key] = _Piece(tensor, table.plan.first, table.max_id, sharded, copy)
         for parameter in table.parameters():
             names[parameter] = prefix + "weight"
         inside |= {*table.parameters(), *table.buffers()}
@@ -190,7 +191,7 @@ def _prepare(partial: Path) -> None:
 
 def _write_shard(partial: Path, rank: int, world_size: int, pieces: Mapping[str, _Piece], entry: dict[str, Any]) -> None:
     # what every rank holds whole, the first one writes
-    mine = {name: piece for name, piece in pieces.items() if rank == 0 or piece.sharded}
+    mine = {name: piece for name, piece in pieces.items() if rank == 0 or (piece.sharded and not piece.copy)}
     path = partial / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
     save_file({name: piece.tensor.detach().cpu().contiguous() for name, piece in mine.items()}, path)
     path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read

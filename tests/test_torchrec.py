@@ -300,6 +300,9 @@ def _two_dimensional(rank: int, world_size: int, optimizer: str, folder: Path) -
         make(5, 4, "sgd", torchrec=TorchRecOptions(sharding_group_size=3))
     again = make(501, 6, optimizer, "fbgemm", seed=9)
     checkpoint.load(path, again)
+    replicated = make(501, 6, optimizer, torchrec=options, gradient_reduction="sum", seed=8)
+    checkpoint.load(path, replicated)  # each rank its rows, those that another one has written too
+    assert replicated.local_rows().equal(table.local_rows())
     moved = table._embeddings.synchronize_replicas()
     return {**result, "loaded": again.full_state_dict("torch")["weight"], "rest": moved}
 
