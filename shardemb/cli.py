@@ -51,10 +51,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from shardemb.checkpoint import checkpoints
     from shardemb.config import JobConfig
     from shardemb.files import replacing
     from shardemb.launch import run_local
+    from shardemb.manifest import checkpoints
+    from shardemb.storage import name_of
 
     output: Path = arguments.output
     written = output / "config.toml"
@@ -71,7 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
         with replacing(written) as partial:
             partial.write_text(config.to_toml(), encoding="utf-8")
     found = checkpoints(output / "checkpoints")
-    how = f"resuming from {found[-1].name}" if found else "no checkpoint to resume from, starting anew"
+    how = f"resuming from {name_of(found[-1])}" if found else "no checkpoint to resume from, starting anew"
     print(
         f"training on {config.dataset}, {arguments.workers} worker(s), into {output}" + f": {how}" * arguments.resume,
         file=sys.stderr,

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -562,10 +562,18 @@ class Embedding(Representation):
 
     @torch.no_grad()
     def load_stored_rows(self, rows: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`stored_rows` gave, for this rank's rows."""
-        self._embeddings.weight.detach().copy_(rows["weight"])
-        self._embeddings.load_optimizer_state({key: value for key, value in rows.items() if key != "weight"})
+        """Put back what :meth:`stored_rows` gave, for this rank's rows; the weight alone leaves the optimizer's state."""
+        weight, state = self._embeddings.weight.detach(), {key: value for key, value in rows.items() if key != "weight"}
+        if rows["weight"].data_ptr() != weight.data_ptr():  # otherwise it was filled in place
+            weight.copy_(rows["weight"])
+        if state:
+            self._embeddings.load_optimizer_state(state)
         self._embeddings.touch_all()
+
+    def fused_hyperparameters(self) -> dict[str, Any] | None:
+        """Return name, learning rate and eps of the fused optimizer; None for other gradients."""
+        table = self._embeddings
+        return {**asdict(table.optimizer), "lr": table.learning_rate} if isinstance(table, FusedTable) else None
 
     def extra_repr(self) -> str:
         """Show the interface's part and this rank's share."""

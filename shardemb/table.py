@@ -312,7 +312,8 @@ class FusedTable(Table):
                 f"use one of these, or gradient='sparse'"
             )
         self.optimizer, self.trainable = optimizer, trainable
-        self._lr = optimizer.lr
+        #: of the next backward
+        self.learning_rate = optimizer.lr
         #: whether a second lookup before the backward of the first gives another result than the sum of both gradients
         self._one_lookup = optimizer.name != "sgd"
         self._build(dtype, device)
@@ -340,7 +341,7 @@ class FusedTable(Table):
                 "adagrad": EmbOptimType.EXACT_ADAGRAD,
                 "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             }[self.optimizer.name],
-            "learning_rate": self._lr * math.sqrt(self._mean_share),
+            "learning_rate": self.learning_rate * math.sqrt(self._mean_share),
             "eps": self.optimizer.eps * math.sqrt(self._mean_share),
             "output_dtype": SparseType.from_dtype(dtype),
             "stochastic_rounding": False,
@@ -443,7 +444,7 @@ class FusedTable(Table):
 
     def set_learning_rate(self, lr: float) -> None:
         """Change the learning rate of the updates that the next backward makes."""
-        self._lr = lr
+        self.learning_rate = lr
         self._tbe.set_learning_rate(lr * math.sqrt(self._mean_share))
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -461,7 +462,9 @@ class FusedTable(Table):
             if total.dim() == 1:
                 torch.mul(state["sum"], self._mean_share, out=total)
             else:
-                total[:, : self.plan.dim] = state["sum"]
+                mine = total[:, : self.plan.dim]
+                if mine.data_ptr() != state["sum"].data_ptr():  # otherwise it was filled in place
+                    mine.copy_(state["sum"])
 
     @torch.no_grad()
     def reset_optimizer_state(self) -> None:

@@ -56,6 +56,21 @@ def _resolve(kind: Mapping[str, Any], query: Any, kwargs: Mapping[str, Any] | No
     return partial(function, **kwargs) if kwargs else function
 
 
+def to_json(function: RowFunction | None) -> dict[str, Any] | None:
+    """Describe a normalizer or constrainer: name and arguments, from which it can be made again; name None if it cannot."""
+    if function is None:
+        return None
+    plain, kwargs = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    names = {value: name for name, value in [*_CONSTRAINERS.items(), *_NORMALIZERS.items()]}
+    simple = all(isinstance(value, int | float | str | None) for value in kwargs.values())
+    known = names.get(plain) if simple and not (isinstance(function, partial) and function.args) else None
+    return {
+        "name": known,
+        "kwargs": kwargs if known else {},
+        "function": getattr(plain, "__qualname__", type(plain).__qualname__),
+    }
+
+
 def resolve_constrainer(constrainer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
     """Turn a name, a callable or None into a constrainer; KeyError for an unknown name, TypeError for anything else."""
     return _resolve(_CONSTRAINERS, constrainer, kwargs)

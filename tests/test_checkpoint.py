@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -116,13 +117,13 @@ def flip(path: Path, place: int) -> None:
 
 
 DAMAGE = {
-    "a flipped bit": (lambda p: flip(p / "rank-00000-of-00001.safetensors", -5), "is damaged .* it holds weight"),
-    "a flipped bit in the header": (lambda p: flip(p / "rank-00000-of-00001.safetensors", 20), "is damaged"),
+    "a flipped bit": (lambda p: flip(p / "rank-00000-of-00001-00000.safetensors", -5), "is damaged .* it holds weight"),
+    "a flipped bit in the header": (lambda p: flip(p / "rank-00000-of-00001-00000.safetensors", 20), "is damaged"),
     "a short file": (
-        lambda p: (p / "rank-00000-of-00001.safetensors").write_bytes(b"x"),
+        lambda p: (p / "rank-00000-of-00001-00000.safetensors").write_bytes(b"x"),
         "got 1 bytes, expected .* it holds weight",
     ),
-    "a missing file": (lambda p: (p / "rank-00000-of-00001.safetensors").unlink(), "missing; it holds weight"),
+    "a missing file": (lambda p: (p / "rank-00000-of-00001-00000.safetensors").unlink(), "missing; it holds weight"),
     "a missing manifest": (lambda p: (p / "manifest.json").unlink(), "no complete checkpoint"),
     "a cut manifest": (lambda p: (p / "manifest.json").write_text("{"), "not a manifest"),
     "an edited manifest": (
@@ -159,7 +160,7 @@ def test_a_file_name_cannot_leave_the_folder(saved: Path) -> None:
     import hashlib
 
     document = json.loads((saved / "manifest.json").read_text())
-    document["manifest"]["files"][0]["file"] = "../step-0000000001/rank-00000-of-00001.safetensors"
+    document["manifest"]["files"][0]["file"] = "../step-0000000001/rank-00000-of-00001-00000.safetensors"
     body = json.dumps(document["manifest"], sort_keys=True)
     document["sha256"] = hashlib.sha256(body.encode()).hexdigest()
     (saved / "manifest.json").write_text(json.dumps(document))
@@ -181,14 +182,16 @@ def test_the_newest_are_kept_and_a_torn_one_is_invisible(tmp_path: Path) -> None
 def _one_cannot_write(rank: int, world_size: int, folder: Path) -> str:
     table = Embedding(10, shape=2, seed=0)
     checkpoint.save(folder, 1, table)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
-        checkpoint._sha256 = lambda path: 1 / 0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     with pytest.raises(CheckpointError) as caught:
         checkpoint.save(folder, 2, table)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return str(caught.value)
 
 
 def test_a_rank_that_cannot_write_is_named_on_all(run_ranks, tmp_path: Path) -> None:
     for text in run_ranks(_one_cannot_write, 3, tmp_path):
-        assert "checkpoint of step 2 was not saved, earlier ones are untouched: rank 1: ZeroDivisionError" in text
+        assert "checkpoint of step 2 was not saved, earlier ones are untouched: rank 1: OSError: [Errno 27]" in text
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000000001"]

@@ -12,6 +12,8 @@ PACKAGE = Path(shardemb.__file__).parent
 
 FLOORS = [
     {"types", "files"},
+    {"storage", "tensorfile"},
+    {"manifest"},
     {"metrics", "native"},
     {"plan", "transforms", "vocabulary", "optim"},
     {"initializers"},
@@ -36,7 +38,20 @@ ONLY = {
     "pykeen": {"pykeen"},
 }
 #: rooms that work without a process group
-NO_DISTRIBUTED = {"types", "files", "metrics", "native", "plan", "initializers", "transforms", "vocabulary", "optim", "table"}
+NO_DISTRIBUTED = {
+    "types",
+    "files",
+    "storage",
+    "tensorfile",
+    "metrics",
+    "native",
+    "plan",
+    "initializers",
+    "transforms",
+    "vocabulary",
+    "optim",
+    "table",
+}
 NO_DISTRIBUTED |= {
     "kge.triples",
     "kge.scorers",
