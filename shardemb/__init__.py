@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardemb import optim
+    from shardemb import checkpoint, optim
     from shardemb.coordinator import Coordinator, clip_grad_norm_
     from shardemb.embedding import Embedding, Representation
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
     from shardemb.plan import RowPlan
+    from shardemb.store import Store, open
     from shardemb.torchrec import TorchRecOptions
 
 __version__ = "0.1.0"
@@ -23,9 +24,12 @@ __all__ = [
     "Representation",
     "RowPlan",
     "RowWiseAdagrad",
+    "Store",
     "TorchRecOptions",
     "__version__",
+    "checkpoint",
     "clip_grad_norm_",
+    "open",
     "optim",
 ]
 
@@ -36,14 +40,16 @@ _ROOMS = {
     "Representation": "embedding",
     "RowPlan": "plan",
     "RowWiseAdagrad": "optim",
+    "Store": "store",
     "TorchRecOptions": "torchrec",
     "clip_grad_norm_": "coordinator",
+    "open": "store",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return import_module("shardemb.optim")
+    if name in ("checkpoint", "optim"):
+        return import_module(f"shardemb.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'shardemb' has no attribute {name!r}")
     return getattr(import_module(f"shardemb.{_ROOMS[name]}"), name)

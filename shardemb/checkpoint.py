@@ -241,19 +241,34 @@ def _snapshot(
     pieces |= _optimizer_pieces(optimizers, pieces, names)
     # what every rank holds whole, the first one writes
     mine = {name: piece for name, piece in pieces.items() if rank == 0 or (piece.sharded and not piece.copy)}
-    manifest = {
+    manifest = _manifest(
+        step, world_size, seed, fingerprints or {}, state or {}, {prefix: _describe(table) for prefix, table in tables.items()}
+    )
+    manifest["optimizers"] = [_scalars(optimizer, names) for optimizer in optimizers]
+    manifest["schedulers"] = [{"class": type(s).__name__, "state": s.state_dict()} for s in schedulers]
+    return _Snapshot(step, keep, mine, manifest, _rng_state(), nonfinite, rank, world_size)
+
+
+def _manifest(
+    step: int,
+    world_size: int,
+    seed: int | None,
+    fingerprints: Mapping[str, str],
+    state: Mapping[str, Any],
+    tables: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "step": step,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "world_size": world_size,
         "seed": seed,
-        "fingerprints": dict(fingerprints or {}),
-        "state": dict(state or {}),
-        "tables": {prefix: _describe(table) for prefix, table in tables.items()},
-        "optimizers": [_scalars(optimizer, names) for optimizer in optimizers],
-        "schedulers": [{"class": type(s).__name__, "state": s.state_dict()} for s in schedulers],
+        "fingerprints": dict(fingerprints),
+        "state": dict(state),
+        "tables": dict(tables),
+        "optimizers": [],
+        "schedulers": [],
     }
-    return _Snapshot(step, keep, mine, manifest, _rng_state(), nonfinite, rank, world_size)
 
 
 def _describe(table: Embedding) -> dict[str, Any]:
@@ -478,6 +493,22 @@ def _retire(root: Folder, name: str) -> None:
     else:
         root.child(name).remove(MANIFEST)
     root.remove(name)
+
+
+def save_rows(folder: Location, step: int, tables: Mapping[str, Tensor], fingerprints: Mapping[str, str]) -> Location:
+    """Write a checkpoint of rows ``(V, *shape)`` that are no model's, by the names of their tables; they may be mapped files.
+
+    Raises:
+        CheckpointError: as :func:`save`.
+    """
+    pieces, told = {}, {}
+    for name, rows in tables.items():
+        stored = torch.view_as_real(rows) if rows.is_complex() else rows
+        pieces[_dotted(name, "weight")] = _Piece(stored.reshape(len(rows), -1), 0, len(rows), False, table=name)
+        told[name] = {"name": name, "max_id": len(rows), "shape": list(rows.shape[1:]), "complex": rows.is_complex()}
+        told[name] |= {"normalizer": None, "constrainer": None, "gradient": None, "optimizer": None, "stored": ["weight"]}
+    manifest = _manifest(step, 1, None, fingerprints, {}, told)
+    return _write(folder, _Snapshot(step, 1, pieces, manifest, {}, "ignore", 0, 1))
 
 
 class AsyncSaver:
@@ -825,7 +856,7 @@ class _Load:
         for scheduler, told in zip(self.schedulers, values["schedulers"], strict=False):
             scheduler.load_state_dict(told["state"])
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if (self.optimizers or self.schedulers) and values["rng"] and world_size == values["world_size"]:
+        if (self.optimizers or self.schedulers) and values["rng"][0] and world_size == values["world_size"]:
             _set_rng_state(values["rng"][rank])
         return values["state"]
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +9,25 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; it takes the place of ``path`` once the block has ended well."""
+    """Give a path beside ``path`` for a file or folder; it takes the place of ``path`` once the block has ended well."""
     partial = path.with_name(path.name + ".tmp")
-    yield partial
-    fsync(partial)
-    partial.replace(path)
+    _remove(partial)
+    try:
+        yield partial
+        for written in [*partial.rglob("*"), partial]:
+            fsync(written)
+        partial.replace(path)
+        fsync(path.parent)
+    except BaseException:  # Ctrl-C too
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
