@@ -406,6 +406,38 @@ def check_room(root: Folder, needed: int) -> None:
         raise OSError(f"the disk is too full: got {free:,} free bytes, expected {needed:,}: make room, or keep fewer")
 
 
+def require_room(folder: Location, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (), keep: int = 2) -> None:
+    """Refuse, before training, a folder that cannot be written, or whose disk is too small for its checkpoints. A collective.
+
+    The state that an optimizer will make is counted for those of :mod:`shardemb.optim`, and as it is now for others.
+
+    Raises:
+        CheckpointError: naming the folder, what is needed and what is free; on all ranks.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    pieces, names = _model_pieces(model)
+    pieces |= _optimizer_pieces(optimizers, pieces, names)
+    mine = sum(piece.nbytes for piece in pieces.values() if rank == 0 or (piece.sharded and not piece.copy))
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state):
+            for per_row in getattr(optimizer, "state_per_row", {}).values():
+                mine += 4 * (len(parameter) if per_row else parameter.numel())
+    total = sum(_gather(mine, None, world_size))
+
+    def check() -> None:
+        root = folder_at(folder)
+        root.make()
+        root.remove(".probe")
+        with root.create(".probe") as file:
+            file.write(b"can this folder be written?")
+        root.remove(".probe")
+        check_room(root, total * max(1, keep + 1 - len(finished(root))))
+
+    error = _gather(_try(check) if rank == 0 else None, None, world_size)[0]
+    if error is not None:
+        raise CheckpointError(f"{folder}: cannot hold the checkpoints: {error}")
+
+
 def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
     for number, pieces in enumerate(_shared_out(snapshot.pieces)):
         for name, piece in pieces.items():
@@ -569,6 +601,12 @@ class AsyncSaver:
         }
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name="shardemb-saver")
         self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the last save, and keep its failure to itself; for the end of a job that has failed already."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)

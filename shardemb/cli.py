@@ -9,13 +9,13 @@ from shardemb import __version__
 
 #: errors of the user's input or machine: their message is enough
 _PLAIN = (
-    "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "MemoryError", "NotADirectoryError",
-    "PermissionError", "ValueError", "died",
+    "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "IndexError", "IsADirectoryError",
+    "KeyError", "MemoryError", "NotADirectoryError", "OSError", "PermissionError", "ValueError", "died",
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = argparse.ArgumentParser(prog="shardemb", description="Embedding tables, row-sharded over processes.")
     parser.add_argument("--version", action="version", version=f"shardemb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,14 +33,22 @@ def main(argv: list[str] | None = None) -> int:
         help="override a setting, e.g. training.epochs=3; repeatable",
     )
     train.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
+    train.set_defaults(run=_train)
+    _add_query(commands)
+    _add_checkpoint(commands)
     arguments = parser.parse_args(argv)
     try:
-        return _train(arguments)
+        return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("shardemb: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        hint = "; --resume goes on from the newest checkpoint" if arguments.command == "train" else ""
+        print(f"shardemb: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:
-        name, message = getattr(error, "error", type(error).__name__), getattr(error, "message", str(error))
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str(KeyError) is in quotes
+        name, message = getattr(error, "error", type(error).__name__), getattr(error, "message", str(text))
+        if name == "TerminatedError":
+            print(f"shardemb: {message}; --resume goes on from there", file=sys.stderr)
+            return 143  # as a shell tells of SIGTERM
         if name not in _PLAIN:
             if not getattr(error, "trace", ""):
                 raise
@@ -48,6 +56,119 @@ def main(argv: list[str] | None = None) -> int:
         rank = f"rank {error.rank}: " if hasattr(error, "rank") else ""
         print(f"shardemb: error: {rank}{message}", file=sys.stderr)
         return 1
+
+
+def _add_query(commands: Any) -> None:
+    query = commands.add_parser("query", help="print an entity's nearest neighbours, or the best tails of (head, relation)")
+    query.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint")
+    query.add_argument("entity", help="label, or id if there are no labels")
+    query.add_argument("relation", nargs="?", help="with it: the best tails of (entity, relation, ?)")
+    query.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    query.add_argument("--metric", choices=("cosine", "dot", "l2"), default="cosine", help="of neighbours (default: cosine)")
+    query.add_argument("--inverse", action="store_true", help="the best heads of (?, relation, entity) instead")
+    query.add_argument("--table", help="the table to search for neighbours (default: the largest)")
+    query.set_defaults(run=_query)
+
+
+def _query(arguments: argparse.Namespace) -> int:
+    from shardemb.store import StoredTable, open
+
+    store = open(arguments.path)
+
+    def key(table: StoredTable, text: str) -> str | int:
+        if table.vocabulary is None and text.removeprefix("-").isdigit():
+            return int(text)
+        return text
+
+    if arguments.relation is not None:
+        from shardemb.kge.query import best_tails
+
+        head, relation = key(store["entity"], arguments.entity), key(store["relation"], arguments.relation)
+        table, found = store["entity"], best_tails(store, head, relation, arguments.k, arguments.inverse)
+    else:
+        table = store.table if arguments.table is None else store[arguments.table]
+        found = table.nearest(key(table, arguments.entity), arguments.k, arguments.metric)
+    for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
+        print(f"{score:12.6g}  {table.label(row)}")
+    return 0
+
+
+def _add_checkpoint(commands: Any) -> None:
+    parser = commands.add_parser("checkpoint", help="list, verify, export and import checkpoints")
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, run, text in (
+        ("ls", _list, "list the finished checkpoints of a run, and what they hold"),
+        ("verify", _verify, "check all files of all checkpoints; the exit code is 1 at the first fault"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("path", type=Path, metavar="RUN", help="run folder, folder of checkpoints, or one checkpoint")
+        action.set_defaults(run=run)
+    export = actions.add_parser("export", help="write a table for other programs")
+    export.add_argument("path", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint")
+    export.add_argument("out", type=Path, metavar="OUT", help="file, or folder for sharded; must not be there")
+    formats = ("safetensors", "sharded", "parquet", "npy", "word2vec")
+    export.add_argument("--format", choices=formats, help="default: by the suffix .safetensors, .parquet, .npy, .txt or .vec")
+    export.add_argument("--table", help="default: the largest")
+    export.add_argument("--raw", action="store_true", help="rows as stored, without the normalizer")
+    export.set_defaults(run=_export)
+    importing = actions.add_parser("import", help="make a run folder of other programs' rows")
+    importing.add_argument("source", type=Path, metavar="FILE", help=".npy, .safetensors, .parquet, or word2vec's .txt or .vec")
+    importing.add_argument("out", type=Path, metavar="RUN", help="run folder, made anew")
+    importing.add_argument("--table", default="entity", help="name of the table (default: entity)")
+    importing.add_argument("--key", help="the tensor or column to take, if there are several")
+    importing.add_argument("--labels", type=Path, metavar="FILE", help="text with a label a line, in the order of the rows")
+    importing.set_defaults(run=_import)
+
+
+def _found(path: Path) -> list[Path]:
+    """Return a checkpoint itself, or all of a folder's."""
+    from shardemb.manifest import MANIFEST, checkpoints
+    from shardemb.store import newest
+
+    folder = newest(path).parent
+    return [path] if (path / MANIFEST).is_file() else [Path(found) for found in checkpoints(folder)]
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from shardemb.manifest import Manifest
+
+    for path in _found(arguments.path):
+        manifest = Manifest(path)
+        values, size = manifest.values, sum(entry["size"] for entry in manifest.files.values())
+        print(f"{path}  {values['time']}  {values['world_size']} rank(s)  {len(manifest.files)} file(s)  {size:,} bytes")
+        for prefix, told in values["tables"].items():
+            dtype = manifest.parts.get(f"{prefix}.weight" if prefix else "weight", [None])[0]
+            shape = " x ".join(f"{size:,}" for size in (told["max_id"], *told["shape"]))
+            print(f"  {prefix or told['name']}: {shape}  {dtype.dtype if dtype else ''}{' complex' * told['complex']}")
+        if values["optimizers"]:
+            print(f"  optimizers: {', '.join(optimizer['class'] for optimizer in values['optimizers'])}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from shardemb.manifest import verify
+
+    for path in _found(arguments.path):
+        manifest = verify(path)
+        print(f"{path}: {len(manifest.files)} file(s), {sum(e['size'] for e in manifest.files.values()):,} bytes: undamaged")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from shardemb.formats import export_table
+
+    print(export_table(arguments.path, arguments.out, arguments.format, arguments.table, arguments.raw, shown=True))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from shardemb.formats import import_table
+
+    if not arguments.source.is_file():
+        raise FileNotFoundError(f"{arguments.source}: no such file")
+    labels = arguments.labels.read_text(encoding="utf-8").splitlines() if arguments.labels else None
+    print(import_table(arguments.source, arguments.out, arguments.table, labels, arguments.key))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

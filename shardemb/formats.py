@@ -39,7 +39,7 @@ def export_table(
         source: a checkpoint or a run folder, see :func:`shardemb.open`.
         out: a file, or a folder for "sharded"; it must not be there yet, and appears when all of it is written.
         format: "safetensors": one file; "sharded": safetensors files of 1 GiB and an index, as Hugging Face's; "parquet": id,
-            label (if there are labels), vector; "npy": numpy's, which ``np.load(mmap_mode="r")`` maps; "word2vec": its text, the
+            label (if there are labels), vector; "npy": numpy's, which ``np.load(mmap_mode="r")`` maps; "word2vec": text, the
             label (or id) and the numbers of a row in a line. Without it the suffix decides.
         table: its name in the model; by default the largest.
         raw: rows as they are stored, without the normalizer.

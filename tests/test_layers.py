@@ -25,7 +25,7 @@ FLOORS = [
     {"formats"},
     {"kge.triples", "kge.scorers", "kge.losses", "kge.sampling"},
     {"kge.model"},
-    {"kge.evaluation"},
+    {"kge.evaluation", "kge.query"},
     {"kge.trainer"},
     {"config"},
     {"launch"},
@@ -59,6 +59,7 @@ NO_DISTRIBUTED |= {
     "kge.losses",
     "kge.sampling",
     "kge.model",
+    "kge.query",
 }
 
 floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -4,10 +4,15 @@ A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entiti
 ``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
 """
 
+import hashlib
+import math
+import signal
+import threading
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,7 +24,9 @@ from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig, with_reciprocals
 from shardemb.kge.triples import Triples
+from shardemb.manifest import CheckpointError, vocabulary_fingerprint
 from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
+from shardemb.storage import name_of
 from shardemb.vocabulary import Vocabulary
 
 #: steps between two records of the loss
@@ -42,9 +49,15 @@ class TrainingConfig:
     validation_triples: int = 1000
     #: epochs between two checkpoints; the last epoch always makes one
     checkpoint_every: int = 1
+    #: seconds after which a checkpoint is made within an epoch; 0 for none
+    checkpoint_seconds: float = 0.0
+    #: finished checkpoints that stay
+    keep: int = 2
+    #: what a NaN or infinite loss does: "error" ends the run, "warn" tells, "skip" leaves the step out, and tells
+    nonfinite: str = "error"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "checkpoint_every"):
+        for name in ("epochs", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("seed", "validate_every", "validation_triples"):
@@ -52,6 +65,14 @@ class TrainingConfig:
                 raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 0")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"training.final_lr: got {self.final_lr}, expected 0 to 1")
+        if not 0 <= self.checkpoint_seconds < math.inf:
+            raise ValueError(f"training.checkpoint_seconds: got {self.checkpoint_seconds}, expected a number, at least 0")
+        if self.nonfinite not in ("error", "warn", "skip"):
+            raise ValueError(f"training.nonfinite: got {self.nonfinite!r}, expected 'error', 'warn' or 'skip'")
+
+
+class TerminatedError(RuntimeError):
+    """The run was asked to end (SIGTERM), has saved what it had, and ends."""
 
 
 def train(
@@ -79,7 +100,9 @@ def train(
 
     Raises:
         FloatingPointError: the loss is NaN or infinite, on all ranks.
-        CheckpointError: a checkpoint that cannot be written or read.
+        CheckpointError: a checkpoint that cannot be written or read; a folder that cannot be written, or whose disk has too
+            little room, before the first step.
+        TerminatedError: SIGTERM came; the step that was under way is in a checkpoint.
         ValueError: a run that shall be resumed with other entities or relations.
     """
     model_config, sampling, config = (
@@ -91,6 +114,7 @@ def train(
     try:
         for epoch in range(job.first_epoch, config.epochs):
             job.run_epoch(epoch)
+        job.finish_saving()
         return job.model, job.evaluate("test", data.test, config.epochs)
     finally:
         job.close()
@@ -127,58 +151,160 @@ class _Job:
         sample = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(config.seed))
         self.validation = data.valid[sample[: config.validation_triples or None]]
         self.steps = config.epochs * self.sampler.num_steps
-        self.first_epoch = 0
-        if output is not None and resume:
-            _same_labels(output / "entities.parquet", data.entities)
-            _same_labels(output / "relations.parquet", data.relations)
-            found = checkpoint.checkpoints(output / "checkpoints")
-            if found:
-                self.first_epoch = checkpoint.load(found[-1], self.model, [self.optimizer])["epoch"]
+        self.first_epoch, self.first_step = 0, 0
+        self.fingerprints = {
+            "configuration": hashlib.sha256(repr((model_config, sampling, config)).encode()).hexdigest(),
+            "entities": vocabulary_fingerprint(data.entities.labels),
+            "relations": vocabulary_fingerprint(data.relations.labels),
+        }
+        self.saver: checkpoint.AsyncSaver | None = None
+        if output is not None:
+            if resume:
+                _same_labels(output / "entities.parquet", data.entities)
+                _same_labels(output / "relations.parquet", data.relations)
+                self._resume(output / "checkpoints")
+            checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], config.keep)
+            self.saver = checkpoint.AsyncSaver(output / "checkpoints", config.keep)
         self.file = None
         if output is not None and self.rank == 0:
             for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
                 if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
                     vocabulary.save(output / f"{name}.parquet")
-            self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps)
+            self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps + self.first_step)
         self.bar = progress_bar(
             total=config.epochs * len(data.train),
-            initial=self.first_epoch * len(data.train),
+            initial=(self.first_epoch + self.first_step / self.sampler.num_steps) * len(data.train),
             unit=" triples",
             smoothing=0.05,
             disable=self.rank > 0 or not progress,
         )
+        self.saved_at, self.skipped = time.monotonic(), 0
+        self.asked_to_end = threading.Event()
+        self.handler: Any = None
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to take signals
+            self.handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_end.set()
+
+    def _resume(self, folder: Path) -> None:
+        """Load the newest checkpoint that is undamaged. A collective."""
+        found = checkpoint.checkpoints(folder)
+        told = {name: value for name, value in self.fingerprints.items() if name != "configuration"}
+        for number, path in enumerate(reversed(found), 1):
+            try:
+                state = checkpoint.load(path, self.model, [self.optimizer], fingerprints=told)
+            except CheckpointError as error:
+                if number == len(found):
+                    raise
+                if self.rank == 0:
+                    warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+            else:
+                self.first_epoch, self.first_step = state["epoch"], state["step"]
+                return
 
     def run_epoch(self, epoch: int) -> None:
         """Do the steps of an epoch, then validate and save as configured. A collective."""
         order = self.sampler.order(epoch)
         self.model.train()
         seen, total, start = 0, torch.zeros(()), time.perf_counter()
-        for step in range(self.sampler.num_steps):
+        first, self.first_step, ends = self.first_step, 0, False
+        for step in range(first, self.sampler.num_steps):
             done = epoch * self.sampler.num_steps + step
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * (1 - (1 - self.config.final_lr) * done / self.steps)
             size = self.sampler.batch_size(step)
             loss, softmax = self.model.loss(self.sampler.chunks(order, epoch, step))
-            (loss / size).backward()
-            self.coordinator.step()
-            seen, total = seen + size, total + softmax
+            trains, due, ends = self._agree(done + 1, loss)
+            if trains:
+                (loss / size).backward()
+                self.coordinator.step()
+                seen, total = seen + size, total + softmax
+            if (due or ends) and step + 1 < self.sampler.num_steps:
+                self._save(epoch, step + 1)
+                if ends:
+                    self._end(done + 1)
             if (step + 1) % LOG_STEPS == 0 or step + 1 == self.sampler.num_steps:
                 self._log(epoch, done + 1, total, seen, time.perf_counter() - start)
                 seen, total, start = 0, torch.zeros(()), time.perf_counter()
+            if self.saver is not None:
+                self.saver.check()
             self.bar.update(size / 2)  # a triple is two queries: its tail, and its head by the reciprocal relation
         epoch += 1
         if self.config.validate_every and epoch % self.config.validate_every == 0:
             self.evaluate("valid", self.validation, epoch)
-        if self.output is not None and (epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs):
-            step = epoch * self.sampler.num_steps
-            checkpoint.save(self.output / "checkpoints", step, self.model, [self.optimizer], {"epoch": epoch})
+        if epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs or ends:
+            self._save(epoch, 0)
+        if ends and epoch < self.config.epochs:
+            self._end(epoch * self.sampler.num_steps)
+
+    def _end(self, step: int) -> None:
+        self.finish_saving()
+        where = f"saved as {name_of(self.last_saved)}" if self.output is not None else "nothing is saved without an output"
+        raise TerminatedError(f"SIGTERM came in step {step}: {where}")
+
+    def _agree(self, number: int, loss: torch.Tensor) -> tuple[bool, bool, bool]:
+        """Return whether this step trains, whether a checkpoint is due, and whether the run shall end. A collective."""
+        config = self.config
+        due = self.rank == 0 and 0 < config.checkpoint_seconds <= time.monotonic() - self.saved_at
+        told = torch.tensor([not torch.isfinite(loss), due, self.asked_to_end.is_set()], dtype=torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        nonfinite, due, ends = (bool(flag) for flag in told.tolist())
+        if nonfinite:
+            text = f"step {number}: the loss is {loss.item()}{self._bad_rows()}: lower model.entity_lr or model.relation_lr"
+            if config.nonfinite == "error":
+                raise FloatingPointError(text)
+            self.skipped += config.nonfinite == "skip"
+            if self.rank == 0:
+                skips = f", step left out, {self.skipped} so far" if config.nonfinite == "skip" else ""
+                warnings.warn(text + skips, stacklevel=2)
+        return not (nonfinite and config.nonfinite == "skip"), due, ends
+
+    def _bad_rows(self) -> str:
+        """Name rows that are NaN or infinite, of all tables on this rank."""
+        found = []
+        for table in (self.model.entity, self.model.relation):
+            bad = (~torch.isfinite(table.local_rows())).flatten(1).any(1).nonzero().squeeze(1)
+            if len(bad):
+                ids = sorted(table.plan.local_ids()[bad].tolist())
+                few = ", ".join(map(str, ids[:5])) + ", ..." * (len(ids) > 5)
+                found.append(f"table {table.name!r} has {len(ids)} rows with NaN or infinite values on rank {self.rank}: {few}")
+        return f" ({'; '.join(found)})" if found else ""
+
+    def _save(self, epoch: int, step: int) -> None:
+        """Save in the background, to go on with a step of an epoch. A collective."""
+        if self.saver is None or self.output is None:
+            return
+        number = epoch * self.sampler.num_steps + step
+        self.last_saved = self.output / "checkpoints" / f"step-{number:010d}"
+        model = {"scorer": self.model.config.scorer, "num_relations": self.model.num_relations}
+        self.saver.save(
+            number,
+            self.model,
+            [self.optimizer],
+            {"epoch": epoch, "step": step, "model": model},
+            seed=self.config.seed,
+            fingerprints=self.fingerprints,
+            nonfinite="error" if self.config.nonfinite == "error" else "warn",
+        )
+        self.saved_at = time.monotonic()
+
+    def finish_saving(self) -> None:
+        """Wait for the last checkpoint; SIGTERM ends the process at once from here on: nothing can be lost. A collective."""
+        if self.saver is not None:
+            self.saver.wait()
+        self._leave_signals()
+
+    def _leave_signals(self) -> None:
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, self.handler)
+            self.handler = None
 
     def _log(self, epoch: int, step: int, total: torch.Tensor, seen: int, seconds: float) -> None:
         if dist.is_initialized():
             dist.all_reduce(total)
-        loss = total.item() / seen
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"step {step}: the loss is {loss}: lower model.entity_lr or model.relation_lr")
+        loss = total.item() / max(1, seen)
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs} loss {loss:.3f}")
         if self.file is not None:
             rate = round(seen / 2 / seconds)
@@ -200,7 +326,10 @@ class _Job:
         return result
 
     def close(self) -> None:
-        """Close bar and file."""
+        """Close bar and file, and let a checkpoint that is being written come to its end."""
+        self._leave_signals()
+        if self.saver is not None:
+            self.saver.close()
         self.bar.close()
         if self.file is not None:
             self.file.close()
