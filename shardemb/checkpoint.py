@@ -355,8 +355,8 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
     if len({step for _, step in told}) > 1:
         raise CheckpointError(f"ranks save different steps: got {[step for _, step in told]} of ranks 0, 1, ..., expected one")
     needed = sum(nbytes for nbytes, _ in told)
-    mark = _vote(snapshot, mark, _try(_prepare, root, name, target, needed) if snapshot.rank == 0 else None)[0]
     try:
+        mark = _vote(snapshot, mark, _try(_prepare, root, name, target, needed) if snapshot.rank == 0 else None)[0]
         error = _try(_write_files, root.child(target), mark, snapshot)
         shares = _vote(snapshot, (snapshot.files, snapshot.rng), error)
         _vote(snapshot, None, _try(commit) if snapshot.rank == 0 else None)
