@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardemb import native, tensorfile
+from shardemb import collectives, native, tensorfile
 from shardemb.embedding import Embedding
 from shardemb.manifest import (
     FORMAT,
@@ -384,11 +384,7 @@ def _vote(snapshot: _Snapshot, value: Any, error: str | None) -> list[Any]:
 
 
 def _gather(value: Any, group: Any, world_size: int) -> list[Any]:
-    told: list[Any] = [value]
-    if world_size > 1:
-        told = [None] * world_size
-        dist.all_gather_object(told, value, group=group)
-    return told
+    return collectives.gather(value, group=group, operation="a checkpoint's vote") if world_size > 1 else [value]
 
 
 def _prepare(root: Folder, name: str, target: str, needed: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardemb import native
+from shardemb import collectives, native
 from shardemb.exchange import Exchange, Route, RowsUnderWay
 from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_initializer
 from shardemb.optim import FusedOptimizer
@@ -335,10 +335,9 @@ class Embedding(Representation):
         drawn = int(torch.randint(2**62, ())) if self._seed is None else self._seed
         if self._world_size == 1:
             return drawn
-        told: list[Any] = [None] * self._world_size
-        dist.all_gather_object(told, (self.name, what, drawn), group=self._group)
+        told = collectives.gather((self.name, what, drawn), group=self._group, operation=f"table {self.name!r}: construction")
         for rank, (name, other, _) in enumerate(told):
-            if (name, other) != told[0][:2]:
+            if [name, other] != told[0][:2]:
                 raise ValueError(
                     f"ranks make different tables: rank 0 {told[0][0]!r} ({told[0][1]}), rank {rank} {name!r} ({other}): "
                     f"construct tables in the same order with the same arguments on every rank"
@@ -506,7 +505,8 @@ class Embedding(Representation):
             blocks = weight.new_empty(self.plan.world_size * self.plan.block, self.plan.dim)
             mine = weight.new_zeros(self.plan.block, self.plan.dim)
             mine[: len(weight)] = weight
-            dist.all_gather(list(blocks.split(self.plan.block)), mine, group=self._row_group)
+            parts = list(blocks.split(self.plan.block))
+            collectives.all_gather(parts, mine, group=self._row_group, operation=f"table {self.name!r}: all rows")
             weight = native.take(blocks, self.plan.slots(torch.arange(self.max_id, device=blocks.device)))
         if layout == "torch":
             return {"weight": weight}

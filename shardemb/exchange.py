@@ -3,7 +3,8 @@
 With one rank nothing is communicated. With several, a forward makes three collectives and a backward one:
 
 1. counts, all to all: how many ids each rank asks of each other one; -1 says that the sender's ids are bad, so that all
-   ranks raise the same error instead of waiting for each other. A few ids travel in the same message;
+   ranks raise the same error instead of waiting for each other. So do they if the message is of another lookup than their
+   own. A few ids travel in the same message;
 2. ids, all to all, if there are more: as row numbers of the owner's shard, each once unless told otherwise;
 3. rows, all to all, then a permutation back into the order of the ids. Backward runs 3. the other way, and adds up the
    gradients of an id before they travel.
@@ -11,20 +12,22 @@ With one rank nothing is communicated. With several, a forward makes three colle
 Every rank takes part in every lookup, with an empty batch if it has no ids, and in every backward.
 """
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shardemb import native
+from shardemb import collectives, faults, native
 from shardemb.native import Merged
 from shardemb.plan import RowPlan
 from shardemb.types import GradientReduction, IdTypeError
 
 #: ids for one rank that fit into the message that says how many there are: a message of 512 bytes, as fast as one of 8
-_FEW = 62
+_FEW = 61
+#: numbers before them: how many ids follow, or -1; the most that the sender asks of any rank; which lookup it is
+_HEAD = 3
 
 _ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (IndexError, IdTypeError, AttributeError)}
 
@@ -54,8 +57,8 @@ class Route:
         return self
 
 
-#: A line for each rank (how many ids follow, or -1; the most that this rank asks of any; the ids if these are few), and what a
-#: Route has: ids per rank, their row numbers ``(n,)``, the way back, the duplicates.
+#: A line for each rank (_HEAD numbers, then the ids if these are few), and what a Route has: ids per rank, their row numbers
+#: ``(n,)``, the way back, the duplicates.
 _ToSend = tuple[Tensor, list[int], Tensor, Tensor, Merged | None]
 
 
@@ -97,6 +100,8 @@ class Exchange:
         self.deduplicate = deduplicate
         self.wire_dtype = wire_dtype
         self._bounds: Tensor | None = None
+        #: of this table, and the number of the lookup
+        self._tag, self._lookup = zlib.crc32(plan.table.encode()) << 30, 0
         self._scale = 1.0 / plan.world_size if reduction == "mean" else 1.0
 
     def check(self, ids: Any) -> Exception | None:
@@ -138,29 +143,48 @@ class Exchange:
                 rows = rows.clone()
             return Route(rows, None, [len(rows)], [len(rows)])
         world_size = self.plan.world_size
+        self._lookup += 1
         # for a few ids of a few ranks Python's own numbers take half the time of a tensor's operators
         small = device.type == "cpu" and world_size * _FEW <= 1024
         if error is not None:
-            message = torch.full((world_size, 2 + _FEW), -1, device=device)
+            message = torch.full((world_size, _HEAD + _FEW), -1, device=device)
         else:
             slots = self.plan.slots(ids.to(device, torch.int64)).contiguous()
             merge = self._merge_few if self.deduplicate and small and len(slots) <= _FEW else self._merge_many
             message, sent, local, permutation, merged = merge(slots)
         answer = torch.empty_like(message)
-        dist.all_to_all_single(answer, message, group=self.group)
-        lines = answer.tolist() if small else answer[:, :2].tolist()
+        collectives.all_to_all(answer, message, group=self.group, operation=self._operation("counts"))
+        lines = answer.tolist() if small else answer[:, :_HEAD].tolist()
         received = [line[0] for line in lines]
         if error is not None or min(received) < 0:
             self._raise_everywhere(error)
+        if any(line[2] != self._mark for line in lines):
+            self._raise_astray()
         if max(line[1] for line in lines) <= _FEW:  # on no rank are there more
             if small:
-                rows = torch.tensor([row for line in lines for row in line[2 : 2 + line[0]]], dtype=torch.int64)
+                rows = torch.tensor([row for line in lines for row in line[_HEAD : _HEAD + line[0]]], dtype=torch.int64)
             else:
-                rows = answer[:, 2:][_first(answer[:, 0])]
+                rows = answer[:, _HEAD:][_first(answer[:, 0])]
             return Route(rows, permutation, sent, received, merged)
         rows = local.new_empty(sum(received))
-        work = dist.all_to_all_single(rows, local, received, sent, group=self.group, async_op=not wait)
+        operation = self._operation("ids")
+        work = collectives.all_to_all(rows, local, received, sent, group=self.group, operation=operation, wait=wait)
         return Route(rows, permutation, sent, received, merged, [] if wait else [work])
+
+    def _operation(self, what: str) -> str:
+        return f"lookup {self._lookup} of table {self.plan.table!r}: {what}"
+
+    @property
+    def _mark(self) -> int:
+        return self._tag + self._lookup % (1 << 30)
+
+    def _raise_astray(self) -> None:
+        mine = (self.plan.table, self._lookup, faults.step())
+        told = collectives.gather(mine, group=self.group, operation=self._operation("which one?"))
+        each = "; ".join(
+            f"rank {rank} lookup {number} of table {name!r} in step {step}" for rank, (name, number, step) in enumerate(told)
+        )
+        raise RuntimeError(f"ranks are in different lookups: {each}: every rank must look up the same tables in the same order")
 
     def _merge_few(self, slots: Tensor) -> _ToSend:
         numbers = slots.tolist()
@@ -169,7 +193,7 @@ class Exchange:
         for slot in unique:
             lines[slot // self.plan.block].append(slot % self.plan.block)
         sent = [len(line) for line in lines]
-        message = torch.tensor([[len(line), max(sent), *line, *[-1] * (_FEW - len(line))] for line in lines])
+        message = torch.tensor([[len(line), max(sent), self._mark, *line, *[-1] * (_FEW - len(line))] for line in lines])
         local = torch.tensor([row for line in lines for row in line], dtype=torch.int64)
         places = {slot: place for place, slot in enumerate(unique)}
         inverse = torch.tensor([places[slot] for slot in numbers], dtype=torch.int64)
@@ -179,10 +203,10 @@ class Exchange:
     def _merge_many(self, slots: Tensor) -> _ToSend:
         counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
         sent = counts.tolist()
-        message = torch.full((len(sent), 2 + _FEW), -1, device=slots.device)
-        message[:, 0], message[:, 1] = counts, max(sent)
+        message = torch.full((len(sent), _HEAD + _FEW), -1, device=slots.device)
+        message[:, 0], message[:, 1], message[:, 2] = counts, max(sent), self._mark
         if max(sent) <= _FEW:
-            message[:, 2:].masked_scatter_(_first(counts), local)
+            message[:, _HEAD:].masked_scatter_(_first(counts), local)
         return message, sent, local, permutation, merged
 
     def check_everywhere(self, ids: Any, device: torch.device) -> None:
@@ -190,7 +214,7 @@ class Exchange:
         error = self.check(ids)
         if self.plan.world_size > 1:
             bad = torch.tensor(int(error is not None), device=device)
-            dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.group)
+            collectives.all_reduce(bad, collectives.MAX, group=self.group, operation=self._operation("are all ids good?"))
             if bad:
                 self._raise_everywhere(error)
         elif error is not None:
@@ -220,8 +244,8 @@ class Exchange:
         return lengths, local, permutation, None
 
     def _raise_everywhere(self, error: Exception | None) -> None:
-        told: list[Any] = [None] * self.plan.world_size
-        dist.all_gather_object(told, None if error is None else (type(error).__name__, str(error)), group=self.group)
+        mine = None if error is None else (type(error).__name__, str(error))
+        told = collectives.gather(mine, group=self.group, operation=self._operation("bad ids"))
         bad = [entry for entry in told if entry is not None]
         raise _ERRORS[bad[0][0]]("; ".join(text for _, text in bad))
 
@@ -235,20 +259,21 @@ class Exchange:
         """
         if route.permutation is None:
             return RowsUnderWay(route, rows, rows, None)
-        return RowsUnderWay(route, rows, *self._transfer(rows.detach(), route.sent, route.received, wait))
+        return RowsUnderWay(route, rows, *self._transfer(rows.detach(), route.sent, route.received, "rows", wait))
 
     def arrive(self, way: RowsUnderWay) -> Tensor:
         """Return the rows ``(n, D)`` in the order of the ids."""
         return way.looked_up if way.route.permutation is None else _ReturnRows.apply(way.looked_up, way, self)
 
-    def _transfer(self, rows: Tensor, received: list[int], sent: list[int], wait: bool) -> tuple[Tensor, Any]:
+    def _transfer(self, rows: Tensor, received: list[int], sent: list[int], what: str, wait: bool = True) -> tuple[Tensor, Any]:
         """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and what to wait for."""
         if self.wire_dtype is not None and self.wire_dtype.itemsize < rows.itemsize:
             rows = rows.to(self.wire_dtype).view(torch.uint8)  # which every backend can send
         arriving = native.empty((sum(received), rows.shape[1]), rows.dtype, rows.device)
         if not rows.shape[1]:
             return arriving, None
-        work = dist.all_to_all_single(arriving, rows.contiguous(), received, sent, group=self.group, async_op=not wait)
+        rows, operation = rows.contiguous(), self._operation(what)
+        work = collectives.all_to_all(arriving, rows, received, sent, group=self.group, operation=operation, wait=wait)
         return arriving, work
 
     def _received(self, arriving: Tensor, work: Any, dtype: torch.dtype) -> Tensor:
@@ -280,5 +305,5 @@ class _ReturnRows(torch.autograd.Function):
         else:
             by_owner = native.empty(grad.shape, grad.dtype, grad.device)
             native.put(by_owner, route.permutation, grad)
-        rows = exchange._received(*exchange._transfer(by_owner, route.received, route.sent, wait=True), grad.dtype)
+        rows = exchange._received(*exchange._transfer(by_owner, route.received, route.sent, "gradients"), grad.dtype)
         return (rows if exchange._scale == 1 else rows.mul_(exchange._scale)), None, None

@@ -2,12 +2,15 @@
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any
 
 
@@ -41,7 +44,8 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
         What rank 0 returned (picklable).
 
     Raises:
-        WorkerError: a rank raised or died. With 1 worker its exception comes as it is.
+        WorkerError: a rank raised, died or stopped: the one that did so first, not those that missed it. With 1 worker its
+            exception comes as it is.
         ValueError: less than one worker.
     """
     if workers < 1:
@@ -62,12 +66,31 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
                 there.close()
                 channels.append(here)
                 ranks.append(process)
-            return _collect(channels, ranks)
+            with _forwarding_sigterm(ranks):
+                return _collect(channels, ranks)
         finally:
             for process in ranks:
                 process.kill()
             for process in ranks:
                 process.join()
+
+
+@contextmanager
+def _forwarding_sigterm(ranks: list[Any]) -> Iterator[None]:
+    """Let SIGTERM reach the ranks, which may save before they end."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows no other to take signals
+        yield
+        return
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
@@ -88,8 +111,9 @@ def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
             results[rank] = value
             if not ok:
                 failures.append(WorkerError(rank, *value))
-    if failures:  # the others lose their connection to one that died, and may say so first
-        raise next((failure for failure in failures if failure.error == "died"), failures[0])
+    if failures:  # the others lose their connection to one that failed, and may say so first
+        rank_of_cause = {"died": 0, "PeerFailureError": 2}
+        raise min(failures, key=lambda failure: rank_of_cause.get(failure.error, 1))
     return results[0]
 
 
@@ -109,17 +133,23 @@ def _rank_main(
         import torch
         import torch.distributed as dist
 
+        from shardemb import faults
+
+        faults.set_timeout(timeout_s)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timedelta(seconds=timeout_s)
-        )
+        # the watch is first to give up, and says why
+        limit = timedelta(seconds=timeout_s + 10)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
+        faults.watch(None)
         result = fn(*args)
-        dist.barrier()
+        faults.finish()
         dist.destroy_process_group()
         channel.send((True, result if rank == 0 else None))
     except KeyboardInterrupt:
         pass  # the parent has it too, and ends the job
     except BaseException as error:
+        if "faults" in locals():
+            faults.report(error)
         channel.send((False, (type(error).__name__, str(error), traceback.format_exc())))
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardemb import native
+from shardemb import collectives, faults, native
 from shardemb.exchange import Exchange
 from shardemb.metrics import free_bytes
 from shardemb.native import Merged
@@ -278,7 +278,8 @@ class TorchRecTable(FusedTable):
     def _least_free(self, device: torch.device) -> int:
         free = free_bytes(device)
         least = torch.tensor(2**50 if free is None else free, device=self.device)
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._groups.everyone)
+        operation = f"table {self.plan.table!r}: free memory"
+        collectives.all_reduce(least, collectives.MIN, group=self._groups.everyone, operation=operation)
         return int(least)
 
     def __getattr__(self, name: str) -> Any:
@@ -318,11 +319,13 @@ class TorchRecTable(FusedTable):
         lengths = torch.tensor([len(values)], device=device)  # one bag, of 0 ids too: a batch of 0 bags breaks the peers
         features = KeyedJaggedTensor(keys=[_IDS], values=values, lengths=lengths)
         context = self.torchrec_module.create_context()
-        return Sent(context, self.torchrec_module.input_dist(context, features), merged)
+        with faults.guarded(self._groups.shard, f"table {self.plan.table!r}: ids"):
+            return Sent(context, self.torchrec_module.input_dist(context, features), merged)
 
     def fetch(self, sent: Sent) -> Tensor:
         """Return the rows ``(n, D)`` in the order of the ids; backward updates them on their owners. A collective."""
-        owned = sent.features.wait().wait()  # ids, as row numbers of this shard
+        with faults.guarded(self._groups.shard, f"table {self.plan.table!r}: ids"):
+            owned = sent.features.wait().wait()  # as row numbers of this shard
         (sharding,) = sent.context.sharding_contexts
         sharding.lengths_after_input_dist = owned[0].lengths().view(-1, owned[0].stride())
         rows = owned[0].values()
@@ -335,7 +338,8 @@ class TorchRecTable(FusedTable):
             rows = self.lookup(rows)
         if not self.plan.dim:  # TorchRec sends at least a column
             rows = F.pad(rows, (0, 1))
-        back = self.torchrec_module.output_dist(sent.context, [rows])[_IDS].values()
+        with faults.guarded(self._groups.shard, f"table {self.plan.table!r}: rows"):
+            back = self.torchrec_module.output_dist(sent.context, [rows])[_IDS].values()
         back = back[:, : self.plan.dim].contiguous()
         if sent.merged is not None:
             back = back.index_select(0, sent.merged.inverse)
@@ -361,19 +365,21 @@ class TorchRecTable(FusedTable):
         mine, self._moved = self._moved.unique(), _RowSet(self.plan.num_local)
         length = torch.tensor([-1 if mine is None else len(mine)], device=self.device)
         lengths = [torch.empty_like(length) for _ in range(count)]
-        dist.all_gather(lengths, length, group=group)
+        operation = f"table {self.plan.table!r}: averaging replicas"
+        collectives.all_gather(lengths, length, group=group, operation=operation)
         sizes = [int(n) for n in lengths]
         if min(sizes) < 0 or mine is None:
             rows = torch.arange(self.plan.num_local, device=self.device)
         else:
             padded = [length.new_empty(max(sizes)) for _ in range(count)]
-            dist.all_gather(padded, F.pad(mine.to(self.device), (0, max(sizes) - len(mine))), group=group)
+            longest = F.pad(mine.to(self.device), (0, max(sizes) - len(mine)))
+            collectives.all_gather(padded, longest, group=group, operation=operation)
             rows = torch.cat([part[:size] for part, size in zip(padded, sizes, strict=True)]).unique()
         state = [] if self.optimizer.name == "sgd" else self._tbe.split_optimizer_states()[0]
         for tensor in (self.weight, *state):
             for chunk in rows.split(_SYNC_ROWS) if len(rows) else ():
                 values = tensor.index_select(0, chunk).float()
-                dist.all_reduce(values, group=group)
+                collectives.all_reduce(values, group=group, operation=operation)
                 tensor.index_copy_(0, chunk, values.div_(count).to(tensor.dtype))
         if self._constrained:
             self._changed.add(rows)

@@ -1,10 +1,12 @@
 """Exact filtered ranking over all entities; each rank scores the rows that it owns, and only counts travel."""
 
+from typing import Any
+
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from shardemb import collectives
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.sampling import equal_range, with_reciprocals
 from shardemb.plan import RowPlan
@@ -61,14 +63,14 @@ def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTail
         here, places = _owned(batch[:, 2], plan)
         true = scores.new_full((len(batch),), -torch.inf)
         true[here] = scores[here, places]  # out of the same product, so that a tail equals itself to the last bit
-        _all_reduce(model, true, dist.ReduceOp.MAX)
+        _all_reduce(model, true, collectives.MAX)
         scores[here, places] = -torch.inf
         of, tails = known.pairs(batch)
         here, places = _owned(tails, plan)
         scores[of[here], places] = -torch.inf
         better, equal = _count(scores > true.unsqueeze(1)), _count(scores == true.unsqueeze(1))
         counts = torch.stack([better, equal, torch.full_like(better, not finite)])
-        _all_reduce(model, counts, dist.ReduceOp.SUM)
+        _all_reduce(model, counts, collectives.SUM)
         if counts[2].any():  # NaN is neither better nor equal, so that it would take the first rank
             raise FloatingPointError(
                 f"scores are NaN or infinite: the rows of {entity.name!r} or {model.relation.name!r} have grown too large; "
@@ -90,9 +92,9 @@ def _count(mask: Tensor) -> Tensor:
     return mask.sum(1) if mask.is_cuda else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
 
 
-def _all_reduce(model: KnowledgeGraphModel, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+def _all_reduce(model: KnowledgeGraphModel, tensor: Tensor, op: Any) -> None:
     if model.entity.plan.world_size > 1:
-        dist.all_reduce(tensor, op)
+        collectives.all_reduce(tensor, op, operation="ranking")
 
 
 def metrics(ranks: Tensor) -> dict[str, float]:

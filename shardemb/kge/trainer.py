@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardemb import checkpoint
+from shardemb import checkpoint, collectives
 from shardemb.coordinator import Coordinator
 from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
@@ -249,7 +249,7 @@ class _Job:
         due = self.rank == 0 and 0 < config.checkpoint_seconds <= time.monotonic() - self.saved_at
         told = torch.tensor([not torch.isfinite(loss), due, self.asked_to_end.is_set()], dtype=torch.int32)
         if dist.is_initialized():
-            dist.all_reduce(told, dist.ReduceOp.MAX)
+            collectives.all_reduce(told, collectives.MAX, operation="is the loss a number, shall the run go on?")
         nonfinite, due, ends = (bool(flag) for flag in told.tolist())
         if nonfinite:
             text = f"step {number}: the loss is {loss.item()}{self._bad_rows()}: lower model.entity_lr or model.relation_lr"
@@ -303,7 +303,7 @@ class _Job:
 
     def _log(self, epoch: int, step: int, total: torch.Tensor, seen: int, seconds: float) -> None:
         if dist.is_initialized():
-            dist.all_reduce(total)
+            collectives.all_reduce(total, operation="the loss, for the log")
         loss = total.item() / max(1, seen)
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs} loss {loss:.3f}")
         if self.file is not None:
