@@ -1,7 +1,9 @@
 """The command line; ``--help`` answers without loading torch."""
 
 import argparse
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +191,12 @@ def _train(arguments: argparse.Namespace) -> int:
         if changed := config.differences(JobConfig.load(written)):
             raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
     else:
-        output.mkdir(parents=True, exist_ok=True)
-        with replacing(written) as partial:
-            partial.write_text(config.to_toml(), encoding="utf-8")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with replacing(written) as partial:
+                partial.write_text(config.to_toml(), encoding="utf-8")
+        except OSError as error:
+            raise PermissionError(f"{output}: got {error}, expected a folder that can be made and written") from error
     found = checkpoints(output / "checkpoints")
     how = f"resuming from {name_of(found[-1])}" if found else "no checkpoint to resume from, starting anew"
     print(
@@ -209,6 +214,9 @@ def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
     from shardemb.kge.trainer import train
     from shardemb.kge.triples import Triples
 
-    data = Triples.load(config.dataset)
+    with warnings.catch_warnings():
+        if os.environ.get("RANK", "0") != "0":  # what is to be told of the data, one rank tells
+            warnings.simplefilter("ignore")
+        data = Triples.load(config.dataset, config.unseen)
     _, result = train(data, config.model, config.sampling, config.training, output, resume)
     return result

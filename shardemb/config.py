@@ -21,9 +21,15 @@ class JobConfig:
 
     #: see :meth:`shardemb.kge.Triples.load`
     dataset: str = "wordnet"
+    #: what becomes of valid and test triples that hold what no training triple holds: "keep", "drop" or "error"
+    unseen: str = "keep"
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if self.unseen not in ("keep", "drop", "error"):
+            raise ValueError(f"unseen: got {self.unseen!r}, expected 'keep', 'drop' or 'error'")
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Iterable[str] = (), dataset: str | None = None) -> "JobConfig":
@@ -37,6 +43,8 @@ class JobConfig:
         if path is not None:
             try:
                 tree = tomllib.loads(path.read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: got a byte that is not UTF-8 ({error}), expected TOML") from error
             except tomllib.TOMLDecodeError as error:
                 raise ValueError(f"{path}: got text that is not TOML: {error}") from error
         for override in overrides:
@@ -100,7 +108,10 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
             values[key] = _build(expected, value, source, f"{prefix}{key}.")
         else:
             values[key] = _check(value, expected, f"{source}: {prefix + key}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # out of range
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _check(value: Any, expected: Any, where: str) -> Any:

@@ -50,8 +50,26 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
-        """Read what :meth:`save` wrote."""
-        return cls(pq.read_table(path).column("label").to_pylist())
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another kind of file or of columns, a null, a label twice; names the file.
+        """
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, IsADirectoryError) as error:
+            raise ValueError(f"{path}: got a file that is not Parquet ({error})") from error
+        if table.column_names != ["label"] or not pa.types.is_string(table.column(0).type):
+            got = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+            raise ValueError(f"{path}: got columns {got or 'none'}, expected label (string)")
+        labels = table.column(0).to_pylist()
+        if None in labels:
+            raise ValueError(f"{path}, row {labels.index(None)}: got no label, expected one")
+        try:
+            return cls(labels)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -53,6 +53,34 @@ def test_a_bad_file_is_named_without_a_traceback(tmp_path: Path, capfd: pytest.C
     assert main([*arguments, *SMALL, "--set", "training.epochs=1"]) == 0  # the same command, once the file is mended
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_triples_with_unseen_entities_can_be_dropped(tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str) -> None:
+    for split, tail in (("train", "b"), ("valid", "b"), ("test", "z")):
+        (tmp_path / f"{split}.tsv").write_text(f"a\tr\tb\nb\tr\t{tail}\n")
+    arguments = ["train", "--dataset", str(tmp_path), "--workers", workers, *SMALL, "--set", "training.epochs=1", "--output"]
+    assert main([*arguments, str(tmp_path / "error"), "--set", "unseen=error"]) == 1
+    err = capfd.readouterr().err
+    assert "1 of 2 test triples hold 1 entities ('z') that no training triple holds: add training triples" in err
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+    assert main([*arguments, str(tmp_path / "drop"), "--set", "unseen=drop"]) == 0
+    assert capfd.readouterr().err.count("they are dropped") == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_output_that_cannot_be_written_is_told_before_anything_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/nowhere")):
+        assert main(["train", "--dataset", "no such data", "--workers", workers, "--output", str(output)]) == 1
+        err = capfd.readouterr().err
+        assert f"error: {output}: got" in err
+        assert "expected a folder that can be made and written" in err
+        assert "Traceback" not in err
+
+
 def test_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "run")]
     assert main(["train", *output, "--set", "training.epoch=1"]) == 1

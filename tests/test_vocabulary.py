@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shardemb.vocabulary import Vocabulary
@@ -26,3 +28,22 @@ def test_errors() -> None:
         Vocabulary(["a", "b", "b"])
     with pytest.raises(KeyError, match="nobody"):
         Vocabulary(["a"]).ids(["nobody"])
+
+
+def test_files_that_are_no_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "entities.parquet"
+    with pytest.raises(FileNotFoundError, match="entities"):
+        Vocabulary.load(path)
+    path.write_text("no Parquet")
+    with pytest.raises(ValueError, match=r"entities\.parquet: got a file that is not Parquet"):
+        Vocabulary.load(path)
+    for columns, text in (
+        ({"name": ["a"]}, r"got columns name \(string\), expected label \(string\)"),
+        ({"label": [1]}, r"got columns label \(int64\), expected"),
+        ({"label": ["a", None]}, "row 1: got no label"),
+        ({"label": ["a", "b", "a"]}, "label 'a' stands twice"),
+    ):
+        pq.write_table(pa.table(columns), path)
+        with pytest.raises(ValueError, match=text) as caught:
+            Vocabulary.load(path)
+        assert str(path) in str(caught.value)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardemb import checkpoint, collectives
+from shardemb import checkpoint, collectives, faults
 from shardemb.coordinator import Coordinator
 from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
@@ -135,6 +135,12 @@ class _Job:
     ) -> None:
         self.rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.data, self.config, self.output = data, config, output
+        self.fingerprints = {
+            "configuration": hashlib.sha256(repr((model_config, sampling, config)).encode()).hexdigest(),
+            "entities": vocabulary_fingerprint(data.entities.labels),
+            "relations": vocabulary_fingerprint(data.relations.labels),
+        }
+        collectives.agree("the training job", {**self.fingerprints, "output": str(output), "resume": resume})
         self.model = KnowledgeGraphModel(len(data.entities), len(data.relations), model_config, config.seed)
         self.optimizer = self.model.optimizer()
         self.coordinator = Coordinator(self.model, self.optimizer)
@@ -152,17 +158,14 @@ class _Job:
         self.validation = data.valid[sample[: config.validation_triples or None]]
         self.steps = config.epochs * self.sampler.num_steps
         self.first_epoch, self.first_step = 0, 0
-        self.fingerprints = {
-            "configuration": hashlib.sha256(repr((model_config, sampling, config)).encode()).hexdigest(),
-            "entities": vocabulary_fingerprint(data.entities.labels),
-            "relations": vocabulary_fingerprint(data.relations.labels),
-        }
         self.saver: checkpoint.AsyncSaver | None = None
         if output is not None:
             if resume:
                 _same_labels(output / "entities.parquet", data.entities)
                 _same_labels(output / "relations.parquet", data.relations)
                 self._resume(output / "checkpoints")
+            self.coordinator.steps = self.first_epoch * self.sampler.num_steps + self.first_step
+            faults.at_step(self.coordinator.steps + 1)
             checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], config.keep)
             self.saver = checkpoint.AsyncSaver(output / "checkpoints", config.keep)
         self.file = None
@@ -170,7 +173,7 @@ class _Job:
             for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
                 if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
                     vocabulary.save(output / f"{name}.parquet")
-            self.file = MetricsFile(output / "metrics.jsonl", step=self.first_epoch * self.sampler.num_steps + self.first_step)
+            self.file = MetricsFile(output / "metrics.jsonl", step=self.coordinator.steps)
         self.bar = progress_bar(
             total=config.epochs * len(data.train),
             initial=(self.first_epoch + self.first_step / self.sampler.num_steps) * len(data.train),
@@ -191,17 +194,21 @@ class _Job:
         """Load the newest checkpoint that is undamaged. A collective."""
         found = checkpoint.checkpoints(folder)
         told = {name: value for name, value in self.fingerprints.items() if name != "configuration"}
-        for number, path in enumerate(reversed(found), 1):
+        damaged: list[Path] = []
+        while found:
             try:
-                state = checkpoint.load(path, self.model, [self.optimizer], fingerprints=told)
+                state = checkpoint.load(found[-1], self.model, [self.optimizer], fingerprints=told)
             except CheckpointError as error:
-                if number == len(found):
+                if len(found) == 1:
                     raise
+                damaged.append(Path(found.pop()))
                 if self.rank == 0:
-                    warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+                    warnings.warn(f"{error}; going back to {name_of(found[-1])}", stacklevel=2)
             else:
                 self.first_epoch, self.first_step = state["epoch"], state["step"]
-                return
+                break
+        for path in damaged if self.rank == 0 else ():  # the run will save these steps again
+            path.rename(path.with_suffix(".damaged"))
 
     def run_epoch(self, epoch: int) -> None:
         """Do the steps of an epoch, then validate and save as configured. A collective."""
