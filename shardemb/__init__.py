@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shardemb import checkpoint, optim
     from shardemb.coordinator import Coordinator, clip_grad_norm_
     from shardemb.embedding import Embedding, Representation
+    from shardemb.faults import PeerFailureError, set_timeout
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
     from shardemb.plan import RowPlan
     from shardemb.store import Store, open
@@ -21,6 +22,7 @@ __all__ = [
     "Coordinator",
     "Embedding",
     "FusedOptimizer",
+    "PeerFailureError",
     "Representation",
     "RowPlan",
     "RowWiseAdagrad",
@@ -31,12 +33,14 @@ __all__ = [
     "clip_grad_norm_",
     "open",
     "optim",
+    "set_timeout",
 ]
 
 _ROOMS = {
     "Coordinator": "coordinator",
     "Embedding": "embedding",
     "FusedOptimizer": "optim",
+    "PeerFailureError": "faults",
     "Representation": "embedding",
     "RowPlan": "plan",
     "RowWiseAdagrad": "optim",
@@ -44,6 +48,7 @@ _ROOMS = {
     "TorchRecOptions": "torchrec",
     "clip_grad_norm_": "coordinator",
     "open": "store",
+    "set_timeout": "faults",
 }
 
 

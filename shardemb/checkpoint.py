@@ -1,6 +1,6 @@
 """Checkpoints: complete or invisible, at any number of ranks, without code in the files.
 
-A checkpoint is a folder ``step-N`` of safetensors files of at most 1 GiB, and ``manifest.json``, which names each file with
+A checkpoint is a folder ``step-N`` of safetensors files of at most 256 MiB, and ``manifest.json``, which names each file with
 its size and sha256, and each tensor in it with the global rows that it holds. It is written as ``step-N.tmp``: files, fsync, a
 vote of all ranks, the manifest, fsync, and then the rename that makes it visible. Where a folder cannot be renamed at once, in
 an object store, the manifest comes last, and there is no checkpoint without one. The newest ones are kept.
@@ -10,13 +10,14 @@ import base64
 import datetime
 import hashlib
 import json
+import os
 import random
 import secrets
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Literal
 
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardemb import collectives, native, tensorfile
+from shardemb import collectives, faults, native, tensorfile
 from shardemb.embedding import Embedding
 from shardemb.manifest import (
     FORMAT,
@@ -47,8 +48,8 @@ from shardemb.transforms import to_json
 
 __all__ = ["AsyncSaver", "CheckpointError", "Manifest", "check_room", "checkpoints", "load", "save", "verify"]
 
-#: bytes of tensors in a file, at most (unless a single row has more)
-FILE_BYTES = 1 << 30
+#: bytes of tensors in a file, at most (unless a single row has more): enough files to hash several at a time
+FILE_BYTES = 1 << 28
 #: rows that are read at a time where their order changes
 _READ_ROWS = 1 << 16
 
@@ -599,10 +600,13 @@ class AsyncSaver:
         self._thread.start()
 
     def close(self) -> None:
-        """Wait for the last save, and keep its failure to itself; for the end of a job that has failed already."""
+        """Wait for the last save, keep its failure to itself (the job may have failed already), and forget all."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._buffers.clear()
+        if self._group is not None:
+            faults.forget(self._group)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
@@ -614,6 +618,9 @@ class AsyncSaver:
         return buffer.copy_(tensor)
 
     def _run(self, snapshot: _Snapshot) -> None:
+        if threading.current_thread() is self._thread:
+            with suppress(OSError):  # training comes first; a thread has a priority of its own on Linux
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             _write(self._folder, snapshot)
         except BaseException as error:
@@ -859,17 +866,20 @@ class _Load:
 
     def read(self) -> None:
         """Read the rows of this rank."""
-        with ExitStack() as stack:
-            opened: dict[str, tuple[BinaryIO, dict[str, Layout]]] = {}
-            for name, piece in self.wanted:
-                for part in self.manifest.parts[name]:
-                    if _apart(part, piece):
-                        continue
-                    if part.file not in opened:
-                        file = stack.enter_context(self.manifest.folder.open(part.file))
-                        opened[part.file] = file, self.manifest.layouts(part.file, file)
-                    file, layouts = opened[part.file]
-                    _read(file, layouts[name], part, piece)
+        tasks: dict[str, list[tuple[str, Part, _Piece]]] = {}
+        for name, piece in self.wanted:
+            for part in self.manifest.parts[name]:
+                if not _apart(part, piece):
+                    tasks.setdefault(part.file, []).append((name, part, piece))
+
+        def read(file: str) -> None:
+            with self.manifest.folder.open(file) as opened:
+                layouts = self.manifest.layouts(file, opened)
+                for name, part, piece in tasks[file]:
+                    _read(opened, layouts[name], part, piece)
+
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            list(pool.map(read, tasks))
 
     def finish(self) -> dict[str, Any]:
         """Let tables and optimizers know what was read."""

@@ -12,7 +12,7 @@ from shardemb import __version__
 #: errors of the user's input or machine: their message is enough
 _PLAIN = (
     "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "IndexError", "IsADirectoryError",
-    "KeyError", "MemoryError", "NotADirectoryError", "OSError", "PermissionError", "ValueError", "died",
+    "KeyError", "MemoryError", "NotADirectoryError", "OSError", "PeerFailureError", "PermissionError", "ValueError", "died",
 )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ from shardemb.kge.model import ModelConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.trainer import TrainingConfig
 
+#: settings that a run may go on without
+_WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep")
+
 
 @dataclass(frozen=True)
 class JobConfig:
@@ -73,9 +76,10 @@ class JobConfig:
         return "\n".join(lines + sections) + "\n"
 
     def differences(self, other: "JobConfig") -> list[str]:
-        """Return ``key: this != other`` for each setting that differs."""
+        """Return ``this against other`` for each setting that differs and changes what is computed."""
         mine, theirs = self.to_toml().splitlines(), other.to_toml().splitlines()
-        return [f"{a} against {b}" for a, b in zip(mine, theirs, strict=True) if a != b]
+        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
+        return [f"{a} against {b}" for a, b in pairs if a.split(" ")[0] not in _WHEN_TO_SAVE]
 
 
 def _parse(text: str) -> Any:

@@ -29,9 +29,8 @@ class Coordinator:
     4. ``post_parameter_update()`` of each module that has one: tables constrain their own changed rows;
     5. forget the gradients.
 
-    With ``nonfinite`` it first checks the gradients for NaN and infinite values, which costs a pass over them (8 % of a step
-    with the fastest optimizers) and an all-reduce of one number; :meth:`backward` checks the loss for next to nothing, and is
-    all that protects fused tables.
+    With ``nonfinite`` it first checks the gradients for NaN and infinite values: a pass over them, and an all-reduce of one
+    number. :meth:`backward` checks the loss for next to nothing, and is all that protects fused tables.
 
     The constructor is a collective too: it looks whether all ranks have the same parameters, optimizers and step, and copies
     rank 0's values of the parameters and buffers that every rank holds whole to all ranks, as DistributedDataParallel does.

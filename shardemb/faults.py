@@ -8,6 +8,7 @@ does not answer is dead or stopped. The ranks that wait look at the alarm too, s
 
 import atexit
 import json
+import math
 import os
 import sys
 import threading
@@ -25,7 +26,7 @@ import torch.distributed as dist
 #: seconds between two looks at the alarm
 _LOOK = 0.25
 #: seconds in which a live rank answers an alarm
-_GRACE = 1.2
+_GRACE = 1.0
 #: seconds that a rank may be done before those that still wait for it take that for an error
 _LATE = 1.5
 
@@ -91,6 +92,8 @@ class Watch:
     since: float = 0.0
     #: whether somebody has rung the alarm, or the store is gone
     alarmed: bool = False
+    #: when this rank saw it
+    alarmed_at: float = math.inf
     #: ranks that have ended
     ended: dict[int, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -105,7 +108,7 @@ class Watch:
             try:
                 if self._told("alarm", [None]):
                     self._set(f"answer/{self.rank}", self._state())
-                    self.alarmed = True
+                    self.alarmed_at, self.alarmed = time.monotonic(), True
                 elif self.operation and time.monotonic() - self.since > _LATE:
                     self.ended = self._told("ended", self.others)
             except Exception:  # the store is gone, with the rank that holds it or with the group
@@ -169,7 +172,7 @@ class Watch:
         def inquire() -> bool:
             self._set("alarm", "")
             self._set(f"answer/{self.rank}", self._state())
-            deadline = time.monotonic() + _GRACE
+            deadline = min(time.monotonic(), self.alarmed_at) + _GRACE
             while True:
                 for kind, found in heard.items():
                     found |= self._told(kind, self.others)
@@ -232,6 +235,13 @@ def _begin(group: Any) -> Watch:
     _leave_word()
     _watches[group] = Watch(dist.get_process_group_ranks(group), store, slices=dist.get_backend(group) == "gloo")
     return _watches[group]
+
+
+def forget(group: Any) -> None:
+    """End the watch of a group that is not used any more."""
+    found = _watches.pop(group, None)
+    if found is not None:
+        found.alarmed = True  # which ends its thread
 
 
 def _leave_word() -> None:

@@ -145,6 +145,7 @@ class _LocalFolder(Folder):
         fsync(self._path / name)
         (self._path / name).rename(self._path / new)
         fsync(self._path)
+        fsync(self._path.parent)  # this folder may be new too
 
     def free_bytes(self) -> int | None:
         here = self._path

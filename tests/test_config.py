@@ -27,6 +27,7 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
     assert JobConfig.load(path) == config
     assert config.differences(config) == []
     assert JobConfig.load(path, ["training.epochs=4"]).differences(config) == ["epochs = 4 against epochs = 3"]
+    assert JobConfig.load(path, ["training.checkpoint_seconds=60", "training.keep=5"]).differences(config) == []
 
 
 @pytest.mark.parametrize(

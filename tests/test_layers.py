@@ -85,6 +85,27 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+#: torch.distributed's functions in which a rank waits for others
+COLLECTIVES = {"all_to_all", "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier"}
+COLLECTIVES |= {
+    "reduce",
+    "gather",
+    "scatter",
+    "reduce_scatter_tensor",
+    "all_gather_object",
+    "send",
+    "recv",
+    "monitored_barrier",
+}
+
+
+@pytest.mark.parametrize("room", sorted(set(ROOMS) - {"collectives"}))
+def test_collectives_go_through_the_room_that_bounds_them(room: str) -> None:
+    for node in ast.walk(ast.parse(ROOMS[room].read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "dist":
+            assert node.func.attr not in COLLECTIVES, f"{room}:{node.lineno}: use shardemb.collectives"
+
+
 def test_every_room_has_a_floor() -> None:
     assert set(ROOMS) == set(floor_of)
 
