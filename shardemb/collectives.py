@@ -69,7 +69,12 @@ def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
 
 
 def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
-    """Return what each rank has given, in the order of the ranks: anything that JSON can hold, tuples as lists."""
+    """Return what each rank has given, in the order of the ranks: anything that JSON can hold, tuples as lists.
+
+    In a process without a process group that is its own value alone.
+    """
+    if not dist.is_initialized():
+        return [value]
     world_size = dist.get_world_size(group)
     cuda = dist.get_backend(group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -91,8 +96,6 @@ def agree(what: str, values: Mapping[str, Any], *, group: Any = None) -> None:
     Raises:
         ValueError: they have not, on all ranks; names what differs, and rank and value of both.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return
     told = gather(dict(values), group=group, operation=f"{what}: do all ranks agree?")
     for rank, other in enumerate(told):
         differ = [key for key in {**told[0], **other} if told[0].get(key) != other.get(key)]

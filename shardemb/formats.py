@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from shardemb import tensorfile
-from shardemb.checkpoint import save_rows
 from shardemb.files import replacing
 from shardemb.manifest import vocabulary_fingerprint
+from shardemb.saving import save_rows
 from shardemb.storage import Location
 from shardemb.store import StoredTable, map_rows, open
 from shardemb.vocabulary import Vocabulary

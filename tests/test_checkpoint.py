@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint
+from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint, saving
 from shardemb.checkpoint import CheckpointError
 
 
@@ -62,7 +62,7 @@ class Job:
 
 
 def _save(rank: int, world_size: int, folder: Path, dim: int) -> dict[str, torch.Tensor]:
-    checkpoint.FILE_BYTES = 3000  # several files a rank, tables cut between rows
+    saving.FILE_BYTES = 3000  # several files a rank, tables cut between rows
     job = Job(rank, world_size, dim)
     for number in range(3):
         job.step(number)

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint
+from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint, saving
 from shardemb.checkpoint import AsyncSaver, CheckpointError
+from shardemb.storage import folder_at
 
 
 class Two(nn.Module):
@@ -43,7 +44,7 @@ def _rows(model: Two) -> dict[str, torch.Tensor]:
 
 
 def _save_two(rank: int, world_size: int, folder: Path, kwargs: dict) -> dict[str, torch.Tensor]:
-    checkpoint.FILE_BYTES = 1000  # some files a rank
+    saving.FILE_BYTES = 1000  # some files a rank
     model = Two(**kwargs)
     optimizer = RowWiseAdagrad(model.parameters(), lr=0.3) if kwargs.get("gradient") != "fused" else None
     if optimizer is not None:
@@ -339,7 +340,7 @@ def test_a_failure_in_the_background_surfaces(run_ranks, tmp_path: Path, ranks: 
 
 
 def test_where_there_is_no_memory_for_a_copy_it_is_saved_at_once(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(saving, "free_bytes", lambda device: 100)
     saver = AsyncSaver(tmp_path)
     with pytest.warns(UserWarning, match="needs 12,024 bytes more, 100 are free: saving in the foreground"):
         saver.save(1, Embedding(501, shape=6))
@@ -348,13 +349,13 @@ def test_where_there_is_no_memory_for_a_copy_it_is_saved_at_once(tmp_path: Path,
 
 MEMORY = """
 import sys, torch
-from shardemb import Embedding, checkpoint
+from shardemb import Embedding, checkpoint, saving
 from shardemb.files import fsync
 
 def peak():  # of this process, in bytes
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
-checkpoint.FILE_BYTES = 64 << 20
+saving.FILE_BYTES = 64 << 20
 table = Embedding(4_000_000, shape=32, seed=1, initialize=True)  # 512 MB
 checkpoint.save(sys.argv[1], 1, Embedding(10, shape=2))  # so that all code is in memory
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak
@@ -383,13 +384,13 @@ def _full_disk(folder: Path) -> str:
     code = f"""
 import torch
 from pathlib import Path
-from shardemb import Embedding, checkpoint
-folder, free = Path({str(folder)!r}), checkpoint.Folder.free_bytes
+from shardemb import Embedding, checkpoint, saving
+folder, free = Path({str(folder)!r}), saving.Folder.free_bytes
 small, large = Embedding(1000, shape=64, seed=1), Embedding(4000, shape=64, seed=1)
 checkpoint.save(folder, 1, small)
 for step, known in ((2, True), (3, False)):  # it is known before, or found out in mid-save
     if not known:
-        checkpoint.check_room = lambda root, needed: None
+        saving.check_room = lambda root, needed: None
     try:
         checkpoint.save(folder, step, large)
     except checkpoint.CheckpointError as error:
@@ -451,7 +452,7 @@ def s3() -> Iterator[str]:
 
 def _s3(rank: int, world_size: int, uri: str) -> list:
     os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_EC2_METADATA_DISABLED": "true"}
-    checkpoint.FILE_BYTES = 1000
+    saving.FILE_BYTES = 1000
     model, other = Two(), Two()
     for table in other.children():
         nn.init.zeros_(table._embeddings.weight)
@@ -474,7 +475,7 @@ def test_an_object_store(run_ranks, s3: str, ranks: int) -> None:
         [f"s3://bucket/run-{ranks}/step-000000000{step}" for step in (2, 3)]
     ] * ranks
     # without a manifest, which is written last, there is no checkpoint
-    folder = checkpoint.folder_at(found[0][1])
+    folder = folder_at(found[0][1])
     manifest = folder.read("manifest.json")
     assert len(folder.names()) > 3
     folder.remove("manifest.json")

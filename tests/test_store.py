@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import shardemb
-from shardemb import Embedding, checkpoint, formats, manifest
+from shardemb import Embedding, checkpoint, formats, manifest, saving
 from shardemb.cli import main
 from shardemb.formats import export_table, import_table
 from shardemb.kge import ModelConfig, TrainingConfig, Triples, train
@@ -24,7 +24,7 @@ LABELS = [f"entity-{i}" for i in range(501)]
 
 
 def _save(rank: int, world_size: int, folder: Path, kwargs: dict) -> torch.Tensor:
-    checkpoint.FILE_BYTES = 1500  # several files
+    saving.FILE_BYTES = 1500  # several files
     model = nn.Module()
     model.entity = Embedding(501, seed=1, name="entity", **kwargs)
     model.relation = Embedding(3, shape=4, seed=2, name="relation", placement="replicated")
