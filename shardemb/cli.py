@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,8 @@ from shardemb import __version__
 
 #: errors of the user's input or machine: their message is enough
 _PLAIN = (
-    "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "MemoryError", "NotADirectoryError",
-    "PermissionError", "ValueError", "died",
+    "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "IsADirectoryError", "MemoryError",
+    "NotADirectoryError", "OSError", "PermissionError", "ValueError", "died",
 )  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             print(error.trace, file=sys.stderr)  # type: ignore[attr-defined]
         rank = f"rank {error.rank}: " if hasattr(error, "rank") else ""
-        print(f"shardemb: error: {rank}{message}", file=sys.stderr)
+        print(f"shardemb: error: {rank}{'; '.join(message.splitlines())}", file=sys.stderr)
         return 1
 
 
@@ -61,13 +63,13 @@ def _train(arguments: argparse.Namespace) -> int:
     started = output.is_dir() and any(path != written for path in output.iterdir())
     if started and not arguments.resume:
         raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
-    base = arguments.config or (written if started and written.exists() else None)  # --resume alone keeps the run's settings
+    resumed = started and written.exists()
+    base = arguments.config or (written if resumed else None)  # --resume alone keeps the run's settings
     config = JobConfig.load(base, arguments.set, arguments.dataset)
-    if started and written.exists():
-        if changed := config.differences(JobConfig.load(written)):
-            raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
+    if resumed and (changed := config.differences(JobConfig.load(written))):
+        raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
+    _make_writable(output)
+    if not resumed:
         with replacing(written) as partial:
             partial.write_text(config.to_toml(), encoding="utf-8")
     found = checkpoints(output / "checkpoints")
@@ -83,10 +85,25 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _make_writable(output: Path) -> None:
+    """Make the run folder and try to write there: a run that cannot save anything ends before it starts."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise OSError(f"--output {output}: expected a folder that can be made and written to: {error}") from error
+
+
 def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
+    import torch.distributed as dist
+
     from shardemb.kge.trainer import train
     from shardemb.kge.triples import Triples
 
-    data = Triples.load(config.dataset)
+    with warnings.catch_warnings():
+        if dist.is_initialized() and dist.get_rank():  # rank 0 says the same
+            warnings.simplefilter("ignore")
+        data = Triples.load(config.dataset, config.unseen)
     _, result = train(data, config.model, config.sampling, config.training, output, resume)
     return result
