@@ -1,8 +1,8 @@
 """The command line; ``--help`` answers without loading torch."""
 
 import argparse
-import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             print(error.trace, file=sys.stderr)  # type: ignore[attr-defined]
         rank = f"rank {error.rank}: " if hasattr(error, "rank") else ""
-        print(f"shardemb: error: {rank}{message}", file=sys.stderr)
+        print(f"shardemb: error: {rank}{'; '.join(message.splitlines())}", file=sys.stderr)
         return 1
 
 
@@ -185,18 +185,15 @@ def _train(arguments: argparse.Namespace) -> int:
     started = output.is_dir() and any(path != written for path in output.iterdir())
     if started and not arguments.resume:
         raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
-    base = arguments.config or (written if started and written.exists() else None)  # --resume alone keeps the run's settings
+    resumed = started and written.exists()
+    base = arguments.config or (written if resumed else None)  # --resume alone keeps the run's settings
     config = JobConfig.load(base, arguments.set, arguments.dataset)
-    if started and written.exists():
-        if changed := config.differences(JobConfig.load(written)):
-            raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
-    else:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            with replacing(written) as partial:
-                partial.write_text(config.to_toml(), encoding="utf-8")
-        except OSError as error:
-            raise PermissionError(f"{output}: got {error}, expected a folder that can be made and written") from error
+    if resumed and (changed := config.differences(JobConfig.load(written))):
+        raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
+    _make_writable(output)
+    if not resumed:
+        with replacing(written) as partial:
+            partial.write_text(config.to_toml(), encoding="utf-8")
     found = checkpoints(output / "checkpoints")
     how = f"resuming from {name_of(found[-1])}" if found else "no checkpoint to resume from, starting anew"
     print(
@@ -210,12 +207,24 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _make_writable(output: Path) -> None:
+    """Make the run folder and try to write there: a run that cannot save anything ends before it starts."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise OSError(f"--output {output}: expected a folder that can be made and written to: {error}") from error
+
+
 def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
+    import torch.distributed as dist
+
     from shardemb.kge.trainer import train
     from shardemb.kge.triples import Triples
 
     with warnings.catch_warnings():
-        if os.environ.get("RANK", "0") != "0":  # what is to be told of the data, one rank tells
+        if dist.is_initialized() and dist.get_rank():  # rank 0 says the same
             warnings.simplefilter("ignore")
         data = Triples.load(config.dataset, config.unseen)
     _, result = train(data, config.model, config.sampling, config.training, output, resume)

@@ -3,16 +3,17 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.trainer import TrainingConfig
+from shardemb.kge.triples import UNSEEN
 
 #: settings that a run may go on without
 _WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep")
@@ -24,31 +25,36 @@ class JobConfig:
 
     #: see :meth:`shardemb.kge.Triples.load`
     dataset: str = "wordnet"
-    #: what becomes of valid and test triples that hold what no training triple holds: "keep", "drop" or "error"
+    #: "keep", "drop" or "error": valid and test triples with an entity or a relation that no training triple holds
     unseen: str = "keep"
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        if self.unseen not in ("keep", "drop", "error"):
-            raise ValueError(f"unseen: got {self.unseen!r}, expected 'keep', 'drop' or 'error'")
+        if self.unseen not in UNSEEN:
+            raise ValueError(f"unseen: got {self.unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Iterable[str] = (), dataset: str | None = None) -> "JobConfig":
         """Read a TOML file, then ``key=value`` overrides such as ``training.epochs=3`` (values as in TOML, or a bare word).
 
         Raises:
-            ValueError: an unknown key (with the nearest known one), a value of a wrong type or out of range.
-            FileNotFoundError: no such file.
+            ValueError: text that is not TOML, an unknown key (with the nearest known one), a value of a wrong type or out of
+                range; names file, overrides and key.
+            OSError: the file cannot be opened.
         """
+        overrides = list(overrides)
+        source = " with ".join(filter(None, [str(path or ""), " ".join(overrides)])) or "configuration"
         tree: dict[str, Any] = {}
         if path is not None:
+            content = path.read_bytes()
             try:
-                tree = tomllib.loads(path.read_text(encoding="utf-8"))
+                tree = tomllib.loads(content.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: got a byte that is not UTF-8 ({error}), expected TOML") from error
-            except tomllib.TOMLDecodeError as error:
+                line = content.count(b"\n", 0, error.start) + 1
+                raise ValueError(f"{path}, line {line}: got byte {content[error.start]:#04x}, expected UTF-8 text") from error
+            except (ValueError, RecursionError) as error:  # also numbers too long, and brackets too deep
                 raise ValueError(f"{path}: got text that is not TOML: {error}") from error
         for override in overrides:
             key, separator, text = override.partition("=")
@@ -59,11 +65,11 @@ class JobConfig:
             for section in sections:
                 node = node.setdefault(section, {})
                 if not isinstance(node, dict):
-                    raise ValueError(f"got override {override!r}, but {section!r} is no section")
+                    raise ValueError(f"{source}: got override {override!r}, but {section!r} is no section")
             node[name] = _parse(text.strip())
         if dataset is not None:
             tree["dataset"] = dataset
-        return _build(cls, tree, str(path or "configuration"), "")
+        return _build(cls, tree, source, "")
 
     def to_toml(self) -> str:
         """Return the whole configuration, defaults included, as TOML that :meth:`load` reads."""
@@ -84,17 +90,37 @@ class JobConfig:
 
 def _parse(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text  # more of them: a line break within
 
 
 def _format(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_format(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{_format(key)} = {_format(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_format(entry) for entry in value) + "]"
-    return json.dumps(value)
+    if isinstance(value, float):
+        return repr(value)  # TOML has inf, JSON has not
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no surrogates, and escapes DEL
+
+
+def _keys(cls: Any, prefix: str = "") -> list[str]:
+    """Return the full names of all settings and sections."""
+    keys = []
+    for key, expected in get_type_hints(cls).items():
+        keys += [prefix + key, *(_keys(expected, f"{prefix}{key}.") if dataclasses.is_dataclass(expected) else ())]
+    return keys
+
+
+def _near(key: str, hints: Iterable[str], prefix: str) -> str:
+    """Return advice for an unknown key: a similar one beside it, or else one of another section."""
+    places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)} | {name: prefix + name for name in hints}
+    for names in (hints, places):
+        if near := difflib.get_close_matches(key, names, n=1):
+            return f"did you mean {places[near[0]]!r}?"
+    return f"known: {', '.join(prefix + name for name in hints)}"
 
 
 def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
@@ -102,9 +128,7 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(prefix + name for name in hints)}"
-            raise ValueError(f"{source}: unknown key {prefix + key!r}: {hint}")
+            raise ValueError(f"{source}: unknown key {prefix + key!r}: {_near(key, hints, prefix)}")
         expected = hints[key]
         if dataclasses.is_dataclass(expected):
             if not isinstance(value, Mapping):
@@ -114,17 +138,37 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
             values[key] = _check(value, expected, f"{source}: {prefix + key}")
     try:
         return cls(**values)
-    except ValueError as error:  # out of range
+    except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
 def _check(value: Any, expected: Any, where: str) -> Any:
-    if isinstance(expected, types.GenericAlias):
-        origin: Any = expected.__origin__
-        if isinstance(value, origin) and all(isinstance(key, get_args(expected)[0]) for key in value):
-            return value
-    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, expected) and isinstance(value, bool) == (expected is bool):
-        return value
-    raise ValueError(f"{where}: got {value!r}, expected a value of type {getattr(expected, '__name__', expected)}")
+    """Return a value of the expected type, or refuse it."""
+    _writable(value, where)
+    kind = getattr(expected, "__origin__", expected)
+    if kind is float and type(value) is int:  # a truth value is none
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: got {value!r:.80}, expected a value of type {getattr(expected, '__name__', expected)}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{where}: got {value!r}, expected a finite number")
+    return value
+
+
+def _writable(value: Any, where: str) -> None:
+    """Refuse what ``config.toml`` could not hold, or no setting can mean."""
+    if isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            _writable(key, where)
+            _writable(entry, f"{where}.{key}")
+    elif not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: got {value!r}, expected text, a number or a truth value")
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{where}: got an integer of {value.bit_length()} bits, expected at most 63")
+    elif isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{where}: got nan, expected a number")
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
+            raise ValueError(f"{where}: got {value!r:.80}, expected UTF-8 text") from error

@@ -132,7 +132,7 @@ class _LocalFolder(Folder):
         file = (self._path / name).open("rb", buffering=0)
         with suppress(OSError, AttributeError):  # while one part is hashed the disk brings the next
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        return file  # type: ignore[return-value]
+        return file
 
     def make(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)

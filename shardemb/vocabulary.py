@@ -14,6 +14,51 @@ import pyarrow.parquet as pq
 from shardemb.files import replacing
 
 
+def read_strings(path: Path, names: Sequence[str]) -> list[list[str]]:
+    """Read columns of strings or integers, plain or dictionary-encoded, from a Parquet file.
+
+    Args:
+        path: of one file.
+        names: of the columns; others are left unread.
+
+    Returns:
+        For each name the column's values ``(n,)`` as strings.
+
+    Raises:
+        ValueError: no whole Parquet file, a missing column, another type, a null, text that is not UTF-8; names file, column
+            and row (the first is row 0).
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        try:
+            parquet = pq.ParquetFile(file)
+            found = parquet.schema_arrow.names
+            if any(found.count(name) != 1 for name in names):
+                expected = ", ".join(map(repr, names))
+                raise ValueError(f"{path}: got columns {found}, expected {expected}, each once: rename or add columns")
+            table = parquet.read(columns=list(names))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: got a file that is not Parquet, or is damaged ({error})") from error
+    return [_strings(table.column(name), f"column {name!r}", path) for name in names]
+
+
+def _strings(column: pa.ChunkedArray, name: str, path: Path) -> list[str]:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_integer(column.type):
+        column = column.cast(pa.string())
+    if not any(is_kind(column.type) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
+        raise ValueError(f"{path}: got {name} of type {column.type}, expected strings or integers: cast it")
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: got {name} with text that is not UTF-8 ({error})") from error
+    if column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise ValueError(f"{path}, row {row}, {name}: got a null, expected a label")
+    return column.to_pylist()
+
+
 class Vocabulary:
     """An immutable list of distinct labels; a label's id is its place.
 
@@ -29,7 +74,8 @@ class Vocabulary:
         self._ids = {label: i for i, label in enumerate(self.labels)}
         if len(self._ids) != len(self.labels):
             twice = next(label for i, label in enumerate(self.labels) if self._ids[label] != i)
-            raise ValueError(f"label {twice!r} stands twice in a vocabulary of {len(self.labels)}: labels must be distinct")
+            first, last = self.labels.index(twice), self._ids[twice]
+            raise ValueError(f"label {twice!r} stands twice, as ids {first} and {last}: labels must be distinct")
 
     @classmethod
     def from_labels(cls, labels: Iterable[str], seed: int = 0) -> "Vocabulary":
@@ -54,18 +100,9 @@ class Vocabulary:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: another kind of file or of columns, a null, a label twice; names the file.
+            ValueError: no Parquet, another column, a null, a label that stands twice; names file and row (an id is a row).
         """
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowInvalid, IsADirectoryError) as error:
-            raise ValueError(f"{path}: got a file that is not Parquet ({error})") from error
-        if table.column_names != ["label"] or not pa.types.is_string(table.column(0).type):
-            got = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-            raise ValueError(f"{path}: got columns {got or 'none'}, expected label (string)")
-        labels = table.column(0).to_pylist()
-        if None in labels:
-            raise ValueError(f"{path}, row {labels.index(None)}: got no label, expected one")
+        (labels,) = read_strings(path, ["label"])
         try:
             return cls(labels)
         except ValueError as error:

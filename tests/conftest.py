@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +109,20 @@ def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: flo
         return results
     finally:
         ranks.close(grace)
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder, and a test that no longer is root, whom permission bits would not bind."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
 
 
 @pytest.fixture

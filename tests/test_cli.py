@@ -1,15 +1,19 @@
+import gzip
 import json
+import os
 import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from shardemb.cli import main
 
 NATIONS = ["train", "--dataset", "pykeen:nations", "--set", "training.epochs=2", "--set", "sampling.batch_size=512"]
+HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
 SMALL = ["--set", "sampling.chunk_size=128", "--set", "sampling.num_negatives=10", "--set", "model.dim=16"]
 
 
@@ -33,6 +37,9 @@ def test_train_resume_and_the_same_result_on_two_workers(tmp_path: Path, capfd: 
     assert "is not empty: give another --output, or go on with --resume" in capfd.readouterr().err
     assert main([*NATIONS, *SMALL, "--output", str(run), "--resume", "--set", "training.epochs=3"]) == 1
     assert "got epochs = 3 against epochs = 2" in capfd.readouterr().err
+    written = run / "config.toml"
+    assert 'unseen = "keep"\n' in written.read_text()
+    written.write_text(written.read_text().replace('unseen = "keep"\n', ""))  # as a run that was made before the key was
     newest = sorted((run / "checkpoints").iterdir())[-1]
     newest.rename(newest.with_suffix(".tmp"))
     capfd.readouterr()
@@ -41,47 +48,110 @@ def test_train_resume_and_the_same_result_on_two_workers(tmp_path: Path, capfd: 
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["mrr"] == pytest.approx(mrr[2], abs=1e-6)
 
 
+def one_error(capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failed command says of it."""
+    err = capfd.readouterr().err
+    (line,) = [line for line in err.splitlines() if re.search("error:|Error", line)]
+    assert line.startswith("shardemb: error: ")
+    assert "Traceback" not in err
+    assert err.endswith(line + "\n")
+    return line
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_bad_file_is_named_without_a_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str) -> None:
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.tsv").write_text("a\tr\tb\na\tb\n" if split == "valid" else "a\tr\tb\n")
     arguments = ["train", "--dataset", str(tmp_path), "--workers", workers, "--output", str(tmp_path / "run")]
     assert main(arguments) == 1
-    err = capfd.readouterr().err
-    assert "valid.tsv, line 2: got 2 fields" in err
-    assert "Traceback" not in err
+    error = one_error(capfd)
+    assert "valid.tsv, line 2: got 2 fields" in error
     (tmp_path / "valid.tsv").write_text("a\tr\tb\n")
     assert main([*arguments, *SMALL, "--set", "training.epochs=1"]) == 0  # the same command, once the file is mended
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_triples_with_unseen_entities_can_be_dropped(tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str) -> None:
-    for split, tail in (("train", "b"), ("valid", "b"), ("test", "z")):
-        (tmp_path / f"{split}.tsv").write_text(f"a\tr\tb\nb\tr\t{tail}\n")
-    arguments = ["train", "--dataset", str(tmp_path), "--workers", workers, *SMALL, "--set", "training.epochs=1", "--output"]
-    assert main([*arguments, str(tmp_path / "error"), "--set", "unseen=error"]) == 1
-    err = capfd.readouterr().err
-    assert "1 of 2 test triples hold 1 entities ('z') that no training triple holds: add training triples" in err
-    assert err.count("error:") == 1
-    assert "Traceback" not in err
-    with warnings.catch_warnings(record=True) as told:  # one worker is this process
-        warnings.simplefilter("always")
-        assert main([*arguments, str(tmp_path / "drop"), "--set", "unseen=drop"]) == 0
-    text = capfd.readouterr().err + " ".join(str(warning.message) for warning in told)
-    assert text.count("they are dropped") == 1
+def test_unseen_labels_are_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.tsv").write_text("a\tr\tb\na\tr\tz\n" if split == "test" else "a\tr\tb\n")
+    arguments = ["train", "--dataset", str(tmp_path), "--workers", workers, *SMALL, "--set", "training.epochs=1"]
+    assert main([*arguments, "--output", str(tmp_path / "error"), "--set", "unseen=error"]) == 1
+    text = "1 of 2 test triples hold entities (1: 'z') that no training triple holds"
+    assert f"{text}, expected none" in one_error(capfd)
+    with warnings.catch_warnings():  # of this process, they would go to pytest
+        warnings.simplefilter("default")
+        assert main([*arguments, "--output", str(tmp_path / "drop"), "--set", "unseen=drop"]) == 0
+    if workers == "2":
+        assert capfd.readouterr().err.count(f"{text}: dropped these triples") == 1
+    assert json.loads((tmp_path / "drop/metrics.jsonl").read_text().splitlines()[-1])["triples"] == 1
+    assert pq.read_table(tmp_path / "drop/entities.parquet").num_rows == 2
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_output_that_cannot_be_written_is_told_before_anything_else(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str
+def test_an_output_that_cannot_be_written_is_found_out_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for output, text in (
+        (tmp_path / "file", "File exists"),
+        (tmp_path / "file/run", "Not a directory"),
+        (tmp_path / "link", "File exists"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (Path("/proc/run"), "No such file or directory"),
+        (Path("/proc/self/task"), "is not empty"),
+    ):
+        assert main(["train", "--dataset", str(tmp_path / "none"), "--workers", "2", "--output", str(output)]) == 1
+        error = one_error(capfd)
+        assert str(output) in error
+        assert text in error
+
+
+def test_an_output_without_permission(as_nobody: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (as_nobody / "run").mkdir(0o500)
+    for output in (as_nobody / "run", as_nobody / "run/inner"):
+        assert main(["train", "--dataset", "none", "--output", str(output)]) == 1
+        assert "Permission denied" in one_error(capfd)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_output_on_a_read_only_file_system(tmp_path: Path, resume: bool) -> None:
+    """In a mount namespace of its own, where the system lets us make one."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*alone, "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.toml").write_text("dataset = 'none'")
+    output = "run --resume" if resume else "new"
+    script = f"mount -o bind,ro . . && cd {tmp_path} && {sys.executable} -m shardemb train --dataset none --output {output}"
+    done = subprocess.run([*alone, "sh", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=HERE, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"shardemb: error: --output \w+: expected a folder .*Read-only file system: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(b"[training]\nepoch = 1", "unknown key"), (b"epochs =", "not TOML"), (b"\xff", "byte 0xff"), (None, "Is a directory")],
+)
+def test_a_bad_configuration_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes | None, text: str
 ) -> None:
-    (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/nowhere")):
-        assert main(["train", "--dataset", "no such data", "--workers", workers, "--output", str(output)]) == 1
-        err = capfd.readouterr().err
-        assert f"error: {output}: got" in err
-        assert "expected a folder that can be made and written" in err
-        assert "Traceback" not in err
+    path = tmp_path / "job.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert main(["train", str(path), "--output", str(tmp_path / "run")]) == 1
+    error = one_error(capfd)
+    assert str(path) in error
+    assert text in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_triples_that_are_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"folder/{split}.parquet").mkdir()
+    (tmp_path / "short.tsv.gz").write_bytes(gzip.compress(b"a\tr\tb\n" * 1000)[:-9])
+    (tmp_path / "short.parquet").write_bytes(b"PAR1PAR1")
+    (tmp_path / "empty.tsv").touch()
+    for number, name in enumerate(("folder", "short.tsv.gz", "short.parquet", "empty.tsv", "none")):
+        assert main(["train", "--dataset", str(tmp_path / name), "--output", str(tmp_path / str(number))]) == 1
+        assert str(tmp_path / name) in one_error(capfd)
 
 
 def test_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -33,25 +33,37 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch = 3", "unknown key 'epoch': known: dataset, unseen, model, sampling, training"),
+        ("nonsense = 3", ": unknown key 'nonsense': known: dataset, unseen, model, sampling, training"),
+        ("epoch = 3", ": unknown key 'epoch': did you mean 'training.epochs'?"),
+        ("[training]\ndim = 3", ": unknown key 'training.dim': did you mean 'model.dim'?"),
+        ("[traning]\nepochs = 3", ": unknown key 'traning': did you mean 'training'?"),
+        ("[model.constrainr]\np = 2", ": unknown key 'model.constrainr': did you mean 'model.constrainer'?"),
+        ("dataset = 3", ": dataset: got 3, expected a value of type str"),
+        ("unseen = 'dorp'", ": unseen: got 'dorp', expected one of 'keep', 'drop', 'error'"),
         ("[training]\nepoch = 3", "unknown key 'training.epoch': did you mean 'training.epochs'?"),
         ("[training]\nepochs = 'x'", "training.epochs: got 'x', expected a value of type int"),
         ("[training]\nepochs = true", "training.epochs: got True"),
         ("[model]\ndim = 1.5", "model.dim: got 1.5"),
         ("model = 3", "model: got 3, expected a section"),
         ("[model]\nconstrainer_kwargs = 3", "model.constrainer_kwargs: got 3"),
-        ("[training]\nepochs = 0", "training.epochs: got 0, expected at least 1"),
-        ("epochs =", "not TOML"),
-        ("unseen = 'hide'", "unseen: got 'hide', expected 'keep', 'drop' or 'error'"),
-        ("unseens = 'drop'", "unknown key 'unseens': did you mean 'unseen'?"),
-        ("[train]\nepochs = 3", "unknown key 'train': did you mean 'training'?"),
-        ("[model]\nentity_lr = nan", "model.entity_lr: got nan, expected a finite number"),
-        ("[training]\ncheckpoint_seconds = inf", "training.checkpoint_seconds: got inf, expected a number, at least 0"),
-        ("[training]\ncheckpoint_seconds = true", "training.checkpoint_seconds: got True, expected a value of type float"),
-        ("[training]\nnonfinite = 'ignore'", "training.nonfinite: got 'ignore', expected 'error', 'warn' or 'skip'"),
-        ("[training]\nkeep = 0", "training.keep: got 0, expected at least 1"),
-        ("[[model]]\ndim = 3", "model: got [{'dim': 3}], expected a section"),
-        ("dataset = 3", "dataset: got 3, expected a value of type str"),
+        ("[[model]]", ": model: got [{}], expected a section"),
+        ("[model]\nn3 = true", ": model.n3: got True, expected a value of type float"),
+        ("[model]\nn3 = nan", ": model.n3: got nan, expected a number"),
+        ("[model]\nentity_lr = inf", ": model.entity_lr: got inf, expected a finite number"),
+        ("[training]\nfinal_lr = -inf", ": training.final_lr: got -inf, expected a finite number"),
+        ("[model]\nn3 = " + "9" * 400, ": model.n3: got an integer of 1329 bits, expected at most 63"),
+        ("[model]\ndim = 7", ": model.dim: got dim=7, expected an even one"),
+        ("[model]\nconstrainer_kwargs = {maxnorm = nan}", ": model.constrainer_kwargs.maxnorm: got nan, expected a number"),
+        ("[model]\nconstrainer_kwargs = {a = [1979-05-27]}", ": model.constrainer_kwargs.a.0: got datetime.date(1979, 5, 27)"),
+        ("[training]\ncheckpoint_seconds = -1", ": training.checkpoint_seconds: got -1.0, expected a number, at least 0"),
+        ("[training]\nnonfinite = 'ignore'", ": training.nonfinite: got 'ignore', expected 'error', 'warn' or 'skip'"),
+        ("[training]\nkeep = 0", ": training.keep: got 0, expected at least 1"),
+        ("[training]\nepochs = 0", ": training.epochs: got 0, expected at least 1"),
+        ("epochs =", ": got text that is not TOML: Invalid value (at "),
+        ("a = 1\na = 2", ": got text that is not TOML: Cannot overwrite a value"),
+        ("a = " + "[" * 5000, ": got text that is not TOML: maximum recursion depth"),
+        ("a = " + "9" * 5000, ": got text that is not TOML: Exceeds the limit"),
+        ("PK\0\1", ": got text that is not TOML: "),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -63,18 +75,71 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+def test_files_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
-    path.write_bytes(b"dataset = 'caf\xe9'")
-    with pytest.raises(ValueError, match=r"job\.toml: got a byte that is not UTF-8"):
-        JobConfig.load(path)
+    for content, text in (
+        (b"# one\n# caf\xe9\n", "line 2: got byte 0xe9, expected UTF-8 text"),
+        (CONFIG.encode("utf-16"), "line 1: got byte 0xff"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path}, {text}"):
+            JobConfig.load(path)
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         JobConfig.load(tmp_path)
-    path.write_text("")
-    assert JobConfig.load(path) == JobConfig()
+    with pytest.raises(FileNotFoundError, match=r"none\.toml"):
+        JobConfig.load(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("override", ["training.epochs", "dataset.x=3"])
-def test_overrides_are_checked(override: str) -> None:
-    with pytest.raises(ValueError, match="override"):
-        JobConfig.load(None, ["dataset=wordnet", override])
+def test_a_file_that_cannot_be_opened(as_nobody: Path) -> None:
+    (as_nobody / "job.toml").touch(0o000)
+    with pytest.raises(PermissionError, match=r"job\.toml"):
+        JobConfig.load(as_nobody / "job.toml")
+
+
+def test_an_empty_file_and_none_are_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    for content in (b"", b"\n\n", b"\xef\xbb\xbf# an editor's byte-order mark\r\n[model]\r\n"):
+        path.write_bytes(content)
+        assert JobConfig.load(path) == JobConfig.load() == JobConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("training.epochs", "expected key=value"),
+        ("dataset.x=3", "but 'dataset' is no section"),
+        ("model.constrainer_kwargs.dim.x=3", "but 'dim' is no section"),
+        ("training.epoch=3", "unknown key 'training.epoch': did you mean 'training.epochs'"),
+        ("training.epochs=three", "training.epochs: got 'three', expected a value of type int"),
+        ("training.epochs=3\nx = 1", r"training.epochs: got '3\\nx = 1', expected a value of type int"),
+        ("training.epochs=0", "training.epochs: got 0, expected at least 1"),
+        ("training.epochs.x=0", "training.epochs: got {'x': 0}, expected a value of type int"),
+        ("training=3", "training: got 3, expected a section"),
+        ("model.n3=nan", "model.n3: got nan"),
+        ("dataset=/\udcff", r"dataset: got '/\\udcff', expected UTF-8 text"),
+        ("=3", "unknown key ''"),
+    ],
+)
+def test_overrides_are_checked_and_named(tmp_path: Path, override: str, text: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("[model]\nconstrainer_kwargs = {dim = -1}")
+    with pytest.raises(ValueError, match=text) as caught:
+        JobConfig.load(path, ["dataset=wordnet", override])
+    assert override.strip() in str(caught.value) or repr(override) in str(caught.value)
+
+
+def test_deep_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(CONFIG)
+    config = JobConfig.load(path, ["model.constrainer_kwargs.maxnorm=2", "model.constrainer_kwargs.p = inf", "unseen=drop"])
+    assert config.model.constrainer_kwargs == {"maxnorm": 2, "dim": -1, "p": float("inf")}
+    assert config.unseen == "drop"
+    path.write_text(config.to_toml())  # inf is no JSON
+    assert JobConfig.load(path) == config
+
+
+@pytest.mark.parametrize("dataset", ["/data/\U0001f600 é", "a\x7f\tb\\\"'\n", "true", ""])
+def test_any_name_comes_back(tmp_path: Path, dataset: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(JobConfig(dataset=dataset).to_toml(), encoding="utf-8")
+    assert JobConfig.load(path).dataset == dataset

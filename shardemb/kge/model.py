@@ -44,7 +44,10 @@ class ModelConfig:
         for name in ("init_std", "n3", "entity_lr", "relation_lr"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name}: got {getattr(self, name)}, expected a finite number, at least 0")
-        SCORERS[self.scorer]().check_dim(self.dim)
+        try:
+            SCORERS[self.scorer]().check_dim(self.dim)
+        except ValueError as error:
+            raise ValueError(f"model.dim: {error}") from error
         try:
             constrainer = resolve_constrainer(self.constrainer or None, self.constrainer_kwargs)
             if constrainer is not None:

@@ -1,61 +1,64 @@
 """Head-relation-tail triples: read strictly, numbered densely.
 
-A line that is not three non-empty fields is an error that names file and line; no triple is ever made up or skipped.
+A line that is not three labels is an error that names file and line; no triple is ever made up, or skipped unasked.
 """
 
 import gzip
-import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, compress, permutations
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from shardemb.vocabulary import Vocabulary
+from shardemb.vocabulary import Vocabulary, read_strings
 
-Unseen = Literal["keep", "drop", "error"]
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".parquet")
+#: what becomes of valid and test triples with an entity or a relation that no training triple holds
+UNSEEN = ("keep", "drop", "error")
 #: graphs that come with the package
 BUNDLED = Path(__file__).parent.parent / "data"
 #: longest line that can be a triple, in bytes
 MAX_LINE = 1 << 20
 
-#: first lines that name columns instead of holding a triple
-_HEADERS = {
-    tuple(names.split())
-    for names in (
-        "head relation tail", "head rel tail", "h r t", "subject predicate object", "s p o", "source relation target",
-        "source type target", "source label target", "src rel dst", "src relation dst", "from relation to", "from type to",
-    )
-}  # fmt: skip
-
 #: three columns of labels: heads, relations, tails
 Columns = tuple[list[str], list[str], list[str]]
 
+_NO_LABEL = frozenset("\0\t\n\r\ufeff")
+_LABEL = "a label, not empty, without NUL, tab, end of line, byte-order mark or outer spaces"
+#: what stands over columns of heads, of relations and of tails
+_HEADER = (
+    {"head", "h", "subject", "subj", "s", "source", "src", "from"},
+    {"relation", "relationship", "rel", "r", "predicate", "pred", "p", "property", "edge", "type", "label"},
+    {"tail", "t", "object", "obj", "o", "target", "dst", "to"},
+)
+_UTF8 = "UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8"
+#: first bytes that tell what a file is instead
+_MAGIC = {
+    b"\xff\xfe": "UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "UTF-8 text: this is gzip, give it a name that ends in .gz",
+}
+
 
 def read_tsv(path: Path) -> Columns:
-    """Read ``head TAB relation TAB tail`` lines in UTF-8, plain or ``.gz``.
+    """Read ``head TAB relation TAB tail`` lines in UTF-8, plain or ``.gz``; a quote is part of a label.
 
     Raises:
-        ValueError: a malformed line or a damaged file; names file and line, what was got and what was expected.
+        ValueError: a malformed line, a header or a damaged file; names file and line, what was got and what was expected.
+        OSError: the file cannot be opened.
     """
     columns: Columns = ([], [], [])
     for number, line in _lines(path):
         fields = line.split("\t")
-        if number == 1 and tuple(field.strip().casefold() for field in fields) in _HEADERS:
-            raise _malformed(
-                path, 1, f"a header, {line[:80]!r}", "a triple: remove the line (tail -n +2), or it would become one"
-            )
+        if "\r" in line:
+            raise _malformed(path, number, f"a CR within {line[:80]!r}", "lines that end in LF or CRLF: convert the file")
         if len(fields) != 3:
             got = "an empty line" if not line else f"{len(fields)} field{'s' * (len(fields) != 1)}: {line[:80]!r}"
             raise _malformed(path, number, got, "three fields, head TAB relation TAB tail")
@@ -63,20 +66,24 @@ def read_tsv(path: Path) -> Columns:
             if not _is_label(field):
                 raise _malformed(path, number, f"the field {field[:80]!r}", _LABEL)
             column.append(field)
+        if number == 1 and _is_header(fields):
+            expected = "a triple, head TAB relation TAB tail: remove the line (if it is a triple, let another be the first)"
+            raise _malformed(path, number, f"the header {line!r}", expected)
     return columns
 
 
-#: what a label is
-_LABEL = "a label, not empty, without NUL, tab, line break or outer spaces"
-_NO_LABEL = re.compile(r"\A\s|\s\Z|[\0\t\r\n]|\A\Z")
-
-
 def _is_label(text: str) -> bool:
-    return not _NO_LABEL.search(text)
+    return bool(text) and text == text.strip() and (text.isprintable() or _NO_LABEL.isdisjoint(text))
+
+
+def _is_header(fields: Sequence[str]) -> bool:
+    """Tell whether the fields are names of the three columns, in any order."""
+    names = [field.strip("#\"' ").casefold().removesuffix("_id") for field in fields]
+    return any(all(name in known for name, known in zip(names, order, strict=True)) for order in permutations(_HEADER))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
+    number, raw = 0, b""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             while raw := file.readline(MAX_LINE):
@@ -85,9 +92,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise _malformed(path, number, f"more than {MAX_LINE - 1:,} bytes", "a line of one triple")
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise _malformed(path, number, f"byte {error.object[error.start]:#04x}", "UTF-8 text") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _malformed(path, number + 1, f"a damaged file ({error})", "a whole gzip file") from error
+        expected = _MAGIC.get(raw[:2], _UTF8) if number == 1 else _UTF8
+        raise _malformed(path, number, f"byte {error.object[error.start]:#04x}", expected) from error
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it cannot be opened
+        expected = "a whole gzip file" if path.suffix == ".gz" else "a file that can be read"
+        raise _malformed(path, number + 1, f"a damaged file ({error})", f"{expected}: fetch it anew") from error
 
 
 def _malformed(path: Path, number: int, got: str, expected: str) -> ValueError:
@@ -95,34 +106,35 @@ def _malformed(path: Path, number: int, got: str, expected: str) -> ValueError:
 
 
 def read_parquet(path: Path) -> Columns:
-    """Read the columns "head", "relation" and "tail", strings or integers.
+    """Read the columns "head", "relation" and "tail", strings (also dictionary-encoded) or integers.
 
     Raises:
-        ValueError: a missing column, another type, a null or an empty label; names file, column and row.
+        ValueError: a missing column, another type, a null, or what would be no label in a TSV file; names file, column and
+            row (the first is row 0).
+        OSError: the file cannot be opened.
     """
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: got a file that is not Parquet ({error})") from error
-    columns = []
-    for name in ("head", "relation", "tail"):
-        if name not in table.column_names:
-            raise ValueError(f"{path}: got columns {table.column_names}, expected 'head', 'relation' and 'tail'")
-        column = table.column(name)
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ValueError(f"{path}: got column {name!r} of type {column.type}, expected strings or integers")
-        labels = column.cast(kind).cast(pa.string()).to_pylist()
+    names = ("head", "relation", "tail")
+    heads, relations, tails = read_strings(path, names)
+    for name, labels in zip(names, (heads, relations, tails), strict=True):
         for row, label in enumerate(labels):
-            if label is None or not _is_label(label):
-                raise ValueError(f"{path}, row {row}, column {name!r}: got {label!r}, expected {_LABEL}")
-        columns.append(labels)
-    return columns[0], columns[1], columns[2]
+            if not _is_label(label):
+                raise ValueError(f"{path}, row {row}, column {name!r}: got {label[:80]!r}, expected {_LABEL}")
+    return heads, relations, tails
 
 
 def read(path: Path) -> Columns:
-    """Read a file of triples by its suffix."""
-    return read_parquet(path) if path.suffix == ".parquet" else read_tsv(path)
+    """Read a file of triples by its suffix.
+
+    Raises:
+        ValueError: no triple in it, or malformed; names file and line or row.
+        OSError: the file cannot be opened.
+    """
+    if path.is_dir():  # Arrow would read all files in it
+        raise IsADirectoryError(f"{path}: got a folder, expected a file of triples")
+    columns = read_parquet(path) if path.suffix == ".parquet" else read_tsv(path)
+    if not columns[0]:
+        raise ValueError(f"{path}: got a file without triples, expected at least one")
+    return columns
 
 
 @dataclass(frozen=True)
@@ -141,20 +153,20 @@ class Triples:
     relations: Vocabulary
 
     @classmethod
-    def load(cls, dataset: str | Path, unseen: Unseen = "keep") -> "Triples":
+    def load(cls, dataset: str | Path, unseen: str = "keep") -> "Triples":
         """Load a graph.
 
         Args:
             dataset: "wordnet", which comes with the package; "pykeen:NAME" for a set that comes with an installed PyKEEN
                 (nations, umls, kinships, ...); a folder with train, valid and test files (.tsv, .tsv.gz, .txt, .txt.gz or
                 .parquet); or one such file, of which a seeded twentieth each (5,000 at most) becomes valid and test.
-
-            unseen: what to do with triples of valid and test that hold an entity or relation that no training triple holds:
-                "keep" them, with a warning, "drop" them, with a warning, or "error".
+            unseen: what becomes of valid and test triples with an entity or a relation that no training triple holds: "keep"
+                them and warn, "drop" them and warn, or "error".
 
         Raises:
             FileNotFoundError: no such graph, or a folder without the three files.
-            ValueError: a malformed file; names file and line or row. Unseen entities or relations, with unseen="error".
+            ValueError: a malformed file (names file and line or row), two files for one split, or unseen labels with "error".
+            OSError: a file cannot be opened.
         """
         if str(dataset).startswith("pykeen:"):
             return cls._from_folder(str(dataset), _pykeen_folder(str(dataset).removeprefix("pykeen:")), unseen)
@@ -163,7 +175,7 @@ class Triples:
             return cls._from_file(path, unseen)
         if (BUNDLED / str(dataset)).is_dir() and path.name == str(dataset):
             path = BUNDLED / path
-        if not path.is_dir():
+        if not str(dataset) or not path.is_dir():
             raise FileNotFoundError(
                 f"got dataset {str(dataset)!r}, expected 'wordnet', 'pykeen:NAME', a folder with train, valid and test "
                 f"files ({', '.join(SUFFIXES)}), or one such file"
@@ -171,19 +183,27 @@ class Triples:
         return cls._from_folder(str(dataset), path, unseen)
 
     @classmethod
-    def _from_folder(cls, name: str, folder: Path, unseen: Unseen) -> "Triples":
-        parts = []
+    def _from_folder(cls, name: str, folder: Path, unseen: str) -> "Triples":
+        files = []
         for split in SPLITS:
-            found = [file for suffix in SUFFIXES if (file := folder / f"{split}{suffix}").is_file()]
-            if len(found) != 1:
-                raise FileNotFoundError(
-                    f"{folder}: got {len(found)} files for {split!r}, expected one of {', '.join(split + s for s in SUFFIXES)}"
+            found = [file for suffix in SUFFIXES if (file := folder / f"{split}{suffix}").exists()]
+            if len(found) > 1:
+                raise ValueError(
+                    f"{folder}: got {len(found)} files for {split!r}, {' and '.join(file.name for file in found)}, "
+                    f"expected one: remove the others"
                 )
-            parts.append(read(found[0]))
-        return cls.from_columns(name, parts[0], parts[1], parts[2], unseen)
+            if not found:
+                others = sorted(file.name for file in folder.glob(f"{split}*"))
+                raise FileNotFoundError(
+                    f"{folder}: got 0 files for {split!r}{f' but {others}' if others else ''}, "
+                    f"expected one of {', '.join(split + suffix for suffix in SUFFIXES)}"
+                )
+            files += found
+        train, valid, test = map(read, files)
+        return cls.from_columns(name, train, valid, test, unseen)
 
     @classmethod
-    def _from_file(cls, path: Path, unseen: Unseen) -> "Triples":
+    def _from_file(cls, path: Path, unseen: str) -> "Triples":
         heads, relations, tails = read(path)
         held = min(len(heads) // 20, 5000)
         order = np.random.default_rng(0).permutation(len(heads))
@@ -194,15 +214,24 @@ class Triples:
         return cls.from_columns(str(path), train, valid, test, unseen)
 
     @classmethod
-    def from_columns(cls, name: str, train: Columns, valid: Columns, test: Columns, unseen: Unseen = "keep") -> "Triples":
-        """Number labels and make tensors; ``unseen`` as in :meth:`load`.
+    def from_columns(cls, name: str, train: Columns, valid: Columns, test: Columns, unseen: str = "keep") -> "Triples":
+        """Number labels and make tensors.
+
+        Args:
+            name: of the graph, for messages.
+            train: columns of ``(T,)`` labels.
+            valid: columns; may be empty.
+            test: columns; may be empty.
+            unseen: see :meth:`load`.
 
         Raises:
-            ValueError: no training triple; unseen entities or relations, with unseen="error".
+            ValueError: no training triple, or unseen labels with "error".
         """
+        if unseen not in UNSEEN:
+            raise ValueError(f"unseen: got {unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")
         if not train[0]:
             raise ValueError(f"{name}: got no training triples, expected at least one")
-        valid, test = _look_for_unseen(name, train, {"valid": valid, "test": test}, unseen)
+        valid, test = _settle_unseen(name, train, valid, test, unseen)
         parts = (train, valid, test)
         entities = Vocabulary.from_labels(chain.from_iterable(labels for h, _, t in parts for labels in (h, t)))
         relations = Vocabulary.from_labels(chain.from_iterable(r for _, r, _ in parts))
@@ -218,32 +247,36 @@ class Triples:
         return torch.cat([self.train, self.valid, self.test])
 
 
-def _look_for_unseen(name: str, train: Columns, splits: dict[str, Columns], unseen: Unseen) -> tuple[Columns, Columns]:
-    """Return valid and test without what shall be dropped, and tell what no training triple holds."""
-    if unseen not in ("keep", "drop", "error"):
-        raise ValueError(f"got unseen={unseen!r}, expected 'keep', 'drop' or 'error'")
-    entities, relations = {*train[0], *train[2]}, {*train[1]}
-    told, kept = [], []
-    for split, (heads, kinds, tails) in splits.items():
-        new_entities = [e for pair in zip(heads, tails, strict=True) for e in pair if e not in entities]
-        new_relations = [r for r in kinds if r not in relations]
-        good = [i for i in range(len(heads)) if heads[i] in entities and tails[i] in entities and kinds[i] in relations]
-        if bad := len(heads) - len(good):
-            what = [
-                f"{len(set(found))} {kind} ({', '.join(map(repr, sorted(set(found))[:3]))}{', ...' * (len(set(found)) > 3)})"
-                for kind, found in (("entities", new_entities), ("relations", new_relations))
-                if found
+def _settle_unseen(name: str, train: Columns, valid: Columns, test: Columns, unseen: str) -> tuple[Columns, Columns]:
+    """Keep, drop or refuse the triples of valid and test that hold what no training triple holds."""
+    entities, relations = {*train[0], *train[2]}, set(train[1])
+    found, kept = [], []
+    for split, part in (("valid", valid), ("test", test)):
+        known = [h in entities and r in relations and t in entities for h, r, t in zip(*part, strict=True)]
+        if not all(known):
+            strange = [
+                _count(kind, dict.fromkeys(label for label in labels if label not in seen))
+                for kind, labels, seen in (
+                    ("entities", chain.from_iterable(zip(part[0], part[2], strict=True)), entities),
+                    ("relations", part[1], relations),
+                )
             ]
-            told.append(f"{bad} of {len(heads)} {split} triples hold {' and '.join(what)}")
-        keep = range(len(heads)) if unseen == "keep" else good
-        kept.append(([heads[i] for i in keep], [kinds[i] for i in keep], [tails[i] for i in keep]))
-    if told:
-        text = f"{name}: {'; '.join(told)} that no training triple holds"
+            found.append(f"{known.count(False)} of {len(known)} {split} triples hold {' and '.join(filter(None, strange))}")
+        heads, kinds, tails = (list(compress(labels, known)) if unseen == "drop" else labels for labels in part)
+        kept.append((heads, kinds, tails))
+    if found:
+        text = f"{name}: {', '.join(found)} that no training triple holds"
         if unseen == "error":
-            raise ValueError(f"{text}: add training triples, or take unseen='drop' or 'keep'")
-        how = "they are dropped" if unseen == "drop" else "they stay untrained; unseen='drop' leaves these triples out"
-        warnings.warn(f"{text}: {how}", stacklevel=4)
+            raise ValueError(f"{text}, expected none: unseen='drop' drops these triples, unseen='keep' keeps them")
+        fate = "dropped these triples" if unseen == "drop" else "they stay untrained; unseen='drop' drops these triples"
+        warnings.warn(f"{text}: {fate}", stacklevel=3)
     return kept[0], kept[1]
+
+
+def _count(kind: str, labels: Iterable[str]) -> str:
+    """Return for example "entities (4: 'a', 'b', 'c', ...)", or "" for none."""
+    examples = [*map(repr, labels)]
+    return f"{kind} ({len(examples)}: {', '.join(examples[:3] + ['...'] * (len(examples) > 3))})" if examples else ""
 
 
 def _pykeen_folder(name: str) -> Path:
