@@ -1,6 +1,6 @@
 """What saving costs a training run, and how fast a checkpoint is loaded and opened, next to the disk's own speed.
 
-    .venv/bin/python benchmarks/checkpoint.py [--rows 10000000] [--seconds 60] [--rounds 3] [--open-rows 40000000]
+    .venv/bin/python benchmarks/checkpoint.py [--rows 10000000] [--seconds 20] [--windows 8] [--open-rows 40000000]
 
 One process with all cores, a table of rows x 64 in float32 with row-wise Adagrad. Files are taken out of the page cache before
 they are read. Writes ``benchmarks/results/checkpoint_<cores>_<date>.json``.
@@ -110,7 +110,12 @@ def files(table: Embedding, optimizer: RowWiseAdagrad, base: Path, rounds: int) 
 
 
 def background(table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds: float, rounds: int) -> dict:
-    """Count the steps in windows of so many seconds, with a save at the beginning of every second one."""
+    """Count the steps in windows of so many seconds, with a save at the beginning of every second one, and of its CPU time.
+
+    What a save every 60 s costs is what a window with one loses, times the window's part of 60 s. The machine's speed changes
+    from minute to minute, so the windows are short and many, and the CPU time of a save on its own, which is what it can take
+    from training where all cores are busy, stands beside it.
+    """
     batches = draw_ids("zipf", table.max_id, 16 * IDS).chunk(16)
     saver = checkpoint.AsyncSaver(base / "background", keep=1)
     rates: dict[bool, list[float]] = {False: [], True: []}
@@ -122,7 +127,7 @@ def background(table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds:
         if saves:
             saver.save(window, table, [optimizer])
             foreground.append(time.perf_counter() - start)
-        while time.perf_counter() - start < seconds:
+        while time.perf_counter() - start < seconds or (saves and done is None):
             table(batches[number % 16]).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -135,15 +140,24 @@ def background(table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds:
         if window:  # the first one makes the buffers
             rates[saves].append(steps / elapsed)
             if saves:
-                whole.append(done or elapsed)
-    costs = [1 - with_save / without for without, with_save in zip(rates[False], rates[True], strict=True)]
+                whole.append(done)
+    lost = [1 - with_save / without for without, with_save in zip(rates[False], rates[True], strict=True)]
+    cpu = []
+    for step in range(3):
+        start = time.process_time()
+        saver.save(1000 + step, table, [optimizer])
+        saver.wait()
+        cpu.append(time.process_time() - start)
+    cores = len(os.sched_getaffinity(0))
     return {
         "ids_per_step": IDS,
         "threads": torch.get_num_threads(),
         "window_s": seconds,
         "steps_per_s": {"without": [round(r, 2) for r in rates[False]], "with a save": [round(r, 2) for r in rates[True]]},
-        "cost": round(statistics.median(costs), 4),
-        "costs": [round(cost, 4) for cost in costs],
+        "lost_in_a_window": [round(cost, 4) for cost in lost],
+        "cost_every_60_s": round(statistics.median(lost) * seconds / 60, 4),
+        "cpu_s_of_a_save": [round(value, 2) for value in cpu],
+        "cpu_of_a_save_in_60_s_of_all_cores": round(statistics.median(cpu) / (60 * cores), 4),
         "bar": 0.05,
         "copy_s": [round(value, 2) for value in foreground],
         "written_after_s": [round(value, 2) for value in whole],
@@ -174,8 +188,9 @@ def main() -> None:
     """Run all and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a window of training")
+    parser.add_argument("--windows", type=int, default=8, help="with a save, and as many without")
+    parser.add_argument("--rounds", type=int, default=3, help="of saving and loading")
     parser.add_argument("--open-rows", type=int, default=40_000_000)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the temporary folder's")
     parser.add_argument("--output", type=Path)
@@ -190,7 +205,7 @@ def main() -> None:
         body["files"] = files(table, optimizer, base, arguments.rounds)
         print(body["files"], flush=True)
         shutil.rmtree(base / "run")
-        body["background"] = background(table, optimizer, base, arguments.seconds, arguments.rounds)
+        body["background"] = background(table, optimizer, base, arguments.seconds, arguments.windows)
         print(body["background"], flush=True)
         shutil.rmtree(base / "background")
         del table, optimizer

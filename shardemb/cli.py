@@ -164,11 +164,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    from shardemb.files import read_text
     from shardemb.formats import import_table
 
     if not arguments.source.is_file():
         raise FileNotFoundError(f"{arguments.source}: no such file")
-    labels = arguments.labels.read_text(encoding="utf-8").splitlines() if arguments.labels else None
+    labels = read_text(arguments.labels).splitlines() if arguments.labels else None
     print(import_table(arguments.source, arguments.out, arguments.table, labels, arguments.key))
     return 0
 
@@ -210,10 +211,11 @@ def _train(arguments: argparse.Namespace) -> int:
 def _make_writable(output: Path) -> None:
     """Make the run folder and try to write there: a run that cannot save anything ends before it starts."""
     try:
+        str(output).encode()  # Arrow writes under no other names
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         raise OSError(f"--output {output}: expected a folder that can be made and written to: {error}") from error
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from shardemb.files import read_text
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.trainer import TrainingConfig
@@ -48,12 +49,9 @@ class JobConfig:
         source = " with ".join(filter(None, [str(path or ""), " ".join(overrides)])) or "configuration"
         tree: dict[str, Any] = {}
         if path is not None:
-            content = path.read_bytes()
+            text = read_text(path)
             try:
-                tree = tomllib.loads(content.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                line = content.count(b"\n", 0, error.start) + 1
-                raise ValueError(f"{path}, line {line}: got byte {content[error.start]:#04x}, expected UTF-8 text") from error
+                tree = tomllib.loads(text)
             except (ValueError, RecursionError) as error:  # also numbers too long, and brackets too deep
                 raise ValueError(f"{path}: got text that is not TOML: {error}") from error
         for override in overrides:

@@ -160,8 +160,9 @@ class Coordinator:
             if grad is None:
                 continue
             values = grad._values() if grad.is_sparse else grad
-            if not values.numel() or torch.isfinite(torch.stack(torch.aminmax(values))).all():
-                continue
+            values = torch.view_as_real(values) if values.is_complex() else values
+            if not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values)):
+                continue  # NaN is the least and the most
             if parameter not in tables:
                 found.append(f"the gradient of {name!r} is NaN or infinite")
                 continue

@@ -7,6 +7,7 @@ does not answer is dead or stopped. The ranks that wait look at the alarm too, s
 """
 
 import atexit
+import ctypes
 import json
 import math
 import os
@@ -27,8 +28,12 @@ import torch.distributed as dist
 _LOOK = 0.25
 #: seconds in which a live rank answers an alarm
 _GRACE = 1.0
-#: seconds that a rank may be done before those that still wait for it take that for an error
-_LATE = 1.5
+#: seconds after which a rank that waits looks whether others have ended
+_LATE = 1.0
+#: looks at which all others must have ended or wait for the same as before, so that nobody will ever come
+_SURE = 3
+#: looks in a row that may fail before the watch ends; a store may be slow
+_FAILURES = 240
 
 _timeout = float(os.environ.get("SHARDEMB_TIMEOUT", "300"))
 _step = 0
@@ -79,11 +84,13 @@ class Watch:
     """The alarm of one process group.
 
     Args:
+        group: the process group.
         ranks: its members, by their ranks in the default group.
         store: a client of this rank's own.
         slices: whether waits for its collectives can be cut in slices, as gloo's can.
     """
 
+    group: Any
     ranks: list[int]
     store: Any
     slices: bool
@@ -94,8 +101,8 @@ class Watch:
     alarmed: bool = False
     #: when this rank saw it
     alarmed_at: float = math.inf
-    #: ranks that have ended
-    ended: dict[int, str] = field(default_factory=dict)
+    #: whether some ranks have ended, and all others wait
+    deserted: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -104,15 +111,28 @@ class Watch:
         threading.Thread(target=self._look, name="shardemb-watch", daemon=True).start()
 
     def _look(self) -> None:
-        while not self.alarmed:
+        failures, said, seen, times = 0, "", {}, 0  # type: int, str, dict[int, str], int
+        while not self.alarmed and failures < _FAILURES:
             try:
                 if self._told("alarm", [None]):
                     self._set(f"answer/{self.rank}", self._state())
                     self.alarmed_at, self.alarmed = time.monotonic(), True
-                elif self.operation and time.monotonic() - self.since > _LATE:
-                    self.ended = self._told("ended", self.others)
-            except Exception:  # the store is gone, with the rank that holds it or with the group
+                    return
+                now, since = f"{self.operation} {self.since}", self.since
+                late = bool(self.operation) and time.monotonic() - since > _LATE
+                if (late and said != now) or (said and not late):
+                    said = now if late else ""
+                    self._set(f"waits/{self.rank}", said)
+                ended = self._told("ended", self.others) if late else {}
+                waits = self._told("waits", [rank for rank in self.others if rank not in ended]) if ended else {}
+                sure = bool(ended) and len(ended) + len(waits) == len(self.others) and all(waits.values())
+                times = times + 1 if sure and waits == seen else int(sure)
+                seen, self.deserted = waits, times >= _SURE and since == self.since
+                failures = 0
+            except dist.DistNetworkError:  # the store is gone, with the rank that held it
                 self.alarmed = True
+            except Exception:
+                failures += 1
             time.sleep(_LOOK)
 
     def _state(self) -> str:
@@ -144,7 +164,7 @@ class Watch:
         Raises:
             PeerFailureError: it cannot be done any more, or takes longer than the timeout.
         """
-        self.operation, self.since = operation, time.monotonic()
+        self.operation, self.since, self.deserted = operation, time.monotonic(), False
         while True:
             try:
                 work.wait(_SLICE) if self.slices else work.wait()
@@ -152,7 +172,7 @@ class Watch:
                 waited = time.monotonic() - self.since
                 if not self.slices or work.is_completed():  # the library has given up
                     raise self.failure(str(error), lost=waited < _timeout) from error
-                if self.alarmed or self.ended or waited >= _timeout:
+                if self.alarmed or self.deserted or waited >= _timeout:
                     raise self.failure("no answer", lost=False) from None
             else:
                 self.operation = ""
@@ -181,6 +201,8 @@ class Watch:
                 time.sleep(0.05)
 
         answered = _within(_GRACE + 0.4, inquire)
+        # the group's destructor would wait for operations that nobody ends any more, and this process could not exit
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
         silent = [rank for rank in self.others if rank not in answers and rank not in ended]
         differ = [rank for rank in answers if json.loads(answers[rank]) != {"step": here, "operation": operation}]
         if raised:
@@ -233,7 +255,8 @@ def _begin(group: Any) -> Watch:
     store = dist.PrefixStore(f"shardemb-{name}-{_begun[name]}", default.clone())
     store.set_timeout(timedelta(seconds=2 * _GRACE))
     _leave_word()
-    _watches[group] = Watch(dist.get_process_group_ranks(group), store, slices=dist.get_backend(group) == "gloo")
+    ranks, slices = dist.get_process_group_ranks(group), dist.get_backend(group) == "gloo"
+    _watches[group] = Watch(group, ranks, store, slices)
     return _watches[group]
 
 
@@ -295,7 +318,7 @@ def finish() -> None:
     while missing and not (_within(_GRACE, look) and not missing):
         if found.alarmed or time.monotonic() - found.since > _timeout:
             raise found.failure("others have not ended", lost=False)
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 @contextmanager

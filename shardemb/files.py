@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and text that is UTF-8 or refused."""
 
 import os
 import shutil
@@ -28,6 +28,21 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, with or without a byte-order mark.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: another encoding; names file, line and byte.
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise ValueError(f"{path}, line {line}: got byte {byte:#04x}, expected UTF-8 text") from error
 
 
 def fsync(path: Path) -> None:

@@ -232,9 +232,8 @@ class _Load:
 
     def check(self, verify: Verify) -> None:
         """Check this rank's share of the files that any rank reads."""
-        files = [
-            file for file in self.manifest.files if any(file == p.file for n, _ in self.wanted for p in self.manifest.parts[n])
-        ]
+        read = {part.file for name, _ in self.wanted for part in self.manifest.parts[name]}
+        files = [file for file in self.manifest.files if file in read]
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
         with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:  # neither disk nor hashing holds the interpreter
@@ -263,7 +262,9 @@ class _Load:
         for name, rows in self.rows.items():
             tables[name].load_stored_rows(rows)
         for optimizer, parameter, new in self.states:
-            optimizer.state[parameter].update(new)
+            optimizer.state.pop(parameter, None)
+            if new:
+                optimizer.state[parameter] = new
         if self.tables is None:
             for name in self.rows:
                 fused = values["tables"][name]["optimizer"]

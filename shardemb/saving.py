@@ -78,7 +78,7 @@ def save(
         model: its tables and other parameters.
         optimizers: their state for these parameters, and their hyper-parameters.
         state: anything JSON can hold, such as the position in the data; given back by :func:`load`.
-        keep: how many finished checkpoints stay.
+        keep: how many finished checkpoints stay, this one and those before it; later ones are left alone.
         schedulers: of learning rates; anything with a ``state_dict`` that JSON can hold.
         seed: of the run, for the manifest.
         fingerprints: hashes of what the rows depend on, such as {"vocabulary": ...}, which :func:`load` compares.
@@ -255,7 +255,7 @@ def require_room(folder: Location, model: nn.Module, optimizers: Iterable[torch.
     Raises:
         CheckpointError: naming the folder, what is needed and what is free; on all ranks.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, optimizers = dist.get_rank() if dist.is_initialized() else 0, list(optimizers)
     pieces, names = model_pieces(model)
     pieces |= optimizer_pieces(optimizers, pieces, names)
     mine = sum(piece.nbytes for piece in pieces.values() if rank == 0 or (piece.sharded and not piece.copy))
@@ -323,7 +323,7 @@ def _shared_out(pieces: Mapping[str, Piece]) -> Iterator[dict[str, Piece]]:
 
 
 def _check_finite(name: str, piece: Piece, snapshot: _Snapshot) -> None:
-    """Look for NaN and infinite values, at a tenth of the cost of hashing."""
+    """Look for NaN and infinite values; it takes little beside the hashing."""
     tensor = torch.view_as_real(piece.tensor) if piece.tensor.is_complex() else piece.tensor
     if snapshot.nonfinite == "ignore" or not tensor.is_floating_point():
         return
@@ -352,7 +352,9 @@ def _commit(root: Folder, name: str, target: str, manifest: Mapping[str, Any], k
         file.write(document.encode())
     if target != name:
         root.rename(target, name)
-    for old in finished(root)[:-keep]:
+    # later ones are of a run that went on elsewhere: not ours to remove
+    earlier = finished(root)
+    for old in earlier[: earlier.index(name) + 1][:-keep]:
         _retire(root, old)
 
 

@@ -79,10 +79,9 @@ class Writer:
         return self._sha256.hexdigest()
 
 
-def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
+def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     """Return the beginning of a file that holds tensors of these dtypes and shapes, in this order."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}

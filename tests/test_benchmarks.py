@@ -46,3 +46,40 @@ def test_an_unknown_section_is_refused() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
     assert done.returncode == 2
     assert "expected sections among A,B" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "keys"),
+    [
+        ("reliability", "--kills 3 --mutations 9 --faults 0", {"corruption", "ends", "crashes"}),
+        (
+            "checkpoint",
+            "--rows 20000 --rounds 1 --seconds 0.3 --windows 1 --open-rows 20000",
+            {"files", "background", "open", "rows", "dim"},
+        ),
+    ],
+)
+def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: str, keys: set[str]) -> None:
+    path = tmp_path / "result.json"
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments.split(), "--output", path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(path.read_text())
+    assert {"command", "date", "machine", "versions"} | keys <= set(document)
+    assert all(math.isfinite(number) for number in _numbers(document))
+
+
+def test_the_readme_tells_what_the_results_say() -> None:
+    readme = (ROOT / "README.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    (reliability,) = (json.loads(path.read_text()) for path in results.glob("reliability_*.json") if path.name in readme)
+    crashes, corruption = reliability["crashes"], reliability["corruption"]
+    assert crashes["kills"] >= 300
+    assert corruption["mutations"] >= 1000
+    assert f"| {crashes['kills']} SIGKILLs of one rank or all, {crashes['kills_within_a_save']} of them" in readme
+    assert f"| {corruption['mutations']} random mutations" in readme
+    assert f"| {crashes['lost_or_torn']} checkpoints lost or torn" in readme
+    assert f"| {corruption['silent_or_unclear']} silent" in readme
+    (files,) = (json.loads(path.read_text()) for path in results.glob("checkpoint_*.json") if path.name in readme)
+    assert f"{files['files']['speed_relative_to_the_disk']['load, sha256']} of the disk's sequential reading" in readme

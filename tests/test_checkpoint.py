@@ -177,6 +177,8 @@ def test_the_newest_are_kept_and_a_torn_one_is_invisible(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="never written again"):
         checkpoint.save(tmp_path, 3, table)
     shutil.copytree(tmp_path / "step-0000000003", tmp_path / "step-0000000004.tmp")
+    checkpoint.save(tmp_path, 1, table, keep=1)  # a run that goes on from an earlier step
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["1", "2", "3"]
     assert checkpoint.checkpoints(tmp_path)[-1].name == "step-0000000003"
 
 

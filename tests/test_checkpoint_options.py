@@ -500,3 +500,14 @@ def test_a_store_that_is_not_known() -> None:
 
 def test_file_uris_are_local_paths(tmp_path: Path) -> None:
     assert checkpoint.save(f"file://{tmp_path}", 1, Embedding(5, shape=2)) == tmp_path / "step-0000000001"
+
+
+def test_an_optimizer_forgets_what_it_had_after_the_checkpoint(tmp_path: Path) -> None:
+    table = Embedding(5, shape=2, seed=1)
+    optimizer = RowWiseAdagrad(table.parameters(), lr=0.1)
+    path = checkpoint.save(tmp_path, 1, table, [optimizer])
+    table(torch.arange(3)).sum().backward()
+    optimizer.step()
+    assert optimizer.state
+    checkpoint.load(path, table, [optimizer])
+    assert not optimizer.state

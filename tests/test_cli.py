@@ -7,6 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -97,11 +99,13 @@ def test_an_output_that_cannot_be_written_is_found_out_first(tmp_path: Path, cap
         (tmp_path / ("x" * 300), "File name too long"),
         (Path("/proc/run"), "No such file or directory"),
         (Path("/proc/self/task"), "is not empty"),
+        (tmp_path / "caf\udce9", "surrogates not allowed"),
     ):
         assert main(["train", "--dataset", str(tmp_path / "none"), "--workers", "2", "--output", str(output)]) == 1
         error = one_error(capfd)
-        assert str(output) in error
+        assert str(output).encode(errors="replace").decode() in error.replace("\\udce9", "?")
         assert text in error
+    assert not (tmp_path / "caf\udce9").exists()
 
 
 def test_an_output_without_permission(as_nobody: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -149,9 +153,25 @@ def test_files_of_triples_that_are_none(tmp_path: Path, capfd: pytest.CaptureFix
     (tmp_path / "short.tsv.gz").write_bytes(gzip.compress(b"a\tr\tb\n" * 1000)[:-9])
     (tmp_path / "short.parquet").write_bytes(b"PAR1PAR1")
     (tmp_path / "empty.tsv").touch()
-    for number, name in enumerate(("folder", "short.tsv.gz", "short.parquet", "empty.tsv", "none")):
+    names = "head", "relation", "tail"
+    pq.write_table(pa.table({name: ["a"] for name in names}), tmp_path / "damaged.parquet")
+    content = (tmp_path / "damaged.parquet").read_bytes()
+    (tmp_path / "damaged.parquet").write_bytes(content.replace(b"head", b"\xffead", 1))
+    for number, name in enumerate(("folder", "short.tsv.gz", "short.parquet", "damaged.parquet", "empty.tsv", "none")):
         assert main(["train", "--dataset", str(tmp_path / name), "--output", str(tmp_path / str(number))]) == 1
         assert str(tmp_path / name) in one_error(capfd)
+
+
+def test_labels_that_are_no_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "rows.npy", np.zeros((2, 4), np.float32))
+    labels = tmp_path / "labels.txt"
+    labels.write_bytes(b"a\ncaf\xe9\n")
+    arguments = ["checkpoint", "import", str(tmp_path / "rows.npy"), str(tmp_path / "run"), "--labels", str(labels)]
+    assert main(arguments) == 1
+    assert f"{labels}, line 2: got byte 0xe9, expected UTF-8 text" in one_error(capfd)
+    labels.write_text("\ufeffa\ncafé\n", encoding="utf-8")
+    assert main(arguments) == 0
+    assert pq.read_table(tmp_path / "run/entities.parquet").column("label").to_pylist() == ["a", "café"]
 
 
 def test_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

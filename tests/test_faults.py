@@ -225,6 +225,38 @@ def test_torchrun_starts_again(tmp_path: Path, victim: str) -> None:
     assert sorted(done.stdout.splitlines()) == [f"attempt 1 rank {rank} done" for rank in (0, 1)]
 
 
+ALONE = """
+import os, signal, sys
+import torch
+import torch.distributed as dist
+import shardemb
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)  # with its 30 minutes
+shardemb.set_timeout(2)
+table = shardemb.Embedding(101, shape=4, seed=1, name="user")
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+table(torch.arange(70))
+"""
+
+
+def test_a_process_whose_peer_has_stopped_can_exit(tmp_path: Path) -> None:
+    """gloo's destructors wait for what is under way, as long as the group's own timeout says."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = [sys.executable, "alone.py"]
+    options = {"cwd": tmp_path, "env": os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **options) for rank in (0, 1)]
+    try:
+        _, err = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode == 1
+        assert "PeerFailureError: rank 1 has stopped or died: it does not answer; rank 0 waited" in err
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
 # ------------------------------------------------------------------------------------------------------------- disagreement
 
 

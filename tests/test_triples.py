@@ -1,4 +1,5 @@
 import gzip
+import os
 import re
 import warnings
 from pathlib import Path
@@ -77,6 +78,8 @@ MALFORMED = {
     "header": (b"head\trelation\ttail\n" + GOOD, "line 1: got the header 'head\\trelation\\ttail', expected a triple"),
     "header, other names": (b"\xef\xbb\xbf#Subject\tPREDICATE\tobject_id\r\n" + GOOD, "line 1: got the header"),
     "header, other order": (b'"source"\t"target"\t"type"\n' + GOOD, "line 1: got the header"),
+    "header, suffixes": (b"head_entity\trelation_name\ttail_entity\n" + GOOD, "line 1: got the header"),
+    "header, sides": (b"lhs\trel\trhs\n" + GOOD, "line 1: got the header"),
     "header of letters": (
         b"h\tr\tt\n" + GOOD,
         "line 1: got the header 'h\\tr\\tt', expected a triple, head TAB relation TAB tail: remove",
@@ -104,7 +107,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, kind: str) -> None:
 
 def test_column_names_are_labels_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "train.tsv"
-    for first in ("head\ttype\tbody\n", "h\thas\tt\n", "head\trelation\thead\n", "subject\tis\tobject\n"):
+    for first in ("h_1\tr_1\tt_1\n", "head\ttype\tbody\n", "h\thas\tt\n", "head\trelation\thead\n", "subject\tis\tobject\n"):
         path.write_text(first + "a\tr\tb\nhead\trelation\ttail\n")
         assert [column[0] for column in read(path)] == first.split()
         assert [column[2] for column in read(path)] == ["head", "relation", "tail"]
@@ -145,6 +148,14 @@ def test_files_that_cannot_be_read(as_nobody: Path) -> None:
         path.touch(0o000)
         with pytest.raises(PermissionError, match=name):
             read(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for split in ("valid", "test"):
+        (tmp_path / f"{split}.tsv").write_bytes(GOOD)
+    os.mkfifo(tmp_path / "train.tsv")
+    with pytest.raises(ValueError, match=r"train\.tsv: got a pipe or a device, expected a file of triples"):
+        Triples.load(tmp_path)
 
 
 def test_a_file_that_breaks_off_is_named() -> None:
@@ -197,7 +208,10 @@ WRONG_TABLES = {
     "tab": (table(("a", "a\tb"), ("r", "r"), ("b", "b")), r"row 1, column 'head': got 'a\\tb', expected a label"),
     "line break": (table(tail=("a\nb",)), r"row 0, column 'tail': got 'a\\nb', expected a label"),
     "outer space": (table(tail=("b ",)), "row 0, column 'tail': got 'b ', expected a label"),
-    "not UTF-8": (table(head=NOT_UTF8), "column 'head' with text that is not UTF-8"),
+    "not UTF-8": (
+        table(pa.chunked_array([["a"], NOT_UTF8]), ("r", "r"), ("b", "b")),
+        r"row 1, column 'head': got b'\\xff', expected UTF-8 text",
+    ),
 }
 
 
@@ -215,9 +229,17 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     pq.write_table(table(*[tuple(f"label {i * i}" for i in range(5000))] * 3), path)
     whole = path.read_bytes()
-    for content in (b"", b"no parquet", whole[:-1], whole[: len(whole) // 2], whole[:50] + b"\xff" * 3000 + whole[3050:]):
+    for content in (
+        b"",
+        b"no parquet",
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole[:4] + b"\xff" * 50 + whole[54:],
+        whole[:50] + b"\xff" * 3000 + whole[3050:],
+        whole.replace(b"head", b"\xffead", 1),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{path}: got a file that is not Parquet, or is damaged \("):
+        with pytest.raises(ValueError, match=rf"^{path}: got a file that is not Parquet, or is damaged \(.*\)$"):
             read(path)
 
 

@@ -4,6 +4,7 @@ A line that is not three labels is an error that names file and line; no triple 
 """
 
 import gzip
+import re
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,9 +35,9 @@ _NO_LABEL = frozenset("\0\t\n\r\ufeff")
 _LABEL = "a label, not empty, without NUL, tab, end of line, byte-order mark or outer spaces"
 #: what stands over columns of heads, of relations and of tails
 _HEADER = (
-    {"head", "h", "subject", "subj", "s", "source", "src", "from"},
+    {"head", "h", "subject", "subj", "s", "source", "src", "from", "lhs", "entity1"},
     {"relation", "relationship", "rel", "r", "predicate", "pred", "p", "property", "edge", "type", "label"},
-    {"tail", "t", "object", "obj", "o", "target", "dst", "to"},
+    {"tail", "t", "object", "obj", "o", "target", "dst", "to", "rhs", "entity2"},
 )
 _UTF8 = "UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8"
 #: first bytes that tell what a file is instead
@@ -78,7 +79,7 @@ def _is_label(text: str) -> bool:
 
 def _is_header(fields: Sequence[str]) -> bool:
     """Tell whether the fields are names of the three columns, in any order."""
-    names = [field.strip("#\"' ").casefold().removesuffix("_id") for field in fields]
+    names = [re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields]
     return any(all(name in known for name, known in zip(names, order, strict=True)) for order in permutations(_HEADER))
 
 
@@ -131,6 +132,8 @@ def read(path: Path) -> Columns:
     """
     if path.is_dir():  # Arrow would read all files in it
         raise IsADirectoryError(f"{path}: got a folder, expected a file of triples")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: got a pipe or a device, expected a file of triples: every rank reads it")
     columns = read_parquet(path) if path.suffix == ".parquet" else read_tsv(path)
     if not columns[0]:
         raise ValueError(f"{path}: got a file without triples, expected at least one")
