@@ -235,14 +235,18 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)  # with its 30 minutes
 shardemb.set_timeout(2)
 table = shardemb.Embedding(101, shape=4, seed=1, name="user")
-if rank == 1:
-    os.kill(os.getpid(), signal.SIGSTOP)
-table(torch.arange(70))
+try:
+    for step in range(3):
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        table(torch.arange(70)).sum().backward()
+finally:
+    dist.destroy_process_group()
 """
 
 
 def test_a_process_whose_peer_has_stopped_can_exit(tmp_path: Path) -> None:
-    """gloo's destructors wait for what is under way, as long as the group's own timeout says."""
+    """gloo's destructors would wait for what is under way, as long as the group's own timeout says."""
     (tmp_path / "alone.py").write_text(ALONE)
     command = [sys.executable, "alone.py"]
     options = {"cwd": tmp_path, "env": os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, "stderr": subprocess.PIPE, "text": True}
