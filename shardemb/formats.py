@@ -150,7 +150,7 @@ def _write_word2vec(table: StoredTable, out: Path, rows: _Rows) -> None:
                         f"table {table.name!r}: got label {label!r}, expected none with spaces, which separate the columns of "
                         f"word2vec's text: export as Parquet"
                     )
-                file.write(f"{label} {' '.join(repr(float(value)) for value in row)}\n")
+                file.write(f"{label} {' '.join(map(str, row))}\n")
                 done += 1
 
 
