@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             print(error.trace, file=sys.stderr)  # type: ignore[attr-defined]
         rank = f"rank {error.rank}: " if hasattr(error, "rank") else ""
-        print(f"shardemb: error: {rank}{'; '.join(message.splitlines())}", file=sys.stderr)
+        hint = "; --resume goes on from the newest checkpoint" if name in ("died", "PeerFailureError") else ""
+        print(f"shardemb: error: {rank}{'; '.join(message.splitlines())}{hint}", file=sys.stderr)
         return 1
 
 
