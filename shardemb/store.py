@@ -175,10 +175,14 @@ class StoredTable:
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The labels of the rows, from the run folder; None if there are none. Read when they are first asked for."""
-        for folder in (self._store.path.parent, self._store.path.parent.parent):
-            path = folder / _LABELS.get(self._prefix, _LABELS["entity"])
+        alone = len(self._store.manifest.values["tables"]) == 1  # then the labels are its own, whatever its name
+        name = _LABELS.get(self._prefix, _LABELS["entity"] if alone else None)
+        for folder in (self._store.path.parent, self._store.path.parent.parent) if name else ():
+            path = folder / str(name)
             if path.is_file():
                 vocabulary = Vocabulary.load(path)
+                if self.max_id not in (len(vocabulary), 2 * len(vocabulary)):  # with reciprocal relations
+                    raise CheckpointError(f"{path}: got {len(vocabulary)} labels for {self.max_id} rows of table {self.name!r}")
                 expected = self._store.manifest.values["fingerprints"].get(path.stem)
                 if expected is not None and vocabulary_fingerprint(vocabulary.labels) != expected:
                     raise CheckpointError(f"{path}: got other labels than the rows of {self._store.path} were trained with")

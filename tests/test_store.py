@@ -130,6 +130,20 @@ def test_damage_is_found_at_the_latest_when_asked(run_ranks, tmp_path: Path) -> 
         shardemb.open(tmp_path)
 
 
+def test_labels_are_those_of_the_entities_alone(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"entity": Embedding(3, shape=2, name="entity"), "item": Embedding(5, shape=2, name="item")})
+    checkpoint.save(tmp_path, 1, model)
+    Vocabulary(["a", "b", "c"]).save(tmp_path / "entities.parquet")
+    store = shardemb.open(tmp_path)
+    assert store["entity"].lookup("b").shape == (2,)
+    assert store["item"].vocabulary is None
+    with pytest.raises(KeyError, match="table 'item': got a label, but there is no vocabulary"):
+        store["item"].lookup("b")
+    Vocabulary(["a", "b"]).save(tmp_path / "entities.parquet")
+    with pytest.raises(CheckpointError, match=r"entities\.parquet: got 2 labels for 3 rows of table 'entity'"):
+        shardemb.open(tmp_path)["entity"].lookup("b")
+
+
 def halve(rows: torch.Tensor) -> torch.Tensor:
     return rows / 2
 
