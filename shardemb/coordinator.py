@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardemb import collectives, faults
+from shardemb import collectives, faults, native
 from shardemb.embedding import Embedding
 from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only, why_refused
+from shardemb.types import few
 
 
 class Coordinator:
@@ -161,16 +162,15 @@ class Coordinator:
                 continue
             values = grad._values() if grad.is_sparse else grad
             values = torch.view_as_real(values) if values.is_complex() else values
-            if not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values)):
-                continue  # NaN is the least and the most
+            rows = native.nonfinite_rows(values if values.dim() else values.reshape(1))
+            if not len(rows):
+                continue
             if parameter not in tables:
                 found.append(f"the gradient of {name!r} is NaN or infinite")
                 continue
-            rows = (~torch.isfinite(values)).flatten(1).any(1).nonzero().squeeze(1)
             rows = (grad._indices()[0, rows] if grad.is_sparse else rows).unique().cpu()
-            ids = tables[parameter].plan.local_ids()[rows].sort().values.tolist()
-            few = ", ".join(map(str, ids[:5])) + ", ..." * (len(ids) > 5)
-            found.append(f"table {tables[parameter].name!r}: the gradient of {len(ids)} rows is NaN or infinite: {few}")
+            ids = tables[parameter].plan.local_ids()[rows].tolist()
+            found.append(f"table {tables[parameter].name!r}: the gradient of {len(ids)} rows is NaN or infinite: {few(ids)}")
         return "; ".join(found)
 
     def step(self) -> None:

@@ -116,7 +116,7 @@ class _Load:
             got = values["fingerprints"].get(name)
             if got is not None and got != expected:
                 raise CheckpointError(f"{self.path}: got {name} of fingerprint {got}, expected {expected}: it is of other data")
-        pieces, names = model_pieces(self.model)
+        pieces, names, kept = model_pieces(self.model)
         if self.tables is not None:
             for mine, saved in self.tables.items():
                 if mine not in here or saved not in values["tables"]:
@@ -127,15 +127,15 @@ class _Load:
         chosen = {name: name for name in here} if self.tables is None else self.tables
         in_tables: set[str] = set()
         for mine, table in here.items():
-            stored = table.stored_rows()
+            stored = kept[mine]
             in_tables |= {dotted(mine, key) for key in stored}
             if mine not in chosen:
                 continue
             saved = chosen[mine]
-            self._check_fused(mine, table, set(stored), saved)
+            self._check_fused(table, saved)
             self.rows[mine] = {key: stored[key] for key in stored if key == "weight" or self.optimizer_state}
-            for key, tensor in self.rows[mine].items():
-                self._want(dotted(saved, key), pieces[dotted(mine, key)].like(tensor, True), self.grow)
+            for key in self.rows[mine]:
+                self._want(dotted(saved, key), pieces[dotted(mine, key)], self.grow)
         if self.tables is None:
             rest = pieces.keys() - in_tables
             for name in sorted(rest):
@@ -155,7 +155,7 @@ class _Load:
         for name in {name for name, _ in self.wanted}:
             self.manifest.check_covered(name)
 
-    def _check_fused(self, mine: str, table: Embedding, stored: set[str], saved: str) -> None:
+    def _check_fused(self, table: Embedding, saved: str) -> None:
         told = self.manifest.values["tables"].get(saved)
         if told is None:
             raise CheckpointError(f"{self.path}: has no table {saved!r}, expected by the model; it has {self._described()}")

@@ -8,6 +8,7 @@
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -286,3 +287,10 @@ def update(
         rows = buffer[: total - start]
         _in_parts(lambda a, b, start=start, rows=rows: part(start + a, start + b, rows[a:]), len(rows))  # type: ignore[misc]
         put(weight, merged.unique[start : start + len(rows)], constrain(rows).contiguous())
+
+
+def nonfinite_rows(values: Tensor) -> Tensor:
+    """Return which rows of a real tensor ``(n, ...)`` hold NaN or infinite values, as int64; one pass if there are none."""
+    if not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values)):
+        return torch.empty(0, dtype=torch.int64, device=values.device)  # NaN is the least and the most
+    return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)

@@ -69,13 +69,19 @@ def dotted(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def model_pieces(model: nn.Module) -> tuple[dict[str, Piece], dict[Tensor, str]]:
-    """Name the model's tables, other parameters and buffers; and the parameters by the names of their pieces."""
+def model_pieces(model: nn.Module) -> tuple[dict[str, Piece], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
+    """Name the model's tables, other parameters and buffers.
+
+    Returns:
+        The pieces; their names by parameter; and what each table stores, by the table's name in the model.
+    """
     pieces: dict[str, Piece] = {}
     names: dict[Tensor, str] = {}
     inside: set[Tensor] = set()
+    stored: dict[str, dict[str, Tensor]] = {}
     for prefix, table in tables_of(model).items():
-        for key, tensor in table.stored_rows().items():
+        stored[prefix] = table.stored_rows()
+        for key, tensor in stored[prefix].items():
             sharded, copy = table.plan.world_size > 1, not table.holds_first_copy
             pieces[dotted(prefix, key)] = Piece(tensor, table.plan.first, table.max_id, sharded, copy, table.name)
         for parameter in table.parameters():
@@ -85,7 +91,7 @@ def model_pieces(model: nn.Module) -> tuple[dict[str, Piece], dict[Tensor, str]]
         if tensor not in inside:
             pieces[key] = Piece(tensor.detach(), 0, length_of(tensor), False, table=key)
             names[tensor] = key
-    return pieces, names
+    return pieces, names, stored
 
 
 def optimizer_pieces(

@@ -23,6 +23,7 @@ from shardemb.metrics import free_bytes
 from shardemb.pieces import Piece, check_known, dotted, length_of, model_pieces, optimizer_pieces, rng_state, tables_of
 from shardemb.storage import Folder, Location, child, folder_at
 from shardemb.transforms import to_json
+from shardemb.types import few
 
 #: bytes of tensors in a file, at most (unless a single row has more): enough files to hash several at a time
 FILE_BYTES = 1 << 28
@@ -115,13 +116,12 @@ def _snapshot(
     tables = tables_of(model)
     for table in tables.values():
         table.require_default_group("a checkpoint")
-    pieces, names = model_pieces(model)
+    pieces, names, stored = model_pieces(model)
     pieces |= optimizer_pieces(optimizers, pieces, names)
     # what every rank holds whole, the first one writes
     mine = {name: piece for name, piece in pieces.items() if rank == 0 or (piece.sharded and not piece.copy)}
-    manifest = _manifest(
-        step, world_size, seed, fingerprints or {}, state or {}, {prefix: _describe(table) for prefix, table in tables.items()}
-    )
+    told = {prefix: _describe(table) | {"stored": sorted(stored[prefix])} for prefix, table in tables.items()}
+    manifest = _manifest(step, world_size, seed, fingerprints or {}, state or {}, told)
     manifest["optimizers"] = [_scalars(optimizer, names) for optimizer in optimizers]
     manifest["schedulers"] = [{"class": type(s).__name__, "state": s.state_dict()} for s in schedulers]
     return _Snapshot(step, keep, mine, manifest, rng_state(), nonfinite, rank, world_size)
@@ -160,7 +160,6 @@ def _describe(table: Embedding) -> dict[str, Any]:
         "constrainer": to_json(table.constrainer),
         "gradient": table.gradient,
         "optimizer": table.fused_hyperparameters(),
-        "stored": sorted(table.stored_rows()),
     }
 
 
@@ -256,7 +255,7 @@ def require_room(folder: Location, model: nn.Module, optimizers: Iterable[torch.
         CheckpointError: naming the folder, what is needed and what is free; on all ranks.
     """
     rank, optimizers = dist.get_rank() if dist.is_initialized() else 0, list(optimizers)
-    pieces, names = model_pieces(model)
+    pieces, names, _ = model_pieces(model)
     pieces |= optimizer_pieces(optimizers, pieces, names)
     mine = sum(piece.nbytes for piece in pieces.values() if rank == 0 or (piece.sharded and not piece.copy))
     for optimizer in optimizers:
@@ -330,14 +329,11 @@ def _check_finite(name: str, piece: Piece, snapshot: _Snapshot) -> None:
     bad: list[int] = []
     start = 0
     for chunk in tensorfile.row_chunks(tensor):
-        if chunk.numel() and not torch.isfinite(torch.stack(torch.aminmax(chunk))).all():
-            rows = (~torch.isfinite(chunk)).reshape(len(chunk), -1).any(1).nonzero().squeeze(1)
-            bad += piece.ids(rows + start).tolist()
+        bad += piece.ids(native.nonfinite_rows(chunk) + start).tolist()
         start += len(chunk)
     if bad:
-        few = ", ".join(str(row) for row in sorted(bad)[:5]) + (", ..." if len(bad) > 5 else "")
         text = (
-            f"table {piece.table!r}, rank {snapshot.rank}: {name!r} has NaN or infinite values in {len(bad)} rows: {few}: "
+            f"table {piece.table!r}, rank {snapshot.rank}: {name!r} has NaN or infinite values in {len(bad)} rows: {few(bad)}: "
             f"go on from an earlier checkpoint with a lower learning rate, or save with nonfinite='ignore'"
         )
         if snapshot.nonfinite == "error":

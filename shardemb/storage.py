@@ -36,14 +36,6 @@ def name_of(location: Location) -> str:
     return str(location).partition("?")[0].rstrip("/").rpartition("/")[2] if is_remote(location) else _local(location).name
 
 
-def parent(location: Location) -> Location:
-    """Return the location of the folder that an entry lies in."""
-    if not is_remote(location):
-        return _local(location).parent
-    path, mark, query = str(location).partition("?")
-    return f"{path.rstrip('/').rpartition('/')[0]}{mark}{query}"
-
-
 def _local(location: Location) -> Path:
     return Path(str(location).removeprefix("file://"))
 

@@ -43,3 +43,8 @@ class IdTypeError(TypeError, RuntimeError):
 def normalize_name(name: str) -> str:
     """Fold case, underscores, dashes and spaces, so that "xavier_uniform", "XavierUniform" are one name."""
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+def few(ids: list[int]) -> str:
+    """Name the five least of some ids, for messages."""
+    return ", ".join(map(str, sorted(ids)[:5])) + ", ..." * (len(ids) > 5)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardemb import checkpoint, collectives, faults
+from shardemb import checkpoint, collectives, faults, native
 from shardemb.coordinator import Coordinator
 from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
@@ -27,6 +27,7 @@ from shardemb.kge.triples import Triples
 from shardemb.manifest import CheckpointError, vocabulary_fingerprint
 from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
 from shardemb.storage import name_of
+from shardemb.types import few
 from shardemb.vocabulary import Vocabulary
 
 #: steps between two records of the loss
@@ -272,11 +273,10 @@ class _Job:
         """Name rows that are NaN or infinite, of all tables on this rank."""
         found = []
         for table in (self.model.entity, self.model.relation):
-            bad = (~torch.isfinite(table.local_rows())).flatten(1).any(1).nonzero().squeeze(1)
-            if len(bad):
-                ids = sorted(table.plan.local_ids()[bad].tolist())
-                few = ", ".join(map(str, ids[:5])) + ", ..." * (len(ids) > 5)
-                found.append(f"table {table.name!r} has {len(ids)} rows with NaN or infinite values on rank {self.rank}: {few}")
+            ids = table.plan.local_ids()[native.nonfinite_rows(table.local_rows())].tolist()
+            if ids:
+                what = f"{len(ids)} rows with NaN or infinite values on rank {self.rank}: {few(ids)}"
+                found.append(f"table {table.name!r} has {what}")
         return f" ({'; '.join(found)})" if found else ""
 
     def _save(self, epoch: int, step: int) -> None:
