@@ -1,7 +1,9 @@
 """Scores of triples as pure functions of rows, with a matrix product where many candidates share a query.
 
-A scorer splits ``score(h, r, t)`` into a query made of head and relation and a dot product with the tail, so that
-candidates cost ``B x D`` times ``D x N``. Heads are ranked as tails of the reciprocal relation (Lacroix et al. 2018).
+A scorer splits ``score(h, r, t)`` into a query, made of the relation and of the entity that is known, and what compares it
+with a candidate for the other one: a dot product or a distance. So candidates that share a query cost ``B x D`` times
+``D x N``, except for L1 distances. All are those of ``pykeen.nn.modules``. Complex rows are ``D / 2`` pairs of a real and an
+imaginary part, quaternions ``D / 4`` groups of four, as in PyKEEN.
 """
 
 from abc import ABC, abstractmethod
@@ -9,60 +11,223 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from shardemb.types import RowFunction
+
 
 class Scorer(ABC):
     """What a model needs of a scoring function; rows are real ``(..., D)``."""
 
-    @abstractmethod
-    def query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return ``(B, D)`` so that a tail's score is its dot product with the query."""
+    #: D must be a multiple of this
+    parts = 1
+    #: makes relations what the scorer takes for granted, such as rotations; None if it takes any
+    relation_normalizer: RowFunction | None = None
 
     @abstractmethod
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+        """Return ``(..., D)``, to be compared with candidates for the tail."""
+
+    @abstractmethod
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return ``(..., D)``, to be compared with candidates for the head."""
+
+    @abstractmethod
+    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
+        """Score each query against its own candidate: ``(..., D)``, ``(..., D)`` to ``(...)``."""
+
+    @abstractmethod
+    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
+        """Score each query against all candidates: ``(..., B, D)``, ``(..., N, D)`` to ``(..., B, N)``.
+
+        Args:
+            query: of :meth:`tail_query` or :meth:`head_query`.
+            candidates: rows of entities.
+            exact: differences instead of a matrix product for distances: slow, and without its rounding of small ones.
+        """
+
     def modulus(self, rows: Tensor) -> Tensor:
-        """Return the absolute values of a row's elements, for regularizers."""
+        """Return the absolute values of a row's elements ``(..., D / parts)``, for regularizers."""
+        if self.parts == 1:
+            return rows.abs()
+        # the tiny term keeps the root's gradient finite at 0
+        return (rows.unflatten(-1, (-1, self.parts)).square().sum(-1) + 1e-12).sqrt()
 
     def check_dim(self, dim: int) -> None:
         """Raise ValueError for a number of columns that the scorer cannot use."""
-
-    def score(self, query: Tensor, tail: Tensor) -> Tensor:
-        """Score each query against its own tail: ``(B, D)``, ``(B, D)`` to ``(B,)``."""
-        return (query * tail).sum(-1)
-
-    def score_all(self, query: Tensor, tails: Tensor) -> Tensor:
-        """Score each query against all tails: ``(B, D)``, ``(N, D)`` to ``(B, N)``."""
-        return query @ tails.T
+        if dim % self.parts:
+            raise ValueError(f"got dim={dim}, expected a multiple of {self.parts}: {type(self).__name__} needs it")
 
 
-class DistMult(Scorer):
+class _Product(Scorer):
+    """Compares by the dot product."""
+
+    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.linalg.vecdot(query, candidate)
+
+    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
+        """See the base class."""
+        return query @ candidates.mT
+
+
+class _Distance(Scorer):
+    """Compares by the negative distance."""
+
+    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
+        """See the base class."""
+        return -torch.linalg.vector_norm(query - candidate, dim=-1)
+
+    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
+        """See the base class."""
+        if exact:
+            return -torch.cdist(query, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+        lengths = query.square().sum(-1, keepdim=True) + candidates.square().sum(-1).unsqueeze(-2)
+        square = torch.add(lengths, query @ candidates.mT, alpha=-2)
+        return -square.clamp_min(1e-12).sqrt()  # where it is clamped, rounding is all there is, and the gradient 0
+
+
+class TransE(_Distance):
+    """``-||h + r - t||_2`` (Bordes et al. 2013)."""
+
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+        """Return where the tail should be."""
+        return head + relation
+
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return where the head should be."""
+        return tail - relation
+
+
+class TransEL1(TransE):
+    """``-||h + r - t||_1`` (Bordes et al. 2013); it has no form as a matrix product."""
+
+    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
+        """See the base class."""
+        return -(query - candidate).abs().sum(-1)
+
+    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
+        """See the base class."""
+        return -torch.cdist(query, candidates, p=1.0)
+
+
+class DistMult(_Product):
     """``<h, r, t>`` of real rows (Yang et al. 2015)."""
 
-    def query(self, head: Tensor, relation: Tensor) -> Tensor:
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
         """Return the elementwise product."""
         return head * relation
 
+    head_query = tail_query
+
+
+class ComplEx(_Product):
+    """``Re <h, r, conj(t)>`` of complex rows (Trouillon et al. 2016)."""
+
+    parts = 2
+
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+        """Return the complex product."""
+        return _complex_product(head, relation)
+
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return the product with the conjugate relation."""
+        return _complex_product(tail, relation, conjugate=True)
+
+
+def _unit_complex(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.unflatten(-1, (-1, 2)), dim=-1).flatten(-2)
+
+
+class RotatE(_Distance):
+    """``-||h r - t||_2`` of complex rows; each element of ``r`` is a rotation (Sun et al. 2019)."""
+
+    parts = 2
+    relation_normalizer = staticmethod(_unit_complex)
+
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+        """Return the rotated head."""
+        return _complex_product(head, relation)
+
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return the tail, rotated back."""
+        return _complex_product(tail, relation, conjugate=True)
+
+
+class SimplE(_Product):
+    """``(<h_1, r_1, t_2> + <h_2, r_2, t_1>) / 2``, of rows in two halves (Kazemi & Poole 2018)."""
+
+    parts = 2
+
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+        """Return the products in the order of a tail's halves."""
+        first, second = (head * relation).chunk(2, dim=-1)
+        return torch.cat([second, first], dim=-1) / 2
+
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return the products in the order of a head's halves."""
+        first, second = tail.chunk(2, dim=-1)
+        return relation * torch.cat([second, first], dim=-1) / 2
+
     def modulus(self, rows: Tensor) -> Tensor:
-        """Return absolute values."""
+        """Return absolute values: the halves are real."""
         return rows.abs()
 
 
-class ComplEx(Scorer):
-    """``Re <h, r, conj(t)>`` of complex rows (Trouillon et al. 2016): ``D / 2`` real parts, then as many imaginary ones."""
-
-    def check_dim(self, dim: int) -> None:
-        """Refuse an odd number of columns."""
-        if dim % 2:
-            raise ValueError(f"got dim={dim}, expected an even one: ComplEx stores real and imaginary parts")
-
-    def query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the complex product."""
-        h_re, h_im = head.chunk(2, dim=-1)
-        r_re, r_im = relation.chunk(2, dim=-1)
-        return torch.cat([h_re * r_re - h_im * r_im, h_re * r_im + h_im * r_re], dim=-1)
-
-    def modulus(self, rows: Tensor) -> Tensor:
-        """Return ``(..., D / 2)``; the tiny term keeps the root's gradient finite at 0."""
-        re, im = rows.chunk(2, dim=-1)
-        return (re.square() + im.square() + 1e-12).sqrt()
+def _unit_quaternions(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.unflatten(-1, (-1, 4)), dim=-1).flatten(-2)
 
 
-SCORERS: dict[str, type[Scorer]] = {"complex": ComplEx, "distmult": DistMult}
+class QuatE(_Product):
+    """``-<h r, t>`` with Hamilton's product of quaternions; ``r`` are rotations (Zhang et al. 2019; the sign is PyKEEN's)."""
+
+    parts = 4
+    relation_normalizer = staticmethod(_unit_quaternions)
+
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+        """Return the rotated head."""
+        return _hamilton_product(head, -relation)
+
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return the tail, rotated back."""
+        return _hamilton_product(tail, relation * relation.new_tensor([-1, 1, 1, 1]).repeat(relation.shape[-1] // 4))
+
+
+class HolE(_Product):
+    """``<r, h * t>`` with circular correlation (Nickel et al. 2016)."""
+
+    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+        """Return the circular convolution of head and relation."""
+        return torch.fft.irfft(torch.fft.rfft(head) * torch.fft.rfft(relation), n=head.shape[-1])
+
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return the circular correlation of relation and tail."""
+        return torch.fft.irfft(torch.fft.rfft(relation).conj() * torch.fft.rfft(tail), n=tail.shape[-1])
+
+
+def _complex_product(a: Tensor, b: Tensor, conjugate: bool = False) -> Tensor:
+    """Multiply complex rows, the second conjugated if told so."""
+    left, right = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (a, b))
+    return torch.view_as_real(left * (right.conj() if conjugate else right)).flatten(-2)
+
+
+def _hamilton_product(a: Tensor, b: Tensor) -> Tensor:
+    a0, a1, a2, a3 = a.unflatten(-1, (-1, 4)).unbind(-1)
+    b0, b1, b2, b3 = b.unflatten(-1, (-1, 4)).unbind(-1)
+    product = [
+        a0 * b0 - a1 * b1 - a2 * b2 - a3 * b3,
+        a0 * b1 + a1 * b0 + a2 * b3 - a3 * b2,
+        a0 * b2 - a1 * b3 + a2 * b0 + a3 * b1,
+        a0 * b3 + a1 * b2 - a2 * b1 + a3 * b0,
+    ]
+    return torch.stack(product, dim=-1).flatten(-2)
+
+
+SCORERS: dict[str, type[Scorer]] = {
+    "complex": ComplEx,
+    "distmult": DistMult,
+    "hole": HolE,
+    "quate": QuatE,
+    "rotate": RotatE,
+    "simple": SimplE,
+    "transe": TransE,
+    "transe_l1": TransEL1,
+}
