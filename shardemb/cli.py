@@ -230,5 +230,6 @@ def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
         if dist.is_initialized() and dist.get_rank():  # rank 0 says the same
             warnings.simplefilter("ignore")
         data = Triples.load(config.dataset, config.unseen)
-    _, result = train(data, config.model, config.sampling, config.training, output, resume)
+    sections = {name: getattr(config, name) for name in ("model", "loss", "sampling", "optimizer", "training", "evaluation")}
+    _, result = train(data, **sections, output=output, resume=resume)
     return result

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from shardemb.files import read_text
+from shardemb.kge.evaluation import EvaluationConfig
+from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import ModelConfig
+from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.trainer import TrainingConfig
 from shardemb.kge.triples import UNSEEN
@@ -29,8 +32,11 @@ class JobConfig:
     #: "keep", "drop" or "error": valid and test triples with an entity or a relation that no training triple holds
     unseen: str = "keep"
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         if self.unseen not in UNSEEN:

@@ -546,11 +546,23 @@ class Embedding(Representation):
         if self._group is not None:
             raise ValueError(f"table {self.name!r} lies on a process group of its own, {who} takes the default group only")
 
-    @torch.no_grad()
-    def local_rows(self) -> Tensor:
-        """Return this rank's rows ``(R, *shape)``, normalized as forward does; ``plan.local_ids()`` are their ids."""
-        x = self._as_seen(self._embeddings.weight.detach(), (self.plan.num_local,))
-        return x if self.normalizer is None else self.normalizer(x)
+    def local_rows(self, trainable: bool = False) -> Tensor:
+        """Return this rank's rows ``(R, *shape)``, normalized as forward does; ``plan.local_ids()`` are their ids.
+
+        Args:
+            trainable: with a gradient, for a loss over all rows; on several ranks it is this rank's alone, not reduced.
+
+        Raises:
+            ValueError: ``trainable`` rows of a table whose gradient is not dense.
+        """
+        if trainable and self.gradient != "dense":
+            raise ValueError(
+                f"table {self.name!r}: got gradient={self.gradient!r}, expected 'dense' for trainable rows: all of them get one"
+            )
+        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+            weight = self._embeddings.weight
+            x = self._as_seen(weight if trainable else weight.detach(), (self.plan.num_local,))
+            return x if self.normalizer is None else self.normalizer(x)
 
     def set_learning_rate(self, lr: float) -> None:
         """Change the learning rate of the fused optimizer; RuntimeError for other gradients."""

@@ -23,24 +23,37 @@ class MetricsFile:
     Args:
         path: of the file.
         step: keep an earlier run's records up to this step, drop later ones and its test; 0 starts a new file.
+        tensorboard: folder for TensorBoard's event files, in which the numbers stand too; None for none.
     """
 
-    def __init__(self, path: Path, step: int = 0) -> None:
+    def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None) -> None:
         old = read_metrics(path) if step and path.exists() else []
         kept = [record for record in old if record["step"] <= step and record["kind"] != "test"]
         with replacing(path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard is not None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Append a record of a kind ("train", "valid", "test") at an optimizer step."""
         record = {"time": round(time.time(), 3), "kind": kind, "step": step, **figures}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._events is not None:
+            for name, figure in figures.items():
+                if isinstance(figure, int | float):
+                    self._events.add_scalar(f"{kind}/{name}", figure, step)
+            self._events.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

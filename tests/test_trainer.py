@@ -5,11 +5,12 @@ import torch
 
 from shardemb import checkpoint
 from shardemb.kge import ModelConfig, TrainingConfig, Triples, train
+from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.metrics import read_metrics
 from shardemb.vocabulary import Vocabulary
 
-SAMPLING = SamplingConfig(batch_size=120, chunk_size=40, num_negatives=30)
+SAMPLING = SamplingConfig(batch_size=60, chunk_size=20, num_negatives=30)
 
 
 def graph() -> Triples:
@@ -27,7 +28,9 @@ def graph() -> Triples:
 def _train(rank: int, world_size: int, output: Path | None, epochs: int, resume: bool, constrainer: str = "") -> dict:
     config = TrainingConfig(epochs=epochs, seed=1, validate_every=2)
     model_config = ModelConfig(dim=12, init_std=0.1, n3=0.01, constrainer=constrainer)
-    model, result = train(graph(), model_config, SAMPLING, config, output, resume, progress=False)
+    model, result = train(
+        graph(), model_config, sampling=SAMPLING, training=config, output=output, resume=resume, progress=False
+    )
     with torch.no_grad():
         return {**result, "entity": model.entity(None).clone(), "relation": model.relation(None).clone()}
 
@@ -107,7 +110,7 @@ def test_resuming_with_another_graph_is_refused(run_ranks, tmp_path: Path) -> No
 def _diverge(rank: int, world_size: int) -> None:
     config, model_config = TrainingConfig(epochs=3, validate_every=0), ModelConfig(dim=4, init_std=1e30, n3=1.0)
     with pytest.raises(FloatingPointError, match=r"step \d+: the loss is (nan|inf)"):
-        train(graph(), model_config, SAMPLING, config, progress=False)
+        train(graph(), model_config, sampling=SAMPLING, training=config, progress=False)
 
 
 def test_a_loss_that_is_no_number_ends_all_ranks(run_ranks) -> None:
@@ -121,8 +124,8 @@ def test_settings_are_checked() -> None:
         lambda: SamplingConfig(batch_size=0),
         lambda: ModelConfig(scorer="nope"),
         lambda: ModelConfig(dim=0),
-        lambda: ModelConfig(entity_lr=float("nan")),
-        lambda: TrainingConfig(final_lr=-1.0),
+        lambda: OptimizerConfig(entity_lr=float("nan")),
+        lambda: OptimizerConfig(final_lr=-1.0),
     ):
-        with pytest.raises(ValueError, match=r"(training|sampling|model)\.\w+: got"):
+        with pytest.raises(ValueError, match=r"(training|sampling|model|optimizer)\.\w+: got"):
             make()

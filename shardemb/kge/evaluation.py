@@ -1,5 +1,7 @@
 """Exact filtered ranking over all entities; each rank scores the rows that it owns, and only counts travel."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,65 +10,60 @@ from torch import Tensor
 
 from shardemb import collectives
 from shardemb.kge.model import KnowledgeGraphModel
-from shardemb.kge.sampling import equal_range, with_reciprocals
+from shardemb.kge.sampling import SIDES, Known, Side
 from shardemb.plan import RowPlan
 
 #: scores held at a time: 32 MB, which the C library keeps for the next batch; more would be mapped anew each time
 MAX_SCORES = 1 << 23
 
 
-class KnownTails:
-    """For each (head, relation), the tails that are known to be true and are left out of a ranking.
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How triples are ranked."""
 
-    Args:
-        triples: ``(T, 3)`` of all splits, without reciprocals.
-        num_relations: relations of the graph.
-    """
+    #: leave out other true answers (of any split)
+    filtered: bool = True
 
-    def __init__(self, triples: Tensor, num_relations: int) -> None:
-        queries = with_reciprocals(triples, num_relations)
-        self._num_relations = 2 * num_relations
-        self._keys, order = self._key(queries).sort()
-        self._tails = queries[order, 2]
 
-    def _key(self, queries: Tensor) -> Tensor:
-        return queries[:, 0] * self._num_relations + queries[:, 1]
-
-    def pairs(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return places ``(n,)`` in ``queries`` ``(B, 3)`` and the tails ``(n,)`` known for them."""
-        places, found = equal_range(self._keys, self._key(queries))
-        return places, self._tails[found]
+def evaluate(
+    model: KnowledgeGraphModel, triples: Tensor, splits: Sequence[Tensor], config: EvaluationConfig, seed: int = 0
+) -> dict[str, float]:
+    """Rank heads and tails of triples, and return the metrics. A collective."""
+    known = Known(splits, model.num_relations, only=triples)
+    return metrics(torch.cat([ranks(model, side, triples, known) for side in SIDES]))
 
 
 @torch.no_grad()
-def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTails) -> Tensor:
-    """Rank the tail, then the head, of each triple among all entities but the known true ones. A collective.
+def ranks(model: KnowledgeGraphModel, side: Side, triples: Tensor, known: Known) -> Tensor:
+    """Rank one side of each triple among all entities but the known true ones. A collective.
 
     Args:
         model: in any mode.
+        side: that is asked for.
         triples: ``(T, 3)``, the same on all ranks.
         known: what is left out.
 
     Returns:
-        ``(2T,)`` float64: 1 + better + equal / 2, PyKEEN's "realistic" rank; tails of all triples, then heads.
+        ``(T,)`` float64: 1 + better + equal / 2, PyKEEN's "realistic" rank.
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
     """
     entity = model.entity
     plan, rows = entity.plan, entity.local_rows()
-    ranks = []
-    for batch in with_reciprocals(triples, model.num_relations).split(max(1, MAX_SCORES // max(1, plan.block))):
-        query = model.queries(batch[:, 0], batch[:, 1])
-        scores = model.scorer.score_all(query, rows)
+    found = []
+    asked, answer = (2, 0) if side == "head" else (0, 2)
+    for batch in triples.long().split(max(1, MAX_SCORES // max(1, plan.block))):
+        query = model.queries(side, batch[:, asked], batch[:, 1])
+        scores = model.scorer.score_all(query, rows, exact=True)
         finite = not scores.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(scores))).all())
-        here, places = _owned(batch[:, 2], plan)
+        here, places = _owned(batch[:, answer], plan)
         true = scores.new_full((len(batch),), -torch.inf)
-        true[here] = scores[here, places]  # out of the same product, so that a tail equals itself to the last bit
+        true[here] = scores[here, places]  # out of the same product, so that an answer equals itself to the last bit
         _all_reduce(model, true, collectives.MAX)
         scores[here, places] = -torch.inf
-        of, tails = known.pairs(batch)
-        here, places = _owned(tails, plan)
+        of, answers = known.answers(side, batch[:, asked], batch[:, 1])
+        here, places = _owned(answers, plan)
         scores[of[here], places] = -torch.inf
         better, equal = _count(scores > true.unsqueeze(1)), _count(scores == true.unsqueeze(1))
         counts = torch.stack([better, equal, torch.full_like(better, not finite)])
@@ -76,8 +73,8 @@ def filtered_ranks(model: KnowledgeGraphModel, triples: Tensor, known: KnownTail
                 f"scores are NaN or infinite: the rows of {entity.name!r} or {model.relation.name!r} have grown too large; "
                 f"lower the learning rates"
             )
-        ranks.append(1 + counts[0].double() + counts[1].double() / 2)
-    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.float64)
+        found.append(1 + counts[0].double() + counts[1].double() / 2)
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
 
 
 def _owned(ids: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,122 @@
-"""Losses as pure functions; they add up over queries, so that any split of a batch over ranks gives the same sum."""
+"""Losses of a true answer against wrong ones, as pure functions that leave out what is -inf.
+
+Each takes the scores of the true answers ``(...)`` and of the negatives ``(..., N)``, of which those that do not count are
+-inf, and returns one number a query ``(...)``. Sums over queries are the caller's, so any split of a batch over ranks gives
+the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from shardemb.kge.settings import at_least, one_of, within
 
 
-def sampled_softmax(positive: Tensor, negative: Tensor, hits: tuple[Tensor, Tensor]) -> Tensor:
-    """Sum of the cross-entropies of the true tail among itself and the negatives.
+class _Softmax(torch.autograd.Function):
+    """One pass over the scores for the loss and its gradient, which autograd would make in eight."""
 
-    Args:
-        positive: ``(B,)`` scores of the true tails.
-        negative: ``(B, N)`` scores of the negatives.
-        hits: rows and columns ``(n,)`` where a negative is the true tail; these do not count.
+    @staticmethod
+    def forward(ctx: Any, positive: Tensor, negative: Tensor, smoothing: float) -> Tensor:
+        top = torch.maximum(negative.amax(-1), positive)
+        first = (positive - top).exp()
+        share = (negative - top.unsqueeze(-1)).exp_()
+        total = share.sum(-1).add_(first)
+        loss = total.log().add_(top).sub_(positive)
+        share.div_(total.unsqueeze(-1))
+        first = first / total - 1
+        if smoothing:  # target: 1 - smoothing for the true one, and smoothing shared by all
+            counts = negative > -torch.inf
+            each = smoothing / (counts.sum(-1) + 1)
+            others = negative.masked_fill(~counts, 0).sum(-1) + positive
+            loss += smoothing * positive - each * others
+            first += smoothing - each
+            share -= each.unsqueeze(-1) * counts
+        ctx.save_for_backward(first, share)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        first, share = ctx.saved_tensors
+        return first * grad, share * grad.unsqueeze(-1), None
+
+
+def softmax(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of the true answer among itself and the negatives, as torch.nn.functional.cross_entropy."""
+    wide = torch.promote_types(positive.dtype, torch.float32)
+    return _Softmax.apply(positive.to(wide), negative.to(wide), label_smoothing)
+
+
+def logistic(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return binary cross-entropy: that of the true answer and the mean of the negatives'.
+
+    With label smoothing the targets are ``1 - s / 2`` and ``s / 2``.
     """
-    logits = torch.cat([positive.unsqueeze(1), negative], dim=1)
-    logits[hits[0], hits[1] + 1] = -torch.inf
-    return (logits.logsumexp(dim=1) - positive).sum()
+    counts = negative > -torch.inf
+    wrong = F.softplus(negative)
+    if label_smoothing:
+        wrong = wrong - label_smoothing / 2 * negative.masked_fill(~counts, 0)
+    return F.softplus(-positive) + label_smoothing / 2 * positive + wrong.sum(-1) / counts.sum(-1).clamp_min(1)
+
+
+def margin_ranking(positive: Tensor, negative: Tensor, margin: float = 1.0) -> Tensor:
+    """Return the mean over negatives of ``max(0, margin + negative - positive)`` (Bordes et al. 2013)."""
+    counts = negative > -torch.inf
+    return (margin + negative - positive.unsqueeze(-1)).relu().sum(-1) / counts.sum(-1).clamp_min(1)
+
+
+def self_adversarial(positive: Tensor, negative: Tensor, margin: float = 9.0, temperature: float = 1.0) -> Tensor:
+    """Return the self-adversarial loss (Sun et al. 2019): hard negatives weigh more, by a softmax without gradient."""
+    weights = (temperature * negative.detach()).softmax(-1).nan_to_num(0)  # NaN where no negative counts
+    return (F.softplus(-margin - positive) + (weights * F.softplus(margin + negative)).sum(-1)) / 2
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What training minimizes."""
+
+    #: "softmax", "logistic", "margin" or "self_adversarial"
+    name: str = "softmax"
+    #: of "margin" and "self_adversarial"
+    margin: float = 1.0
+    #: of "self_adversarial": larger weighs hard negatives more
+    temperature: float = 1.0
+    #: part of the target that all candidates share ("softmax"), or taken from both classes ("logistic")
+    label_smoothing: float = 0.0
+    #: weigh a triple by 1 / sqrt(how often its (head, relation) and (relation, tail) occur), as word2vec (Sun et al. 2019)
+    subsampling: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("loss", self, {"name": sorted(LOSSES)})
+        at_least("loss", self, margin=0, temperature=0)
+        within("loss", self, label_smoothing=(0, 0.99))
+        if self.label_smoothing and "label_smoothing" not in LOSSES[self.name][1]:
+            raise ValueError(f"loss.label_smoothing: got {self.label_smoothing} with loss {self.name!r}, which has no labels")
+
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Return the loss of each query ``(...)``, of scores ``(...)`` and ``(..., N)``."""
+        function, options = LOSSES[self.name]
+        return function(positive, negative, **{option: getattr(self, option) for option in options})
+
+
+#: by name: the function, and which settings it takes
+LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "softmax": (softmax, ("label_smoothing",)),
+    "logistic": (logistic, ("label_smoothing",)),
+    "margin": (margin_ranking, ("margin",)),
+    "self_adversarial": (self_adversarial, ("margin", "temperature")),
+}
 
 
 def n3(*moduli: Tensor) -> Tensor:
     """Sum of cubed absolute values: the weighted nuclear 3-norm of Lacroix et al. 2018."""
-    return sum((modulus.pow(3).sum() for modulus in moduli), start=torch.zeros(()))
+    return lp(*moduli, power=3)
+
+
+def lp(*moduli: Tensor, power: float) -> Tensor:
+    """Sum of absolute values to a power: the p-norm's."""
+    return sum((modulus.pow(power).sum() for modulus in moduli), start=torch.zeros(()))

@@ -1,6 +1,6 @@
 """A knowledge-graph model: a sharded entity table, a replicated relation table, a scorer."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
-from shardemb.kge.losses import n3, sampled_softmax
-from shardemb.kge.sampling import Chunk
+from shardemb.kge.losses import LossConfig, lp
+from shardemb.kge.sampling import Batch, Corruption, Queries, Side
 from shardemb.kge.scorers import SCORERS
-from shardemb.optim import RowWiseAdagrad
+from shardemb.kge.settings import at_least, one_of, within
+from shardemb.kge.vs_all import gather_queries, mine, vs_all
 from shardemb.transforms import probe_constrainer, resolve_constrainer
 
 
@@ -19,31 +20,33 @@ from shardemb.transforms import probe_constrainer, resolve_constrainer
 class ModelConfig:
     """What is trained."""
 
-    #: scorer: "complex" or "distmult"
+    #: scorer: "complex", "distmult", "hole", "quate", "rotate", "simple", "transe" (L2) or "transe_l1"
     scorer: str = "complex"
-    #: real numbers in an entity's row; ComplEx makes half as many complex ones of them
+    #: real numbers in an entity's row: for ComplEx and RotatE twice the complex ones, for QuatE four times the quaternions
     dim: int = 256
+    #: rank heads as tails of a second, reciprocal relation (Lacroix et al. 2018), instead of by the relation itself
+    reciprocal: bool = True
     #: standard deviation of the initial rows
     init_std: float = 0.01
     #: row-wise function after each step ("normalize", "clamp_norm", ...); "" for none
     constrainer: str = ""
     #: keyword arguments of the constrainer
     constrainer_kwargs: dict[str, Any] = field(default_factory=dict)
+    #: probability that an element of an entity's row is dropped in training
+    entity_dropout: float = 0.0
+    #: of a relation's
+    relation_dropout: float = 0.0
     #: weight of the N3 regularizer, per query
     n3: float = 0.05
-    #: learning rate of row-wise Adagrad for entities
-    entity_lr: float = 0.3
-    #: learning rate of row-wise Adagrad for relations
-    relation_lr: float = 0.1
+    #: weight of the Lp regularizer, per query
+    lp: float = 0.0
+    #: its p
+    lp_power: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
-            raise ValueError(f"model.scorer: got {self.scorer!r}, expected one of {sorted(SCORERS)}")
-        if self.dim < 1:
-            raise ValueError(f"model.dim: got {self.dim}, expected at least 1")
-        for name in ("init_std", "n3", "entity_lr", "relation_lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected a finite number, at least 0")
+        one_of("model", self, {"scorer": sorted(SCORERS)})
+        at_least("model", self, dim=1, init_std=0, n3=0, lp=0, lp_power=1)
+        within("model", self, entity_dropout=(0, 0.99), relation_dropout=(0, 0.99))
         try:
             SCORERS[self.scorer]().check_dim(self.dim)
         except ValueError as error:
@@ -61,17 +64,26 @@ class KnowledgeGraphModel(nn.Module):
 
     Args:
         num_entities: rows of the entity table.
-        num_relations: the graph's relations; the table holds a reciprocal for each besides.
+        num_relations: the graph's relations; with reciprocal ones the table holds twice as many.
         config: the model's settings.
         seed: of the initial rows.
+        loss: what training minimizes.
+        dense: the entity table's gradient is dense, for losses against all entities.
         device: of the tables.
     """
 
     def __init__(
-        self, num_entities: int, num_relations: int, config: ModelConfig, seed: int, device: torch.device | str = "cpu"
+        self,
+        num_entities: int,
+        num_relations: int,
+        config: ModelConfig,
+        seed: int,
+        loss: LossConfig | None = None,
+        dense: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.loss_config = config, loss or LossConfig()
         self.num_relations = num_relations
         self.scorer = SCORERS[config.scorer]()
         common: dict[str, Any] = {
@@ -86,42 +98,126 @@ class KnowledgeGraphModel(nn.Module):
             num_entities,
             constrainer=config.constrainer or None,
             constrainer_kwargs=config.constrainer_kwargs,
+            gradient="dense" if dense else "sparse",
+            dropout=config.entity_dropout or None,
             seed=2 * seed,
             name="entity",
             **common,
         )
         self.relation = Embedding(
-            2 * num_relations, gradient="dense", placement="replicated", seed=2 * seed + 1, name="relation", **common
+            num_relations * (1 + config.reciprocal),
+            normalizer=self.scorer.relation_normalizer,
+            gradient="dense",
+            placement="replicated",
+            dropout=config.relation_dropout or None,
+            seed=2 * seed + 1,
+            name="relation",
+            **common,
         )
 
-    def queries(self, heads: Tensor, relations: Tensor) -> Tensor:
-        """Return ``(B, D)`` for entity ids ``(B,)`` and relation ids ``(B,)``. A collective."""
-        return self.scorer.query(self.entity(heads), self.relation(relations))
+    def queries(self, side: Side, entities: Tensor, relations: Tensor) -> Tensor:
+        """Return what candidates of a side are compared with. A collective.
 
-    def loss(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
+        Args:
+            side: "tail" for (entity, relation, ?), "head" for (?, relation, entity).
+            entities: ids ``(B,)``.
+            relations: ids ``(B,)``.
+
+        Returns:
+            ``(B, D)``, for the scorer.
+        """
+        known, relation = self.entity(entities.to(self.entity.device)), self.relation(self._kinds(side == "head", relations))
+        return self._query(side == "head", known, relation)
+
+    def _kinds(self, head: Tensor | bool, relations: Tensor) -> Tensor:
+        """Return rows of the relation table."""
+        shift = self.num_relations * self.config.reciprocal
+        return (relations + shift * head).to(self.relation.device)
+
+    def _query(self, head: Tensor | bool, known: Tensor, relation: Tensor) -> Tensor:
+        if self.config.reciprocal or head is False:
+            return self.scorer.tail_query(known, relation)
+        if head is True:
+            return self.scorer.head_query(known, relation)
+        both = self.scorer.head_query(known, relation), self.scorer.tail_query(known, relation)
+        return torch.where(head.unsqueeze(-1).to(known.device), *both)
+
+    def loss(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Look all entities of a step up at once, and add up the loss of this rank's chunks. A collective.
 
         Returns:
-            The sum over queries of what training minimizes, and of its softmax part alone (detached).
+            The sum over queries of what training minimizes, and of its loss alone, without regularizers (detached).
         """
-        parts = [ids for chunk in chunks for ids in (chunk.heads, chunk.tails, chunk.negatives)]
-        ids, inverse = torch.cat(parts or [torch.empty(0, dtype=torch.int64)]).unique(return_inverse=True)
-        rows = self.entity(ids)
-        expanded = iter(rows.index_select(0, inverse).split([len(part) for part in parts]))
-        total, softmax = rows.sum() * 0, torch.zeros(())  # a rank without chunks takes part in backward all the same
-        for chunk in chunks:
-            heads, tails, negatives = next(expanded), next(expanded), next(expanded)
-            relations = self.relation(chunk.relations)
-            query = self.scorer.query(heads, relations)
-            loss = sampled_softmax(self.scorer.score(query, tails), self.scorer.score_all(query, negatives), chunk.hits())
-            softmax += loss.detach()
-            total = total + loss
-            if self.config.n3:
-                total = total + self.config.n3 * n3(*(self.scorer.modulus(x) for x in (heads, relations, tails)))
-        return total, softmax
+        parts = [ids for batch in batches for ids in (batch.heads, batch.tails, *(c.negatives for c in batch.corruptions))]
+        ids = torch.cat([part.reshape(-1) for part in parts] or [torch.empty(0, dtype=torch.int64)])
+        rows = self.entity(ids.to(self.entity.device))
+        looked_up = iter(rows.split([part.numel() for part in parts]))
+        looked_up = iter([next(looked_up).view(*part.shape, -1) for part in parts])
+        total, plain = rows.sum() * 0 if not len(ids) else rows.new_zeros(()), rows.new_zeros(())
+        for batch in batches:
+            heads, tails = next(looked_up), next(looked_up)
+            for corruption in batch.corruptions:
+                loss, penalty = self._loss(batch, corruption, heads, tails, next(looked_up))
+                plain += loss.detach()
+                total = total + loss + penalty
+        return total, plain
 
-    def optimizer(self) -> RowWiseAdagrad:
-        """Make the optimizer of both tables."""
-        config = self.config
-        rates = [(self.entity, config.entity_lr), (self.relation, config.relation_lr)]
-        return RowWiseAdagrad([{"params": table.parameters(), "lr": lr, "initial_lr": lr} for table, lr in rates])
+    def _loss(
+        self, batch: Batch, corruption: Corruption, heads: Tensor, tails: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        head = corruption.head
+        relations = self.relation(self._kinds(head, batch.relations))
+        if isinstance(head, bool):
+            known, answers = (tails, heads) if head else (heads, tails)
+        else:
+            mask = head.unsqueeze(-1).to(heads.device)
+            known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
+        query = self._query(head, known, relations)
+        positive, negative = self.scorer.score(query, answers), self.scorer.score_all(query, candidates)
+        if len(corruption.hits[0]):
+            with torch.no_grad():  # what is -inf has no gradient in any loss
+                negative[tuple(place.to(negative.device) for place in corruption.hits)] = -torch.inf
+        loss = self.loss_config(positive, negative)
+        if batch.weights is not None:
+            loss = loss * batch.weights.to(loss.device)
+        return loss.sum(), self._penalty(heads, relations, tails)
+
+    def loss_vs_all(self, queries: Queries, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+        """Compare the answers of a step's queries with all entities, each rank with its own rows. A collective.
+
+        Args:
+            queries: of all ranks, the same on all.
+            rank: of this process.
+            world_size: number of processes.
+
+        Returns:
+            As :meth:`loss`; the gradients of the first, summed over ranks, are those of the whole step.
+        """
+        device = self.entity.device
+        share = mine(len(queries.entities), rank, world_size)
+        head = queries.head[share]
+        known = self.entity(queries.entities[share].to(device))
+        relations = self.relation(self._kinds(head, queries.relations[share]))
+        query = gather_queries(self._query(head, known, relations), len(queries.entities), rank, world_size)
+        rows = self.entity.local_rows(trainable=True)
+        if self.entity.dropout is not None:
+            rows = self.entity.dropout(rows)
+        scores = self.scorer.score_all(query, rows)
+        plan = self.entity.plan
+        row = plan.slots(queries.answers) - plan.first
+        here = ((row >= 0) & (row < plan.num_local)).nonzero().squeeze(1)
+        labels = queries.places[here].to(device), row[here].to(device)
+        counts = torch.bincount(queries.places, minlength=len(query)).to(device)
+        loss = vs_all(scores, labels, counts, self.entity.max_id, self.loss_config.name, self.loss_config.label_smoothing)
+        if queries.weights is not None:
+            loss = loss * queries.weights.to(device)
+        return loss.sum() + self._penalty(known, relations), loss.detach()[share].sum()
+
+    def _penalty(self, *rows: Tensor) -> Tensor:
+        config, penalty = self.config, rows[0].new_zeros(())
+        if config.n3 or config.lp:
+            moduli = [self.scorer.modulus(x) for x in rows]
+            for weight, power in ((config.n3, 3.0), (config.lp, config.lp_power)):
+                if weight:
+                    penalty = penalty + weight * lp(*moduli, power=power)
+        return penalty

@@ -30,8 +30,12 @@ def best_tails(store: Store, heads: Keys, relations: Keys, k: int = 10, inverse:
     h, r = entity.ids(heads).reshape(-1), relation.ids(relations).reshape(-1)
     if len(h) != len(r):
         raise ValueError(f"got {len(h)} heads and {len(r)} relations, expected as many")
-    r = r + told["num_relations"] * inverse
+    r = r + told["num_relations"] * (inverse and told["reciprocal"])
     if len(r) and int(r.max()) >= relation.max_id:
         raise IndexError(f"{store.path}: got relation {int(r.max())}, expected below {told['num_relations']} with inverse=True")
-    query: Tensor = scorer.query(entity.lookup(h), relation.lookup(r))
+    known, relations = entity.lookup(h), relation.lookup(r, raw=True)
+    if scorer.relation_normalizer is not None:
+        relations = scorer.relation_normalizer(relations)
+    by_head = inverse and not told["reciprocal"]
+    query: Tensor = scorer.head_query(known, relations) if by_head else scorer.tail_query(known, relations)
     return entity.best(lambda rows: scorer.score_all(query, rows), k, queries=len(h))

@@ -1,51 +1,113 @@
 """Batches and negatives that depend on seed, epoch and step, never on the number of ranks.
 
 A global batch is cut into chunks; the queries of a chunk share their negatives, and ranks take the chunks in turn. So
-one rank and four see the same chunks, and add up the same loss.
+one rank and four see the same chunks, and add up the same loss. A triple is two queries: (head, relation, ?) for its tail
+and (?, relation, tail) for its head.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from shardemb.kge.settings import at_least, one_of, within
+
+Side = Literal["head", "tail"]
+SIDES: tuple[Side, Side] = ("tail", "head")
+
+#: triples that are shuffled at once: 12 to 24 MB of the file are read together
+_BLOCK = 1 << 20
+#: pairs of a query and an answer that are looked at together
+_PAIRS = 1 << 22
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How training triples become batches."""
 
-    #: queries (a triple, or its reciprocal) in a step, over all ranks
-    batch_size: int = 2048
-    #: queries that share negatives
-    chunk_size: int = 1024
-    #: uniformly drawn entities per chunk
+    #: what an answer is compared with: "negatives", drawn ones; "1vsall", every entity; "kvsall", every entity, with all known
+    #: answers of a query as true ones
+    scheme: str = "negatives"
+    #: triples in a step, over all ranks; with "kvsall" queries
+    batch_size: int = 1024
+    #: triples that share negatives
+    chunk_size: int = 512
+    #: entities drawn per chunk and side
     num_negatives: int = 1000
+    #: how they are drawn: "uniform", or by "degree", the triples that an entity is in
+    negatives: str = "uniform"
+    #: the degree's power; word2vec's 0.75
+    degree_power: float = 0.75
+    #: take the answers of the chunk's other triples as negatives besides
+    in_batch: bool = False
+    #: leave out negatives that a training triple makes a true answer
+    filtered: bool = False
+    #: which side of a triple is replaced: "both", "tail", "head", or one of them by "bernoulli" (Wang et al. 2014)
+    corrupt: str = "both"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "chunk_size", "num_negatives"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name}: got {getattr(self, name)}, expected at least 1")
+        one_of(
+            "sampling",
+            self,
+            {
+                "scheme": ("negatives", "1vsall", "kvsall"),
+                "negatives": ("uniform", "degree"),
+                "corrupt": ("both", "tail", "head", "bernoulli"),
+            },
+        )
+        at_least("sampling", self, batch_size=1, chunk_size=1, num_negatives=0 if self.in_batch else 1)
+        within("sampling", self, degree_power=(0, 4))
+        if self.scheme != "negatives" and self.corrupt == "bernoulli":
+            raise ValueError(
+                f"sampling.corrupt: got 'bernoulli' with scheme {self.scheme!r}, expected 'both', 'tail' or 'head'"
+            )
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Queries with common negatives."""
+class Corruption:
+    """Candidates of one side of a batch's triples."""
 
-    #: (B,) entity ids
-    heads: Tensor
-    #: (B,) relation ids, reciprocal ones included
-    relations: Tensor
-    #: (B,) entity ids
-    tails: Tensor
-    #: (N,) entity ids
+    #: (C, c) or a number: where the head is replaced instead of the tail
+    head: Tensor | bool
+    #: (C, N) entity ids, shared by the queries of a chunk
     negatives: Tensor
+    #: chunk, query and negative ``(n,)`` of what does not count: the true answer itself, and other true ones if filtered
+    hits: tuple[Tensor, Tensor, Tensor]
 
-    def hits(self) -> tuple[Tensor, Tensor]:
-        """Return rows and columns ``(n,)`` of the ``(B, N)`` scores where a negative is the query's own tail."""
-        ids, order = self.negatives.sort()
-        rows, places = equal_range(ids, self.tails)
-        return rows, order[places]
+
+@dataclass(frozen=True)
+class Batch:
+    """C chunks of c triples each."""
+
+    #: (C, c) entity ids
+    heads: Tensor
+    #: (C, c) relation ids
+    relations: Tensor
+    #: (C, c) entity ids
+    tails: Tensor
+    #: (C, c) by which a triple's loss is multiplied; None for 1
+    weights: Tensor | None
+    corruptions: tuple[Corruption, ...]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of all ranks, each with its true answers among all entities."""
+
+    #: (Q,) entity ids: heads where tails are asked for, tails where heads are
+    entities: Tensor
+    #: (Q,) relation ids
+    relations: Tensor
+    #: (Q,) where the head is asked for
+    head: Tensor
+    #: (n,) places in the queries, ascending, and the true answers ``(n,)``
+    places: Tensor
+    answers: Tensor
+    #: (Q,) by which a query's loss is multiplied; None for 1
+    weights: Tensor | None
 
 
 def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,52 +120,256 @@ def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return places, start.repeat_interleave(count) + within
 
 
-def with_reciprocals(triples: Tensor, num_relations: int) -> Tensor:
-    """Return ``(2T, 3)``: the triples, then (tail, relation + num_relations, head) of each."""
+class Known:
+    """The answers that triples give to queries, by side.
+
+    Args:
+        splits: ``(T, 3)`` each: head, relation, tail.
+        num_relations: of the graph.
+        only: ``(B, 3)`` triples whose queries will be asked; memory and time go by these, not by the splits. None for any.
+    """
+
+    def __init__(self, splits: Sequence[Tensor], num_relations: int, only: Tensor | None = None) -> None:
+        self._num_relations = num_relations
+        self._index = {side: self._make(splits, side, only) for side in SIDES}
+
+    def _key(self, entities: Tensor, relations: Tensor) -> Tensor:
+        return entities.long() * self._num_relations + relations
+
+    def _make(self, splits: Sequence[Tensor], side: Side, only: Tensor | None) -> tuple[Tensor, Tensor]:
+        asked, answer = (2, 0) if side == "head" else (0, 2)
+        wanted = None if only is None else self._key(only[:, asked], only[:, 1]).unique()
+        keys, answers = [], []
+        for triples in splits:
+            for block in triples.split(_BLOCK):
+                key, found = self._key(block[:, asked], block[:, 1]), block[:, answer].long()
+                if wanted is not None:
+                    place = torch.searchsorted(wanted, key).clamp_max(len(wanted) - 1)
+                    here = wanted[place] == key if len(wanted) else torch.zeros_like(key, dtype=torch.bool)
+                    key, found = key[here], found[here]
+                keys.append(key)
+                answers.append(found)
+        none = torch.empty(0, dtype=torch.int64)
+        order = torch.cat(keys or [none]).sort()
+        return order.values, torch.cat(answers or [none])[order.indices]
+
+    def answers(self, side: Side, entities: Tensor, relations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return places ``(n,)`` in the queries ``(B,)``, ascending, and the known answers ``(n,)``, duplicates included."""
+        keys, answers = self._index[side]
+        places, found = equal_range(keys, self._key(entities, relations))
+        return places, answers[found]
+
+    def counts(self, side: Side, entities: Tensor, relations: Tensor) -> Tensor:
+        """Return how many triples answer each query, ``(B,)``."""
+        keys, wanted = self._index[side][0], self._key(entities, relations)
+        return torch.searchsorted(keys, wanted, right=True) - torch.searchsorted(keys, wanted)
+
+    def queries(self, side: Side) -> tuple[Tensor, Tensor]:
+        """Return entities and relations ``(Q,)`` of all queries, each once."""
+        keys = self._index[side][0].unique_consecutive()
+        return keys // self._num_relations, keys % self._num_relations
+
+
+def subsampling_weights(triples: Tensor, known: Known) -> Tensor:
+    """Return ``(T,)`` float32 of mean 1: ``1 / sqrt(triples of (head, relation) + triples of (relation, tail))``.
+
+    Sun et al. 2019, whose counts begin at 4 instead of 0.
+    """
     heads, relations, tails = triples.unbind(1)
-    return torch.cat([triples, torch.stack([tails, relations + num_relations, heads], dim=1)])
+    counts = known.counts("tail", heads, relations) + known.counts("head", tails, relations)
+    weights = (counts + 4).rsqrt()
+    return weights / weights.double().mean().float()
 
 
 class Sampler:
-    """Chunks of an epoch, for one rank.
+    """Batches of an epoch, for one rank.
 
     Args:
-        queries: ``(T, 3)`` head, relation, tail; see :func:`with_reciprocals`.
-        num_entities: negatives are 0 to ``num_entities - 1``.
-        config: sizes.
+        triples: ``(T, 3)`` head, relation, tail; read where they lie, a block at a time.
+        num_entities: entities are 0 to ``num_entities - 1``.
+        num_relations: of the graph.
+        config: sizes, and how negatives are made.
         seed: of the order and the negatives.
         rank: of this process.
         world_size: number of processes.
+        subsampling: weigh triples, see :func:`subsampling_weights`.
     """
 
     def __init__(
-        self, queries: Tensor, num_entities: int, config: SamplingConfig, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        triples: Tensor,
+        num_entities: int,
+        num_relations: int,
+        config: SamplingConfig,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        subsampling: bool = False,
     ) -> None:
-        self.queries, self.num_entities, self.config = queries, num_entities, config
+        self.triples, self.num_entities, self.config = triples, num_entities, config
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self.num_steps = -(-len(queries) // config.batch_size)
+        self._known: Known | None = None
+        if config.filtered or config.scheme == "kvsall" or subsampling:
+            self._known = Known([triples], num_relations)
+        self._weights = subsampling_weights(triples, self._known) if subsampling and self._known is not None else None
+        self._sides: tuple[Side, ...] = SIDES if config.corrupt in ("both", "bernoulli") else (cast(Side, config.corrupt),)
+        if config.scheme == "kvsall" and self._known is not None:
+            parts = [(side, *self._known.queries(side)) for side in self._sides]
+            columns = [(entities, kinds, torch.full_like(kinds, side == "head")) for side, entities, kinds in parts]
+            self._queries = torch.cat([torch.stack(column, dim=1) for column in columns])
+        self._cumulated = self._degrees() if config.negatives == "degree" else None
+        self._replace_head = self._bernoulli(num_relations) if config.corrupt == "bernoulli" else None
+        self._block: tuple[tuple[int, int], Tensor] | None = None
+        #: triples, or queries with "kvsall"
+        self.num_samples = len(self._queries) if config.scheme == "kvsall" else len(triples)
+        self.num_steps = -(-self.num_samples // config.batch_size)
+
+    def _degrees(self) -> np.ndarray:
+        degrees = np.zeros(self.num_entities, np.int64)
+        for block in self.triples.split(_BLOCK):
+            degrees += np.bincount(block[:, [0, 2]].reshape(-1).numpy(), minlength=self.num_entities)
+        return np.cumsum(degrees**self.config.degree_power)
+
+    def _bernoulli(self, num_relations: int) -> Tensor:
+        """Return by relation the chance that the head is replaced: tails a head over tails a head plus heads a tail."""
+        count = torch.zeros(num_relations, dtype=torch.float64)
+        each = []
+        for column in (0, 2):
+            keys = []
+            for block in self.triples.split(_BLOCK):
+                keys.append((block[:, 1].long() * self.num_entities + block[:, column]).unique())
+            each.append(torch.bincount(torch.cat(keys).unique() // self.num_entities, minlength=num_relations).double())
+        for block in self.triples.split(_BLOCK):
+            count += torch.bincount(block[:, 1].long(), minlength=num_relations)
+        tails_a_head, heads_a_tail = (count / some.clamp_min(1) for some in each)
+        return tails_a_head / (tails_a_head + heads_a_tail).clamp_min(1e-12)
 
     def _generator(self, *key: int) -> torch.Generator:
         words = np.random.SeedSequence([self._seed, *key]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(words[0]))
 
-    def order(self, epoch: int) -> Tensor:
-        """Return the permutation ``(T,)`` of an epoch."""
-        return torch.randperm(len(self.queries), generator=self._generator(epoch))
+    def size(self, step: int) -> int:
+        """Return the triples (or queries) of a step over all ranks; the last step of an epoch may have fewer."""
+        return min(self.config.batch_size, self.num_samples - step * self.config.batch_size)
 
-    def batch_size(self, step: int) -> int:
-        """Return the queries of a step over all ranks; the last step of an epoch may have fewer."""
-        return min(self.config.batch_size, len(self.queries) - step * self.config.batch_size)
-
-    def chunks(self, order: Tensor, epoch: int, step: int) -> list[Chunk]:
-        """Return this rank's chunks of a step; none if there are more ranks than chunks."""
+    def places(self, epoch: int, step: int) -> Tensor:
+        """Return where the samples ``(B,)`` of a step stand: whole blocks in random order, each shuffled, the rest last."""
         start = step * self.config.batch_size
-        batch = order[start : start + self.batch_size(step)]
-        chunks = []
-        for number, part in enumerate(batch.split(self.config.chunk_size)):
-            if number % self._world_size == self._rank:
-                generator = self._generator(epoch, step, number)
-                negatives = torch.randint(self.num_entities, (self.config.num_negatives,), generator=generator)
-                heads, relations, tails = self.queries[part].unbind(1)
-                chunks.append(Chunk(heads, relations, tails, negatives))
-        return chunks
+        stop, parts = start + self.size(step), []
+        whole = self.num_samples // _BLOCK
+        while start < stop:
+            number = start // _BLOCK
+            key = (epoch, number)
+            if self._block is None or self._block[0] != key:
+                order = torch.randperm(whole, generator=self._generator(epoch, 0))
+                block = int(order[number]) if number < whole else whole
+                size = min(_BLOCK, self.num_samples - block * _BLOCK)
+                self._block = key, torch.randperm(size, generator=self._generator(epoch, 1, block)) + block * _BLOCK
+            within = start % _BLOCK
+            part = self._block[1][within : within + stop - start]
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def batches(self, epoch: int, step: int) -> list[Batch]:
+        """Return this rank's chunks of a step, those of equal size together; none if there are more ranks than chunks."""
+        places, generator, size = self.places(epoch, step), self._generator(epoch, 2, step), self.config.chunk_size
+        num_chunks = -(-len(places) // size)
+        drawn = [self._draw((num_chunks, self.config.num_negatives), generator) for _ in self._sides[: self._num_corruptions]]
+        coins = None if self._replace_head is None else torch.rand(len(places), generator=generator)
+        mine = torch.arange(self._rank, num_chunks, self._world_size)
+        full = mine[mine < len(places) // size]
+        groups = [(full, size), (mine[len(full) :], len(places) % size)]
+        return [self._batch(places, chunks, size, drawn, coins) for chunks, size in groups if len(chunks)]
+
+    @property
+    def _num_corruptions(self) -> int:
+        return 1 if self.config.corrupt == "bernoulli" else len(self._sides)
+
+    def _draw(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        if self._cumulated is None:
+            return torch.randint(self.num_entities, shape, generator=generator)
+        at = torch.rand(shape, generator=generator, dtype=torch.float64).numpy() * self._cumulated[-1]
+        return torch.from_numpy(self._cumulated.searchsorted(at, side="right"))
+
+    def _batch(self, places: Tensor, chunks: Tensor, size: int, drawn: list[Tensor], coins: Tensor | None) -> Batch:
+        at = (chunks * self.config.chunk_size).unsqueeze(1) + torch.arange(size)
+        rows = places[at]
+        heads, relations, tails = self.triples[rows.reshape(-1)].long().reshape(*rows.shape, 3).unbind(-1)
+        corruptions = []
+        for side, negatives in zip(self._sides, drawn, strict=False):
+            head: Tensor | bool = side == "head"
+            if coins is not None and self._replace_head is not None:
+                head = coins[at] < self._replace_head[relations]
+            answers = _choose(head, heads, tails)
+            candidates = negatives[chunks]
+            if self.config.in_batch:
+                candidates = torch.cat([candidates, answers], dim=1)
+            hits = self._hits(head, heads, relations, tails, candidates)
+            corruptions.append(Corruption(head, candidates, hits))
+        weights = None if self._weights is None else self._weights[rows]
+        return Batch(heads, relations, tails, weights, tuple(corruptions))
+
+    def _hits(
+        self, head: Tensor | bool, heads: Tensor, relations: Tensor, tails: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return chunk, query and candidate of each pair that does not count."""
+        size, width = heads.shape[1], candidates.shape[1]
+        chunk = torch.arange(len(heads)).unsqueeze(1) * self.num_entities  # a chunk's ids are apart from another's
+        ids, order = (candidates + chunk).reshape(-1).sort()
+        found = [equal_range(ids, (_choose(head, heads, tails) + chunk).reshape(-1))]
+        if self.config.filtered and self._known is not None:
+            found += self._true(head, heads, relations, tails, ids, size)
+        pairs = torch.cat([query * (width * len(heads)) + order[place] for query, place in found])
+        if len(found) > 1:
+            pairs = pairs.unique()
+        query, place = pairs // (width * len(heads)), pairs % (width * len(heads))
+        return query // size, query % size, place % width
+
+    def _true(
+        self, head: Tensor | bool, heads: Tensor, relations: Tensor, tails: Tensor, ids: Tensor, size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield queries and places in ``ids`` of the known answers of each query."""
+        assert self._known is not None
+        replaced = head if isinstance(head, Tensor) else torch.full(heads.shape, head)
+        for side in SIDES:
+            numbers = (replaced == (side == "head")).reshape(-1).nonzero().squeeze(1)
+            entities, kinds = (_choose(side == "head", tails, heads), relations)
+            entities, kinds = entities.reshape(-1)[numbers], kinds.reshape(-1)[numbers]
+            ends = self._known.counts(side, entities, kinds).cumsum(0)
+            for part in numbers.tensor_split((ends // _PAIRS).diff().nonzero().squeeze(1) + 1) if len(numbers) else ():
+                here = torch.searchsorted(numbers, part)
+                places, answers = self._known.answers(side, entities[here], kinds[here])
+                query = part[places]
+                which, place = equal_range(ids, answers + query // size * self.num_entities)
+                yield query[which], place
+
+    def queries(self, epoch: int, step: int) -> Queries:
+        """Return the queries of a step with "1vsall" or "kvsall", of all ranks."""
+        places = self.places(epoch, step)
+        if self.config.scheme == "kvsall":
+            assert self._known is not None
+            entities, relations, head = self._queries[places].unbind(1)
+            found = []
+            for side in self._sides:
+                numbers = (head == (side == "head")).nonzero().squeeze(1)
+                within, answers = self._known.answers(side, entities[numbers], relations[numbers])
+                found.append(torch.stack([numbers[within], answers]))
+            at, answers = torch.cat(found, dim=1).unique(dim=1)
+            return Queries(entities, relations, head.bool(), at, answers, None)
+        heads, relations, tails = self.triples[places].long().unbind(1)
+        answers = torch.cat([heads if side == "head" else tails for side in self._sides])
+        return Queries(
+            torch.cat([tails if side == "head" else heads for side in self._sides]),
+            relations.repeat(len(self._sides)),
+            torch.cat([torch.full((len(places),), side == "head") for side in self._sides]),
+            torch.arange(len(answers)),
+            answers,
+            None if self._weights is None else self._weights[places].repeat(len(self._sides)),
+        )
+
+
+def _choose(head: Tensor | bool, heads: Tensor, tails: Tensor) -> Tensor:
+    if isinstance(head, bool):
+        return heads if head else tails
+    return torch.where(head, heads, tails)

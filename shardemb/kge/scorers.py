@@ -116,7 +116,9 @@ class DistMult(_Product):
         """Return the elementwise product."""
         return head * relation
 
-    head_query = tail_query
+    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
+        """Return the elementwise product."""
+        return tail * relation
 
 
 class ComplEx(_Product):

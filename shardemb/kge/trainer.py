@@ -5,12 +5,12 @@ A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entiti
 """
 
 import hashlib
-import math
+import os
 import signal
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +20,12 @@ import torch.distributed as dist
 
 from shardemb import checkpoint, collectives, faults, native
 from shardemb.coordinator import Coordinator
-from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
+from shardemb.kge.evaluation import EvaluationConfig, evaluate
+from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
-from shardemb.kge.sampling import Sampler, SamplingConfig, with_reciprocals
+from shardemb.kge.optimizers import OptimizerConfig
+from shardemb.kge.sampling import Sampler, SamplingConfig
+from shardemb.kge.settings import at_least, one_of
 from shardemb.kge.triples import Triples
 from shardemb.manifest import CheckpointError, vocabulary_fingerprint
 from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
@@ -38,16 +41,16 @@ LOG_STEPS = 20
 class TrainingConfig:
     """How long, and what on the way."""
 
-    #: passes over the triples and their reciprocals
+    #: passes over the triples (or over the queries, with scheme "kvsall")
     epochs: int = 8
     #: of initial rows, order and negatives
     seed: int = 0
-    #: the learning rates fall linearly to this part of themselves
-    final_lr: float = 0.02
     #: epochs between two validations; 0 for none
     validate_every: int = 2
     #: triples of the validation split, drawn by the seed, that are ranked on the way; 0 for all
     validation_triples: int = 1000
+    #: stop after this many validations without a better MRR, and go back to the best one; 0 for never
+    patience: int = 0
     #: epochs between two checkpoints; the last epoch always makes one
     checkpoint_every: int = 1
     #: seconds after which a checkpoint is made within an epoch; 0 for none
@@ -56,20 +59,23 @@ class TrainingConfig:
     keep: int = 2
     #: what a NaN or infinite loss does: "error" ends the run, "warn" tells, "skip" leaves the step out, and tells
     nonfinite: str = "error"
+    #: in which scores are computed: "float32", or "bfloat16" by torch's autocast; rows and their state stay float32
+    precision: str = "float32"
+    #: where rows lie: "cpu" or "cuda" (then each rank takes the GPU of its local number)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("seed", "validate_every", "validation_triples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 0")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"training.final_lr: got {self.final_lr}, expected 0 to 1")
-        if not 0 <= self.checkpoint_seconds < math.inf:
-            raise ValueError(f"training.checkpoint_seconds: got {self.checkpoint_seconds}, expected a number, at least 0")
-        if self.nonfinite not in ("error", "warn", "skip"):
-            raise ValueError(f"training.nonfinite: got {self.nonfinite!r}, expected 'error', 'warn' or 'skip'")
+        one_of(
+            "training",
+            self,
+            {"nonfinite": ("error", "warn", "skip"), "precision": ("float32", "bfloat16"), "device": ("cpu", "cuda")},
+        )
+        at_least("training", self, epochs=1, checkpoint_every=1, keep=1)
+        at_least("training", self, seed=0, validate_every=0, validation_triples=0, patience=0, checkpoint_seconds=0)
+        if self.patience and not self.validate_every:
+            raise ValueError(
+                f"training.patience: got {self.patience} with validate_every = 0, expected validations to wait for"
+            )
 
 
 class TerminatedError(RuntimeError):
@@ -78,9 +84,12 @@ class TerminatedError(RuntimeError):
 
 def train(
     data: Triples,
-    model_config: ModelConfig | None = None,
+    model: ModelConfig | None = None,
+    loss: LossConfig | None = None,
     sampling: SamplingConfig | None = None,
-    config: TrainingConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    training: TrainingConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
     output: Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -89,15 +98,18 @@ def train(
 
     Args:
         data: the graph, the same on all ranks.
-        model_config: the model's settings.
+        model: the model's settings.
+        loss: what is minimized.
         sampling: batch sizes and negatives.
-        config: epochs and what happens between them.
+        optimizer: how rows are updated, and at which rate.
+        training: epochs and what happens between them.
+        evaluation: how validation and test triples are ranked.
         output: run folder, on storage that all ranks see; None writes nothing.
         resume: go on from the newest checkpoint of ``output``, if there is one.
         progress: show a bar (rank 0).
 
     Returns:
-        The model with this rank's rows, and filtered MRR and Hits@k of the test split (empty without test triples).
+        The model with this rank's rows, and the metrics of the test split (empty without test triples).
 
     Raises:
         FloatingPointError: the loss is NaN or infinite, on all ranks.
@@ -106,79 +118,139 @@ def train(
         TerminatedError: SIGTERM came; the step that was under way is in a checkpoint.
         ValueError: a run that shall be resumed with other entities or relations.
     """
-    model_config, sampling, config = (
-        model_config or ModelConfig(),
+    settings = _Settings(
+        model or ModelConfig(),
+        loss or LossConfig(),
         sampling or SamplingConfig(),
-        config or TrainingConfig(),
+        optimizer or OptimizerConfig(),
+        training or TrainingConfig(),
+        evaluation or EvaluationConfig(),
     )
-    job = _Job(data, model_config, sampling, config, output, resume, progress)
+    job = _Job(data, settings, output, resume, progress)
     try:
-        for epoch in range(job.first_epoch, config.epochs):
-            job.run_epoch(epoch)
+        while not job.ended:
+            job.run_epoch()
         job.finish_saving()
-        return job.model, job.evaluate("test", data.test, config.epochs)
+        job.take_best()
+        return job.model, job.evaluate("test", data.test)
     finally:
         job.close()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """All of a job's sections."""
+
+    model: ModelConfig
+    loss: LossConfig
+    sampling: SamplingConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        if self.sampling.scheme != "negatives" and self.loss.name not in ("softmax", "logistic"):
+            scheme = self.sampling.scheme
+            raise ValueError(f"loss.name: got {self.loss.name!r} with scheme {scheme!r}, expected 'softmax' or 'logistic'")
+        if self.sampling.scheme == "kvsall" and self.loss.subsampling:
+            raise ValueError(
+                "loss.subsampling: got true with sampling.scheme 'kvsall', whose queries stand for many triples each"
+            )
+        if self.optimizer.schedule == "plateau" and not self.training.validate_every:
+            raise ValueError(
+                "optimizer.schedule: got 'plateau' with training.validate_every = 0, expected validations to look at"
+            )
+
+
+@dataclass
+class _Progress:
+    """How far a run is; every checkpoint holds it."""
+
+    #: epochs that are complete
+    epoch: int = 0
+    #: steps of the next one that are done
+    step: int = 0
+    #: the best validation MRR, and the epochs after which it came; -1 before the first
+    best: float = -1.0
+    best_epoch: int = 0
+    #: validations since then, and since the rates were lowered
+    since_best: int = 0
+    since_change: int = 0
+    #: part of the learning rates that is left after plateaus
+    plateau: float = 1.0
 
 
 class _Job:
     """The state of one run on one rank."""
 
-    def __init__(
-        self,
-        data: Triples,
-        model_config: ModelConfig,
-        sampling: SamplingConfig,
-        config: TrainingConfig,
-        output: Path | None,
-        resume: bool,
-        progress: bool,
-    ) -> None:
-        self.rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.data, self.config, self.output = data, config, output
+    def __init__(self, data: Triples, settings: _Settings, output: Path | None, resume: bool, progress: bool) -> None:
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.data, self.settings, self.config, self.output = data, settings, settings.training, output
+        sampling = settings.sampling
+        self.device = _device(self.config.device)
         self.fingerprints = {
-            "configuration": hashlib.sha256(repr((model_config, sampling, config)).encode()).hexdigest(),
+            "configuration": hashlib.sha256(repr(settings).encode()).hexdigest(),
             "entities": vocabulary_fingerprint(data.entities.labels),
             "relations": vocabulary_fingerprint(data.relations.labels),
         }
         collectives.agree("the training job", {**self.fingerprints, "output": str(output), "resume": resume})
-        self.model = KnowledgeGraphModel(len(data.entities), len(data.relations), model_config, config.seed)
-        self.optimizer = self.model.optimizer()
-        self.coordinator = Coordinator(self.model, self.optimizer)
-        queries = with_reciprocals(data.train, len(data.relations))
+        self.against_all = sampling.scheme != "negatives"
+        self.model = KnowledgeGraphModel(
+            len(data.entities),
+            len(data.relations),
+            settings.model,
+            self.config.seed,
+            loss=settings.loss,
+            dense=self.against_all,
+            device=self.device,
+        )
+        self.optimizer = settings.optimizer.make(self.model)
+        self.coordinator = Coordinator(self.model, self.optimizer, settings.optimizer.max_grad_norm or None)
         chunks = -(-sampling.batch_size // sampling.chunk_size)
-        if world_size > chunks and self.rank == 0:
+        if self.world_size > chunks and self.rank == 0 and not self.against_all:
             warnings.warn(
-                f"{world_size} workers share {chunks} chunks a step, so some have nothing to train: lower sampling.chunk_size "
-                f"or raise sampling.batch_size",
+                f"{self.world_size} workers share {chunks} chunks a step, so some have nothing to train: lower "
+                f"sampling.chunk_size or raise sampling.batch_size",
                 stacklevel=2,
             )
-        self.sampler = Sampler(queries, len(data.entities), sampling, config.seed, self.rank, world_size)
-        self.known = KnownTails(data.all(), len(data.relations))
-        sample = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(config.seed))
-        self.validation = data.valid[sample[: config.validation_triples or None]]
-        self.steps = config.epochs * self.sampler.num_steps
-        self.first_epoch, self.first_step = 0, 0
+        self.sampler = Sampler(
+            data.train,
+            len(data.entities),
+            len(data.relations),
+            sampling,
+            self.config.seed,
+            self.rank,
+            self.world_size,
+            settings.loss.subsampling,
+        )
+        sample = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(self.config.seed))
+        self.validation = data.valid[sample[: self.config.validation_triples or None]]
+        self.steps = self.config.epochs * self.sampler.num_steps
+        self.at = _Progress()
         self.saver: checkpoint.AsyncSaver | None = None
+        self.best_saver: checkpoint.AsyncSaver | None = None
         if output is not None:
             if resume:
                 _same_labels(output / "entities.parquet", data.entities)
                 _same_labels(output / "relations.parquet", data.relations)
                 self._resume(output / "checkpoints")
-            self.coordinator.steps = self.first_epoch * self.sampler.num_steps + self.first_step
-            faults.at_step(self.coordinator.steps + 1)
-            checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], config.keep)
-            self.saver = checkpoint.AsyncSaver(output / "checkpoints", config.keep)
+            checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], self.config.keep)
+            self.saver = checkpoint.AsyncSaver(output / "checkpoints", self.config.keep)
+            if self.config.patience:
+                self.best_saver = checkpoint.AsyncSaver(output / "best", keep=1)
+        self.best_rows: list[dict[str, torch.Tensor]] | None = None
+        self.coordinator.steps = self.done
+        faults.at_step(self.done + 1)
         self.file = None
         if output is not None and self.rank == 0:
             for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
                 if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
                     vocabulary.save(output / f"{name}.parquet")
-            self.file = MetricsFile(output / "metrics.jsonl", step=self.coordinator.steps)
+            self.file = MetricsFile(output / "metrics.jsonl", step=self.done, tensorboard=output / "tensorboard")
         self.bar = progress_bar(
-            total=config.epochs * len(data.train),
-            initial=(self.first_epoch + self.first_step / self.sampler.num_steps) * len(data.train),
-            unit=" triples",
+            total=self.config.epochs * self.sampler.num_samples,
+            initial=(self.at.epoch + self.at.step / self.sampler.num_steps) * self.sampler.num_samples,
+            unit=" queries" if sampling.scheme == "kvsall" else " triples",
             smoothing=0.05,
             disable=self.rank > 0 or not progress,
         )
@@ -187,6 +259,21 @@ class _Job:
         self.handler: Any = None
         if threading.current_thread() is threading.main_thread():  # Python allows no other to take signals
             self.handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    @property
+    def done(self) -> int:
+        """Steps since the beginning of the run."""
+        return self.at.epoch * self.sampler.num_steps + self.at.step
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether validations have not become better for too long."""
+        return 0 < self.config.patience <= self.at.since_best
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.at.epoch >= self.config.epochs or (self.stopped_early and self.at.step == 0)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_end.set()
@@ -206,47 +293,91 @@ class _Job:
                 if self.rank == 0:
                     warnings.warn(f"{error}; going back to {name_of(found[-1])}", stacklevel=2)
             else:
-                self.first_epoch, self.first_step = state["epoch"], state["step"]
+                self.at = _Progress(**state["progress"])
                 break
         for path in damaged if self.rank == 0 else ():  # the run will save these steps again
             path.rename(path.with_suffix(".damaged"))
 
-    def run_epoch(self, epoch: int) -> None:
+    def run_epoch(self) -> None:
         """Do the steps of an epoch, then validate and save as configured. A collective."""
-        order = self.sampler.order(epoch)
         self.model.train()
-        seen, total, start = 0, torch.zeros(()), time.perf_counter()
-        first, self.first_step, ends = self.first_step, 0, False
-        for step in range(first, self.sampler.num_steps):
-            done = epoch * self.sampler.num_steps + step
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - (1 - self.config.final_lr) * done / self.steps)
-            size = self.sampler.batch_size(step)
-            loss, softmax = self.model.loss(self.sampler.chunks(order, epoch, step))
-            trains, due, ends = self._agree(done + 1, loss)
+        at, num_steps = self.at, self.sampler.num_steps
+        seen, total, start, ends = 0, torch.zeros(()), time.perf_counter(), False
+        triples = 0
+        while at.step < num_steps:
+            self.settings.optimizer.set_rates(self.optimizer, self.done, self.steps, at.plateau)
+            size = self.sampler.size(at.step)
+            loss, plain, queries = self._loss(at.epoch, at.step)
+            trains, due, ends = self._agree(self.done + 1, loss)
             if trains:
-                (loss / size).backward()
+                (loss / queries).backward()
                 self.coordinator.step()
-                seen, total = seen + size, total + softmax
-            if (due or ends) and step + 1 < self.sampler.num_steps:
-                self._save(epoch, step + 1)
+                seen, triples, total = seen + queries, triples + size, total + plain.cpu()
+            at.step += 1
+            if (due or ends) and at.step < num_steps:
+                self._save()
                 if ends:
-                    self._end(done + 1)
-            if (step + 1) % LOG_STEPS == 0 or step + 1 == self.sampler.num_steps:
-                self._log(epoch, done + 1, total, seen, time.perf_counter() - start)
-                seen, total, start = 0, torch.zeros(()), time.perf_counter()
+                    self._end()
+            if at.step % LOG_STEPS == 0 or at.step == num_steps:
+                self._log(total, seen, triples, time.perf_counter() - start)
+                seen, triples, total, start = 0, 0, torch.zeros(()), time.perf_counter()
             if self.saver is not None:
                 self.saver.check()
-            self.bar.update(size / 2)  # a triple is two queries: its tail, and its head by the reciprocal relation
-        epoch += 1
-        if self.config.validate_every and epoch % self.config.validate_every == 0:
-            self.evaluate("valid", self.validation, epoch)
-        if epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs or ends:
-            self._save(epoch, 0)
-        if ends and epoch < self.config.epochs:
-            self._end(epoch * self.sampler.num_steps)
+            self.bar.update(size)
+        at.epoch, at.step = at.epoch + 1, 0
+        if self.config.validate_every and at.epoch % self.config.validate_every == 0:
+            self._validate()
+        if at.epoch % self.config.checkpoint_every == 0 or ends or self.ended:
+            self._save()
+        if ends and not self.ended:
+            self._end()
 
-    def _end(self, step: int) -> None:
+    def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return the loss of a step, to be added up over ranks, without regularizers, and its queries on all ranks."""
+        precise = self.config.precision == "float32"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=not precise):
+            if self.against_all:
+                queries = self.sampler.queries(epoch, step)
+                return *self.model.loss_vs_all(queries, self.rank, self.world_size), len(queries.entities)
+            sides = 2 if self.settings.sampling.corrupt == "both" else 1
+            return *self.model.loss(self.sampler.batches(epoch, step)), sides * self.sampler.size(step)
+
+    def _validate(self) -> None:
+        """Rank the validation triples; keep the best model, lower the rates on a plateau. A collective."""
+        result = self.evaluate("valid", self.validation)
+        at, options = self.at, self.settings.optimizer
+        if not result:
+            return
+        if result["mrr"] > at.best:
+            at.best, at.best_epoch, at.since_best, at.since_change = result["mrr"], at.epoch, 0, 0
+            if self.config.patience:
+                self._keep_best()
+            return
+        at.since_best, at.since_change = at.since_best + 1, at.since_change + 1
+        if options.schedule == "plateau" and at.since_change >= options.plateau_patience:
+            at.plateau, at.since_change = at.plateau * options.plateau_factor, 0
+
+    def _keep_best(self) -> None:
+        if self.best_saver is not None:
+            self._save(self.best_saver)
+        else:
+            tables = (self.model.entity, self.model.relation)
+            self.best_rows = [{"weight": table.stored_rows()["weight"].clone()} for table in tables]
+
+    def take_best(self) -> None:
+        """Go back to the rows of the best validation, with ``patience``. A collective."""
+        if not self.config.patience or self.at.best_epoch in (0, self.at.epoch):
+            return
+        if self.best_saver is not None and self.output is not None:
+            self.best_saver.wait()
+            found = checkpoint.checkpoints(self.output / "best")
+            checkpoint.load(found[-1], self.model, optimizer_state=False)
+        elif self.best_rows is not None:
+            for table, rows in zip((self.model.entity, self.model.relation), self.best_rows, strict=True):
+                table.load_stored_rows(rows)
+
+    def _end(self) -> None:
+        step = self.done
         self.finish_saving()
         where = f"saved as {name_of(self.last_saved)}" if self.output is not None else "nothing is saved without an output"
         raise TerminatedError(f"SIGTERM came in step {step}: {where}")
@@ -260,7 +391,8 @@ class _Job:
             collectives.all_reduce(told, collectives.MAX, operation="is the loss a number, shall the run go on?")
         nonfinite, due, ends = (bool(flag) for flag in told.tolist())
         if nonfinite:
-            text = f"step {number}: the loss is {loss.item()}{self._bad_rows()}: lower model.entity_lr or model.relation_lr"
+            advice = "lower optimizer.entity_lr or optimizer.relation_lr"
+            text = f"step {number}: the loss is {loss.item()}{self._bad_rows()}: {advice}"
             if config.nonfinite == "error":
                 raise FloatingPointError(text)
             self.skipped += config.nonfinite == "skip"
@@ -279,23 +411,27 @@ class _Job:
                 found.append(f"table {table.name!r} has {what}")
         return f" ({'; '.join(found)})" if found else ""
 
-    def _save(self, epoch: int, step: int) -> None:
-        """Save in the background, to go on with a step of an epoch. A collective."""
+    def _save(self, saver: checkpoint.AsyncSaver | None = None) -> None:
+        """Save in the background, to go on with the next step. A collective."""
         if self.saver is None or self.output is None:
             return
-        number = epoch * self.sampler.num_steps + step
-        self.last_saved = self.output / "checkpoints" / f"step-{number:010d}"
-        model = {"scorer": self.model.config.scorer, "num_relations": self.model.num_relations}
-        self.saver.save(
-            number,
+        self.last_saved = self.output / "checkpoints" / f"step-{self.done:010d}"
+        model = {
+            "scorer": self.settings.model.scorer,
+            "num_relations": self.model.num_relations,
+            "reciprocal": self.settings.model.reciprocal,
+        }
+        (saver or self.saver).save(
+            self.done,
             self.model,
             [self.optimizer],
-            {"epoch": epoch, "step": step, "model": model},
+            {"progress": asdict(self.at), "model": model},
             seed=self.config.seed,
             fingerprints=self.fingerprints,
             nonfinite="error" if self.config.nonfinite == "error" else "warn",
         )
-        self.saved_at = time.monotonic()
+        if saver is None:
+            self.saved_at = time.monotonic()
 
     def finish_saving(self) -> None:
         """Wait for the last checkpoint; SIGTERM ends the process at once from here on: nothing can be lost. A collective."""
@@ -308,26 +444,28 @@ class _Job:
             signal.signal(signal.SIGTERM, self.handler)
             self.handler = None
 
-    def _log(self, epoch: int, step: int, total: torch.Tensor, seen: int, seconds: float) -> None:
+    def _log(self, total: torch.Tensor, queries: int, triples: int, seconds: float) -> None:
         if dist.is_initialized():
             collectives.all_reduce(total, operation="the loss, for the log")
-        loss = total.item() / max(1, seen)
-        self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs} loss {loss:.3f}")
+        loss = total.item() / max(1, queries)
+        epoch = self.done / self.sampler.num_steps
+        self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}")
         if self.file is not None:
-            rate = round(seen / 2 / seconds)
-            self.file.write("train", step, epoch=step / self.sampler.num_steps, loss=loss, triples_per_second=rate)
+            rate, lr = round(triples / seconds), self.optimizer.param_groups[0]["lr"]
+            self.file.write("train", self.done, epoch=epoch, loss=loss, triples_per_second=rate, entity_lr=lr)
 
-    def evaluate(self, split: str, triples: torch.Tensor, epoch: int) -> dict[str, float]:
+    def evaluate(self, split: str, triples: torch.Tensor) -> dict[str, float]:
         """Rank a split, record and draw the result. A collective."""
         if not len(triples):
             return {}
         self.model.eval()
         self.bar.set_description(f"ranking {len(triples):,} {split} triples")
         start = time.perf_counter()
-        result = metrics(filtered_ranks(self.model, triples, self.known))
+        splits = (self.data.train, self.data.valid, self.data.test)
+        result = evaluate(self.model, triples, splits, self.settings.evaluation, self.config.seed)
         figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}
         if self.file is not None and self.output is not None:
-            self.file.write(split, epoch * self.sampler.num_steps, epoch=epoch, **figures)
+            self.file.write(split, self.done, epoch=self.at.epoch, **figures)
             plot_metrics(read_metrics(self.output / "metrics.jsonl"), self.output / "metrics.png")
         self.bar.set_postfix_str(f"{split} MRR {result['mrr']:.3f}")
         return result
@@ -335,11 +473,22 @@ class _Job:
     def close(self) -> None:
         """Close bar and file, and let a checkpoint that is being written come to its end."""
         self._leave_signals()
-        if self.saver is not None:
-            self.saver.close()
+        for saver in (self.saver, self.best_saver):
+            if saver is not None:
+                saver.close()
         self.bar.close()
         if self.file is not None:
             self.file.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("training.device: got 'cuda', but torch finds no GPU: use 'cpu', or install torch's CUDA build")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _same_labels(path: Path, vocabulary: Vocabulary) -> None:
