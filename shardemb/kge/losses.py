@@ -21,28 +21,30 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, positive: Tensor, negative: Tensor, smoothing: float) -> Tensor:
-        top = torch.maximum(negative.amax(-1), positive)
-        first = (positive - top).exp()
-        share = (negative - top.unsqueeze(-1)).exp_()
-        total = share.sum(-1).add_(first)
-        loss = total.log().add_(top).sub_(positive)
-        share.div_(total.unsqueeze(-1))
-        first = first / total - 1
+        top, share = negative.amax(-1), negative.softmax(-1)  # torch's softmax takes one pass; the rest is of (...)
+        wrong = top - share.amax(-1).log()
+        empty = top == -torch.inf
+        if empty.any():  # no negative of a query counts
+            share[empty], wrong = 0, wrong.masked_fill(empty, -torch.inf)
+        total = torch.logaddexp(wrong, positive)
+        loss = total - positive
+        first, scale = torch.expm1(-loss), (wrong - total).exp()
         if smoothing:  # target: 1 - smoothing for the true one, and smoothing shared by all
             counts = negative > -torch.inf
             each = smoothing / (counts.sum(-1) + 1)
             others = negative.masked_fill(~counts, 0).sum(-1) + positive
             loss += smoothing * positive - each * others
             first += smoothing - each
-            share -= each.unsqueeze(-1) * counts
-        ctx.save_for_backward(first, share)
+            share = share * scale.unsqueeze(-1) - each.unsqueeze(-1) * counts
+            scale = torch.ones_like(scale)
+        ctx.save_for_backward(first, share, scale)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        first, share = ctx.saved_tensors
-        return first * grad, share * grad.unsqueeze(-1), None
+        first, share, scale = ctx.saved_tensors
+        return first * grad, share * (scale * grad).unsqueeze(-1), None
 
 
 def softmax(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
 from shardemb.kge.losses import LossConfig, lp
-from shardemb.kge.sampling import Batch, Corruption, Queries, Side
+from shardemb.kge.sampling import Batch, Queries, Side
 from shardemb.kge.scorers import SCORERS
 from shardemb.kge.settings import at_least, one_of, within
 from shardemb.kge.vs_all import gather_queries, mine, vs_all
@@ -148,39 +148,44 @@ class KnowledgeGraphModel(nn.Module):
         Returns:
             The sum over queries of what training minimizes, and of its loss alone, without regularizers (detached).
         """
-        parts = [ids for batch in batches for ids in (batch.heads, batch.tails, *(c.negatives for c in batch.corruptions))]
+        parts = [ids for batch in batches for ids in (batch.heads, batch.tails, batch.candidates)]
         ids = torch.cat([part.reshape(-1) for part in parts] or [torch.empty(0, dtype=torch.int64)])
         rows = self.entity(ids.to(self.entity.device))
         looked_up = iter(rows.split([part.numel() for part in parts]))
-        looked_up = iter([next(looked_up).view(*part.shape, -1) for part in parts])
         total, plain = rows.sum() * 0 if not len(ids) else rows.new_zeros(()), rows.new_zeros(())
         for batch in batches:
-            heads, tails = next(looked_up), next(looked_up)
-            for corruption in batch.corruptions:
-                loss, penalty = self._loss(batch, corruption, heads, tails, next(looked_up))
-                plain += loss.detach()
-                total = total + loss + penalty
+            heads, tails = (next(looked_up).view(*batch.heads.shape, -1) for _ in range(2))
+            loss, penalty = self._loss(batch, heads, tails, next(looked_up).view(*batch.candidates.shape, -1))
+            plain += loss.detach()
+            total = total + loss + penalty
         return total, plain
 
-    def _loss(
-        self, batch: Batch, corruption: Corruption, heads: Tensor, tails: Tensor, candidates: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        head = corruption.head
-        relations = self.relation(self._kinds(head, batch.relations))
-        if isinstance(head, bool):
-            known, answers = (tails, heads) if head else (heads, tails)
-        else:
-            mask = head.unsqueeze(-1).to(heads.device)
-            known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
-        query = self._query(head, known, relations)
-        positive, negative = self.scorer.score(query, answers), self.scorer.score_all(query, candidates)
-        if len(corruption.hits[0]):
+    def _loss(self, batch: Batch, heads: Tensor, tails: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        queries: list[Tensor] = []
+        positives: list[Tensor] = []
+        penalty = self._penalty(heads, tails) * len(batch.replaced_heads)
+        for head in batch.replaced_heads:
+            if self.config.reciprocal or not queries:  # without reciprocal relations all ways have the same, and the same score
+                relations = self.relation(self._kinds(head, batch.relations))
+            if isinstance(head, bool):
+                known, answers = (tails, heads) if head else (heads, tails)
+            else:
+                mask = head.unsqueeze(-1).to(heads.device)
+                known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
+            query = self._query(head, known, relations)
+            if self.config.reciprocal or not queries:
+                positive = self.scorer.score(query, answers)
+            queries.append(query)
+            positives.append(positive)
+            penalty = penalty + self._penalty(relations)
+        negative = self.scorer.score_all(torch.stack(queries), candidates)
+        if len(batch.hits):
             with torch.no_grad():  # what is -inf has no gradient in any loss
-                negative[tuple(place.to(negative.device) for place in corruption.hits)] = -torch.inf
-        loss = self.loss_config(positive, negative)
+                negative.view(-1).index_fill_(0, batch.hits.to(negative.device), -torch.inf)
+        loss = self.loss_config(torch.stack(positives), negative)
         if batch.weights is not None:
             loss = loss * batch.weights.to(loss.device)
-        return loss.sum(), self._penalty(heads, relations, tails)
+        return loss.sum(), penalty
 
     def loss_vs_all(self, queries: Queries, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
         """Compare the answers of a step's queries with all entities, each rank with its own rows. A collective.

@@ -7,6 +7,7 @@ and (?, relation, tail) for its head.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, cast
 
 import numpy as np
@@ -67,20 +68,8 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class Corruption:
-    """Candidates of one side of a batch's triples."""
-
-    #: (C, c) or a number: where the head is replaced instead of the tail
-    head: Tensor | bool
-    #: (C, N) entity ids, shared by the queries of a chunk
-    negatives: Tensor
-    #: chunk, query and negative ``(n,)`` of what does not count: the true answer itself, and other true ones if filtered
-    hits: tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
 class Batch:
-    """C chunks of c triples each."""
+    """C chunks of c triples each, corrupted in S ways, each with N candidates a chunk."""
 
     #: (C, c) entity ids
     heads: Tensor
@@ -90,7 +79,12 @@ class Batch:
     tails: Tensor
     #: (C, c) by which a triple's loss is multiplied; None for 1
     weights: Tensor | None
-    corruptions: tuple[Corruption, ...]
+    #: S times, for all triples or for each ``(C, c)``: whether the head is replaced instead of the tail
+    replaced_heads: tuple[Tensor | bool, ...]
+    #: (S, C, N) entity ids that take its place
+    candidates: Tensor
+    #: places ``(n,)`` in ``(S, C, c, N)`` of what does not count: the true answer itself, and other true ones if filtered
+    hits: Tensor
 
 
 @dataclass(frozen=True)
@@ -112,10 +106,15 @@ class Queries:
 
 def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Return all pairs of a place in ``wanted`` ``(B,)`` and a place in ``sorted_values`` ``(T,)`` with equal values."""
-    wanted = wanted.contiguous()
-    start = torch.searchsorted(sorted_values, wanted)
-    count = torch.searchsorted(sorted_values, wanted, right=True) - start
-    places = torch.arange(len(wanted)).repeat_interleave(count)
+    start = torch.searchsorted(sorted_values, wanted.contiguous())
+    here = torch.zeros(0, dtype=torch.int64)
+    if len(sorted_values):
+        here = (sorted_values[start.clamp_max(len(sorted_values) - 1)] == wanted).nonzero().squeeze(1)
+    if not len(here):
+        return here, here
+    start = start[here]
+    count = torch.searchsorted(sorted_values, wanted[here], right=True) - start
+    places = here.repeat_interleave(count)
     within = torch.arange(len(places)) - (count.cumsum(0) - count).repeat_interleave(count)
     return places, start.repeat_interleave(count) + within
 
@@ -275,74 +274,74 @@ class Sampler:
         """Return this rank's chunks of a step, those of equal size together; none if there are more ranks than chunks."""
         places, generator, size = self.places(epoch, step), self._generator(epoch, 2, step), self.config.chunk_size
         num_chunks = -(-len(places) // size)
-        drawn = [self._draw((num_chunks, self.config.num_negatives), generator) for _ in self._sides[: self._num_corruptions]]
+        ways = 1 if self.config.corrupt == "bernoulli" else len(self._sides)
+        drawn = self._draw((ways, num_chunks, self.config.num_negatives), generator)
         coins = None if self._replace_head is None else torch.rand(len(places), generator=generator)
-        mine = torch.arange(self._rank, num_chunks, self._world_size)
+        mine = torch.arange(num_chunks)[self._rank :: self._world_size]
         full = mine[mine < len(places) // size]
         groups = [(full, size), (mine[len(full) :], len(places) % size)]
         return [self._batch(places, chunks, size, drawn, coins) for chunks, size in groups if len(chunks)]
 
-    @property
-    def _num_corruptions(self) -> int:
-        return 1 if self.config.corrupt == "bernoulli" else len(self._sides)
-
-    def _draw(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self._cumulated is None:
             return torch.randint(self.num_entities, shape, generator=generator)
         at = torch.rand(shape, generator=generator, dtype=torch.float64).numpy() * self._cumulated[-1]
         return torch.from_numpy(self._cumulated.searchsorted(at, side="right"))
 
-    def _batch(self, places: Tensor, chunks: Tensor, size: int, drawn: list[Tensor], coins: Tensor | None) -> Batch:
+    def _batch(self, places: Tensor, chunks: Tensor, size: int, drawn: Tensor, coins: Tensor | None) -> Batch:
         at = (chunks * self.config.chunk_size).unsqueeze(1) + torch.arange(size)
         rows = places[at]
         heads, relations, tails = self.triples[rows.reshape(-1)].long().reshape(*rows.shape, 3).unbind(-1)
-        corruptions = []
-        for side, negatives in zip(self._sides, drawn, strict=False):
-            head: Tensor | bool = side == "head"
-            if coins is not None and self._replace_head is not None:
-                head = coins[at] < self._replace_head[relations]
-            answers = _choose(head, heads, tails)
-            candidates = negatives[chunks]
-            if self.config.in_batch:
-                candidates = torch.cat([candidates, answers], dim=1)
-            hits = self._hits(head, heads, relations, tails, candidates)
-            corruptions.append(Corruption(head, candidates, hits))
+        if coins is not None and self._replace_head is not None:
+            replaced: tuple[Tensor | bool, ...] = (coins[at] < self._replace_head[relations],)
+        else:
+            replaced = tuple(side == "head" for side in self._sides)
+        answers = torch.stack([_choose(head, heads, tails) for head in replaced])
+        candidates = drawn[:, chunks]
+        if self.config.in_batch:
+            candidates = torch.cat([candidates, answers], dim=2)
+        hits = self._hits(replaced, heads, relations, tails, answers, candidates)
         weights = None if self._weights is None else self._weights[rows]
-        return Batch(heads, relations, tails, weights, tuple(corruptions))
+        return Batch(heads, relations, tails, weights, replaced, candidates, hits)
 
     def _hits(
-        self, head: Tensor | bool, heads: Tensor, relations: Tensor, tails: Tensor, candidates: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return chunk, query and candidate of each pair that does not count."""
-        size, width = heads.shape[1], candidates.shape[1]
-        chunk = torch.arange(len(heads)).unsqueeze(1) * self.num_entities  # a chunk's ids are apart from another's
-        ids, order = (candidates + chunk).reshape(-1).sort()
-        found = [equal_range(ids, (_choose(head, heads, tails) + chunk).reshape(-1))]
+        self,
+        replaced: tuple[Tensor | bool, ...],
+        heads: Tensor,
+        relations: Tensor,
+        tails: Tensor,
+        answers: Tensor,
+        candidates: Tensor,
+    ) -> Tensor:
+        """Return the places in ``(S, C, c, N)`` of candidates that do not count."""
+        size, width = answers.shape[2], candidates.shape[2]
+        # numbers of a chunk are apart from those of another
+        shift = torch.arange(0, answers[..., 0].numel() * self.num_entities, self.num_entities).view(*answers.shape[:2], 1)
+        numbers, order = (candidates + shift).view(-1).sort()
+        found = [equal_range(numbers, (answers + shift).view(-1))]
         if self.config.filtered and self._known is not None:
-            found += self._true(head, heads, relations, tails, ids, size)
-        pairs = torch.cat([query * (width * len(heads)) + order[place] for query, place in found])
-        if len(found) > 1:
-            pairs = pairs.unique()
-        query, place = pairs // (width * len(heads)), pairs % (width * len(heads))
-        return query // size, query % size, place % width
+            for way, head in enumerate(replaced):
+                first = way * heads.numel()
+                for query, known in self._true(head, heads, relations, tails):
+                    of = query + first
+                    which, place = equal_range(numbers, known + of // size * self.num_entities)
+                    found.append((of[which], place))
+        query, place = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+        return query * width + order[place] % width
 
-    def _true(
-        self, head: Tensor | bool, heads: Tensor, relations: Tensor, tails: Tensor, ids: Tensor, size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield queries and places in ``ids`` of the known answers of each query."""
+    def _true(self, head: Tensor | bool, heads: Tensor, relations: Tensor, tails: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield places in ``(C, c)`` and the known answers of these queries, not too many at a time."""
         assert self._known is not None
         replaced = head if isinstance(head, Tensor) else torch.full(heads.shape, head)
         for side in SIDES:
-            numbers = (replaced == (side == "head")).reshape(-1).nonzero().squeeze(1)
-            entities, kinds = (_choose(side == "head", tails, heads), relations)
-            entities, kinds = entities.reshape(-1)[numbers], kinds.reshape(-1)[numbers]
-            ends = self._known.counts(side, entities, kinds).cumsum(0)
-            for part in numbers.tensor_split((ends // _PAIRS).diff().nonzero().squeeze(1) + 1) if len(numbers) else ():
-                here = torch.searchsorted(numbers, part)
-                places, answers = self._known.answers(side, entities[here], kinds[here])
-                query = part[places]
-                which, place = equal_range(ids, answers + query // size * self.num_entities)
-                yield query[which], place
+            places = (replaced == (side == "head")).reshape(-1).nonzero().squeeze(1)
+            entities = (tails if side == "head" else heads).reshape(-1)[places]
+            kinds = relations.reshape(-1)[places]
+            ends = self._known.counts(side, entities, kinds).cumsum(0) // _PAIRS
+            cuts = [0, *(ends.diff().nonzero().squeeze(1) + 1).tolist(), len(places)]
+            for start, stop in pairwise(cuts):
+                query, answers = self._known.answers(side, entities[start:stop], kinds[start:stop])
+                yield places[start:stop][query], answers
 
     def queries(self, epoch: int, step: int) -> Queries:
         """Return the queries of a step with "1vsall" or "kvsall", of all ranks."""
