@@ -63,7 +63,8 @@ def vs_all(
             mean of the binary cross-entropies of all entities.
         label_smoothing: as in :mod:`shardemb.kge.losses`.
     """
-    return _VsAll.apply(scores, labels, counts, num_entities, name, label_smoothing)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return _VsAll.apply(scores.to(wide), labels, counts, num_entities, name, label_smoothing)
 
 
 def _reduce(tensor: Tensor, op: Any = collectives.SUM) -> Tensor:
