@@ -39,7 +39,13 @@ def _train(rank: int, world_size: int, output: Path, terminate_at: int | None, r
     before = signal.getsignal(signal.SIGTERM)
     try:
         model, result = train(
-            graph(), ModelConfig(dim=12, init_std=0.1, n3=0.01), SAMPLING, config, output, resume, progress=False
+            graph(),
+            ModelConfig(dim=12, init_std=0.1, n3=0.01),
+            sampling=SAMPLING,
+            training=config,
+            output=output,
+            resume=resume,
+            progress=False,
         )
     except TerminatedError as error:
         return {"error": str(error)}
@@ -84,7 +90,7 @@ def test_without_a_folder_nothing_is_saved(run_ranks) -> None:
     torch.Tensor.backward = backward
     try:
         with pytest.raises(TerminatedError, match="SIGTERM came in step 4: nothing is saved without an output"):
-            train(graph(), ModelConfig(dim=4), SAMPLING, config, progress=False)
+            train(graph(), ModelConfig(dim=4), sampling=SAMPLING, training=config, progress=False)
     finally:
         torch.Tensor.backward = original
 
@@ -127,7 +133,7 @@ def _refused(rank: int, world_size: int, output: Path) -> str:
 
 def _other(rank: int, world_size: int, output: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        train(graph(), ModelConfig(dim=4 + rank * 2), SAMPLING, TrainingConfig(), output, progress=False)
+        train(graph(), ModelConfig(dim=4 + rank * 2), sampling=SAMPLING, output=output, progress=False)
     return str(caught.value)
 
 

@@ -280,22 +280,33 @@ def test_malformed_imports_are_named(tmp_path: Path, capfd, kind: str) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def _train(rank: int, world_size: int, output: Path) -> dict:
+def _train(rank: int, world_size: int, output: Path, scorer: str, reciprocal: bool) -> dict:
     triples = [(f"e{i}", f"r{k}", f"e{(i + k + 1) % 83}") for i in range(83) for k in range(3)]
     columns = tuple(list(column) for column in zip(*triples, strict=True))
     data = Triples.from_columns("ring", columns, ([], [], []), ([], [], []))
     config = TrainingConfig(epochs=40, seed=1, validate_every=0)
-    sampling = SamplingConfig(batch_size=120, chunk_size=40, num_negatives=30)
-    model, _ = train(data, ModelConfig(dim=16, init_std=0.1, n3=0.01), sampling, config, output, progress=False)
+    sampling = SamplingConfig(batch_size=60, chunk_size=20, num_negatives=30)
+    settings = ModelConfig(scorer=scorer, reciprocal=reciprocal, dim=16, init_std=0.1, n3=0.01)
+    model, _ = train(data, settings, sampling=sampling, training=config, output=output, progress=False)
     heads, relations = data.entities.ids(["e3", "e80"]), data.relations.ids(["r0", "r2"])
     with torch.no_grad():
-        scores = model.queries(torch.from_numpy(heads), torch.from_numpy(relations)) @ model.entity(None).T
-        inverse = model.queries(torch.from_numpy(heads), torch.from_numpy(relations) + 3) @ model.entity(None).T
+        queries = [model.queries(side, torch.from_numpy(heads), torch.from_numpy(relations)) for side in ("tail", "head")]
+        scores, inverse = (model.scorer.score_all(query, model.entity(None)) for query in queries)
     return {"scores": scores, "inverse": inverse}
 
 
+@pytest.mark.parametrize(("scorer", "reciprocal"), [("rotate", False), ("complex", False)])
+def test_best_tails_and_heads(run_ranks, tmp_path: Path, scorer: str, reciprocal: bool) -> None:
+    (expected, *_) = run_ranks(_train, 1, tmp_path, scorer, reciprocal)
+    for inverse, name in ((False, "scores"), (True, "inverse")):
+        found = best_tails(shardemb.open(tmp_path), ["e3", "e80"], ["r0", "r2"], 5, inverse=inverse)
+        best = expected[name].topk(5)
+        torch.testing.assert_close(found.scores, best.values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.ids, best.indices)
+
+
 def test_best_tails_and_the_command_line(run_ranks, tmp_path: Path, capfd) -> None:
-    (expected, *_) = run_ranks(_train, 2, tmp_path)
+    (expected, *_) = run_ranks(_train, 2, tmp_path, "complex", True)
     store = shardemb.open(tmp_path)
     for inverse, name in ((False, "scores"), (True, "inverse")):
         found = best_tails(store, ["e3", "e80"], ["r0", "r2"], 5, inverse=inverse)

@@ -1,10 +1,14 @@
+import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import shardemb
 from shardemb import checkpoint
 from shardemb.kge import ModelConfig, TrainingConfig, Triples, train
+from shardemb.kge.losses import LossConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.metrics import read_metrics
@@ -115,6 +119,140 @@ def _diverge(rank: int, world_size: int) -> None:
 
 def test_a_loss_that_is_no_number_ends_all_ranks(run_ranks) -> None:
     run_ranks(_diverge, 2)
+
+
+def _options(
+    rank: int, world_size: int, output: Path | None, settings: dict[str, dict], epochs: int = 3, resume: bool = False
+) -> dict:
+    sections = {name: CONFIGS[name](**{**DEFAULTS[name], **settings.get(name, {})}) for name in CONFIGS}
+    sections["training"] = replace(sections["training"], epochs=epochs)
+    model, result = train(graph(), **sections, output=output, resume=resume, progress=False)
+    with torch.no_grad():
+        return {**result, "entity": model.entity(None).clone(), "relation": model.relation(None).clone()}
+
+
+CONFIGS: dict = {
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "sampling": SamplingConfig,
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+}
+DEFAULTS: dict = {
+    "model": {"dim": 12, "init_std": 0.1, "n3": 0.01},
+    "loss": {},
+    "sampling": {"batch_size": 60, "chunk_size": 20, "num_negatives": 30},
+    "optimizer": {},
+    "training": {"epochs": 3, "seed": 1, "validate_every": 1},
+}
+OPTIONS: dict[str, dict] = {
+    "1vsall": {"sampling": {"scheme": "1vsall"}, "optimizer": {"name": "adam", "entity_lr": 0.01, "schedule": "cosine"}},
+    "kvsall": {
+        "sampling": {"scheme": "kvsall"},
+        "loss": {"name": "logistic"},
+        "optimizer": {"name": "adagrad", "schedule": "plateau", "warmup_steps": 3, "max_grad_norm": 0.1},
+    },
+    "rotate": {
+        "model": {"scorer": "rotate", "reciprocal": False},
+        "loss": {"name": "self_adversarial", "margin": 6.0, "subsampling": True},
+        "sampling": {"corrupt": "bernoulli", "filtered": True, "negatives": "degree"},
+        "optimizer": {"name": "rowwise_adam", "max_grad_norm": 1.0, "weight_decay": 0.01},
+    },
+    "stopping": {"training": {"patience": 1}, "optimizer": {"entity_lr": 20.0, "relation_lr": 20.0, "schedule": "constant"}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_trains_the_same_at_any_size_and_resumes(run_ranks, tmp_path: Path, name: str) -> None:
+    settings = OPTIONS[name]
+    (expected,) = run_ranks(_options, 1, tmp_path / "one", settings)
+    others = run_ranks(_options, 3, None, settings)
+    if name != "kvsall":  # Adagrad's first step on a gradient of nearly 0 is one of full length, whose sign is rounding's
+        for got in others:
+            for key, value in expected.items():
+                torch.testing.assert_close(got[key], value, rtol=2e-2, atol=2e-3)
+    newest = checkpoint.checkpoints(tmp_path / "one/checkpoints")
+    newest[-1].rename(tmp_path / "one/lost")
+    (got,) = run_ranks(_options, 1, tmp_path / "one", settings, 3, True)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_stops_early_and_goes_back_to_the_best(run_ranks, tmp_path: Path, kept: bool) -> None:
+    output = tmp_path / "run" if kept else None
+    results = run_ranks(_options, 2, output, OPTIONS["stopping"], 40)
+    (short,) = run_ranks(_options, 1, tmp_path / "short", OPTIONS["stopping"], 40)
+    records = [r for r in read_metrics(tmp_path / "short/metrics.jsonl") if r["kind"] == "valid"]
+    scores = [r["mrr"] for r in records]
+    assert len(scores) < 40
+    assert scores[-1] <= max(scores[:-1])  # the last one was not better
+    best = 1 + scores.index(max(scores))
+    best_path = tmp_path / "short/best"
+    steps = -(-len(graph().train) // 60)
+    assert [path.name for path in checkpoint.checkpoints(best_path)] == [f"step-{best * steps:010d}"]
+    for got in results:
+        torch.testing.assert_close(got["entity"], short["entity"], rtol=1e-2, atol=1e-3)
+    whole = checkpoint_rows(best_path)
+    torch.testing.assert_close(short["entity"], whole, rtol=0, atol=0)
+
+
+def checkpoint_rows(folder: Path) -> torch.Tensor:
+    return shardemb.open(checkpoint.checkpoints(folder)[-1])["entity"].lookup(list(range(83)))
+
+
+def test_bfloat16_trains(run_ranks) -> None:
+    (exact,), (near,) = (
+        run_ranks(_options, 1, None, {"training": {"precision": precision}}, 10) for precision in ("float32", "bfloat16")
+    )
+    assert near["entity"].dtype == torch.float32
+    assert not torch.equal(near["entity"], exact["entity"])
+    assert near["mrr"] > 0.5 * exact["mrr"]
+
+
+def test_tensorboard_has_the_figures(run_ranks, tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    run_ranks(_options, 1, tmp_path, {})
+    found = set()
+    for path in (tmp_path / "tensorboard").iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # TFRecord: length, its crc, the record, its crc
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found |= {(value.tag, event.step, value.simple_value) for value in event.summary.value}
+            at += size + 16
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
+        for figure in ("loss", "mrr", "triples_per_second"):
+            if figure in record:
+                expected = (f"{record['kind']}/{figure}", record["step"], torch.tensor(record[figure]).float().item())
+                assert expected in found
+
+
+def _refused(rank: int, world_size: int, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _options(rank, world_size, None, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampling": {"scheme": "1vsall"}, "loss": {"name": "margin"}}, "loss.name: got 'margin' with scheme '1vsall'"),
+        ({"sampling": {"scheme": "kvsall"}, "loss": {"subsampling": True}}, "loss.subsampling: got true with"),
+        (
+            {"optimizer": {"schedule": "plateau"}, "training": {"validate_every": 0}},
+            "optimizer.schedule: got 'plateau' with training.validate_every = 0",
+        ),
+        ({"training": {"patience": 2, "validate_every": 0}}, "training.patience: got 2 with validate_every = 0"),
+        pytest.param(
+            {"training": {"device": "cuda"}},
+            "training.device: got 'cuda', but torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(run_ranks, settings: dict, message: str) -> None:
+    run_ranks(_refused, 2, settings, message)
 
 
 def test_settings_are_checked() -> None:
