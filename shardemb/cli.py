@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_query(commands)
     _add_checkpoint(commands)
     arguments = parser.parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -184,7 +185,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     output: Path = arguments.output
     written = output / "config.toml"
-    started = output.is_dir() and any(path != written for path in output.iterdir())
+    started = output.is_dir() and any(path.name not in ("config.toml", "run.json") for path in output.iterdir())
     if started and not arguments.resume:
         raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
     resumed = started and written.exists()
@@ -196,17 +197,47 @@ def _train(arguments: argparse.Namespace) -> int:
     if not resumed:
         with replacing(written) as partial:
             partial.write_text(config.to_toml(), encoding="utf-8")
+    _write_run(output, arguments)
     found = checkpoints(output / "checkpoints")
     how = f"resuming from {name_of(found[-1])}" if found else "no checkpoint to resume from, starting anew"
     print(
         f"training on {config.dataset}, {arguments.workers} worker(s), into {output}" + f": {how}" * arguments.resume,
         file=sys.stderr,
     )
-    result = run_local(_train_rank, arguments.workers, config, output, arguments.resume, timeout_s=arguments.timeout)
+    result = run_local(
+        _train_rank,
+        arguments.workers,
+        config,
+        output,
+        arguments.resume,
+        timeout_s=arguments.timeout,
+        backend="nccl" if config.training.device == "cuda" else "gloo",
+    )
     for name, value in result.items():
         print(f"test filtered {name:10} {value:.4f}")
     print(f"run folder: {output} (loss and MRR: {output / 'metrics.png'})")
     return 0
+
+
+def _write_run(output: Path, arguments: argparse.Namespace) -> None:
+    """Add to ``run.json`` how the run was started, and with what: beside ``config.toml``, all that reproduces it."""
+    import json
+    import platform
+    import shlex
+    from datetime import datetime
+    from importlib.metadata import version
+
+    from shardemb.files import replacing
+
+    path = output / "run.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    packages = {name: version(name) for name in ("numpy", "torch", "torchrec")} | {"shardemb": __version__}
+    here = {"python": platform.python_version(), "platform": platform.platform(), **packages}
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    command = shlex.join(["shardemb", *arguments.argv])
+    starts.append({"started": started, "command": command, "workers": arguments.workers, "versions": here})
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
 
 
 def _make_writable(output: Path) -> None:

@@ -17,7 +17,7 @@ from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.trainer import TrainingConfig
-from shardemb.kge.triples import UNSEEN
+from shardemb.kge.triples import UNSEEN, is_bundled
 
 #: settings that a run may go on without
 _WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep")
@@ -73,6 +73,9 @@ class JobConfig:
             node[name] = _parse(text.strip())
         if dataset is not None:
             tree["dataset"] = dataset
+        named = tree.get("dataset")
+        if isinstance(named, str) and named and Path(named).exists() and not is_bundled(named):
+            tree["dataset"] = str(Path(named).resolve())  # so that a run folder finds it from anywhere
         return _build(cls, tree, source, "")
 
     def to_toml(self) -> str:

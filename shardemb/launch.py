@@ -29,8 +29,8 @@ class WorkerError(RuntimeError):
         self.rank, self.error, self.message, self.trace = rank, error, message, trace
 
 
-def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300) -> Any:
-    """Run ``fn(*args)`` on every rank of a gloo process group of this machine's processes.
+def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300, backend: str = "gloo") -> Any:
+    """Run ``fn(*args)`` on every rank of a process group of this machine's processes.
 
     The processes are spawned: a script that calls this needs ``if __name__ == "__main__":``.
 
@@ -39,6 +39,7 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
         workers: number of ranks; with 1, ``fn`` runs in this process, without a group.
         args: picklable.
         timeout_s: seconds after which a collective gives up on a rank that does not come.
+        backend: of the group: "gloo", or "nccl" for ranks with a GPU each.
 
     Returns:
         What rank 0 returned (picklable).
@@ -60,7 +61,7 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
             for rank in range(workers):
                 here, there = context.Pipe(duplex=False)
                 # the store is a file of this user's: a TCP store would listen on all interfaces
-                call = (there, rank, workers, f"{folder}/store", timeout_s, fn, args)
+                call = (there, rank, workers, f"{folder}/store", timeout_s, backend, fn, args)
                 process = context.Process(target=_rank_main, args=call, daemon=True, name=f"shardemb-rank-{rank}")
                 process.start()
                 there.close()
@@ -123,6 +124,7 @@ def _rank_main(
     workers: int,
     store: str,
     timeout_s: float,
+    backend: str,
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -139,7 +141,9 @@ def _rank_main(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
         # the watch is first to give up, and says why
         limit = timedelta(seconds=timeout_s + 10)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
+        if backend == "nccl":  # which binds a rank to the current GPU
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
         faults.watch(None)
         result = fn(*args)
         faults.finish()

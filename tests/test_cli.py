@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from shardemb.cli import main
+from shardemb.config import JobConfig
 
 NATIONS = ["train", "--dataset", "pykeen:nations", "--set", "training.epochs=2", "--set", "sampling.batch_size=512"]
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -29,9 +31,8 @@ def test_train_resume_and_the_same_result_on_two_workers(tmp_path: Path, capfd: 
         out, err = capfd.readouterr()
         assert "test filtered mrr" in out
         assert "loss" in err  # the progress bar, once
-        assert {"config.toml", "metrics.jsonl", "metrics.png", "entities.parquet", "checkpoints"} <= {
-            p.name for p in run.iterdir()
-        }
+        expected = {"config.toml", "run.json", "metrics.jsonl", "metrics.png", "entities.parquet", "checkpoints", "tensorboard"}
+        assert expected <= {p.name for p in run.iterdir()}
         mrr[workers] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["mrr"]
     assert mrr[1] == pytest.approx(mrr[2], abs=0.01)
     run = tmp_path / "2"
@@ -48,6 +49,21 @@ def test_train_resume_and_the_same_result_on_two_workers(tmp_path: Path, capfd: 
     assert main(["train", "--workers", "2", "--output", str(run), "--resume"]) == 0  # with the run's own settings
     assert "resuming from step-" in capfd.readouterr().err
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["mrr"] == pytest.approx(mrr[2], abs=1e-6)
+    first, second = json.loads((run / "run.json").read_text())
+    assert first["command"].startswith("shardemb train --dataset pykeen:nations --set training.epochs=2")
+    assert second["command"] == f"shardemb train --workers 2 --output {run} --resume"
+    assert first["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_folder_knows_where_its_dataset_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "graph").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"graph/{split}.tsv").write_text("a\tr\tb\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--dataset", "graph", "--output", "run", *SMALL, "--set", "training.epochs=1"]) == 0
+    monkeypatch.chdir("/")
+    assert JobConfig.load(tmp_path / "run/config.toml").dataset == str(tmp_path / "graph")
+    assert main(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0
 
 
 def one_error(capfd: pytest.CaptureFixture[str]) -> str:

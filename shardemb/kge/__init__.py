@@ -4,17 +4,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardemb.kge.evaluation import EvaluationConfig, evaluate
+    from shardemb.kge.losses import LossConfig
     from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
+    from shardemb.kge.optimizers import OptimizerConfig
+    from shardemb.kge.sampling import SamplingConfig
     from shardemb.kge.trainer import TrainingConfig, train
     from shardemb.kge.triples import Triples
 
-__all__ = ["KnowledgeGraphModel", "ModelConfig", "TrainingConfig", "Triples", "train"]
+__all__ = [
+    "EvaluationConfig",
+    "KnowledgeGraphModel",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SamplingConfig",
+    "TrainingConfig",
+    "Triples",
+    "evaluate",
+    "train",
+]
 
 _ROOMS = {
+    "EvaluationConfig": "evaluation",
     "KnowledgeGraphModel": "model",
+    "LossConfig": "losses",
     "ModelConfig": "model",
+    "OptimizerConfig": "optimizers",
+    "SamplingConfig": "sampling",
     "TrainingConfig": "trainer",
     "Triples": "triples",
+    "evaluate": "evaluation",
     "train": "trainer",
 }
 

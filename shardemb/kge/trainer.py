@@ -302,7 +302,7 @@ class _Job:
         """Do the steps of an epoch, then validate and save as configured. A collective."""
         self.model.train()
         at, num_steps = self.at, self.sampler.num_steps
-        seen, total, start, ends = 0, torch.zeros(()), time.perf_counter(), False
+        seen, total, start, ends = 0, self._zero(), time.perf_counter(), False
         triples = 0
         while at.step < num_steps:
             self.settings.optimizer.set_rates(self.optimizer, self.done, self.steps, at.plateau)
@@ -312,7 +312,7 @@ class _Job:
             if trains:
                 (loss / queries).backward()
                 self.coordinator.step()
-                seen, triples, total = seen + queries, triples + size, total + plain.cpu()
+                seen, triples, total = seen + queries, triples + size, total + plain
             at.step += 1
             if (due or ends) and at.step < num_steps:
                 self._save()
@@ -320,7 +320,7 @@ class _Job:
                     self._end()
             if at.step % LOG_STEPS == 0 or at.step == num_steps:
                 self._log(total, seen, triples, time.perf_counter() - start)
-                seen, triples, total, start = 0, 0, torch.zeros(()), time.perf_counter()
+                seen, triples, total, start = 0, 0, self._zero(), time.perf_counter()
             if self.saver is not None:
                 self.saver.check()
             self.bar.update(size)
@@ -331,6 +331,9 @@ class _Job:
             self._save()
         if ends and not self.ended:
             self._end()
+
+    def _zero(self) -> torch.Tensor:
+        return torch.zeros((), device=self.device)
 
     def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Return the loss of a step, to be added up over ranks, without regularizers, and its queries on all ranks."""
@@ -386,7 +389,7 @@ class _Job:
         """Return whether this step trains, whether a checkpoint is due, and whether the run shall end. A collective."""
         config = self.config
         due = self.rank == 0 and 0 < config.checkpoint_seconds <= time.monotonic() - self.saved_at
-        told = torch.tensor([not torch.isfinite(loss), due, self.asked_to_end.is_set()], dtype=torch.int32)
+        told = torch.tensor([not torch.isfinite(loss), due, self.asked_to_end.is_set()], dtype=torch.int32).to(self.device)
         if dist.is_initialized():
             collectives.all_reduce(told, collectives.MAX, operation="is the loss a number, shall the run go on?")
         nonfinite, due, ends = (bool(flag) for flag in told.tolist())

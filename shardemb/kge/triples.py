@@ -48,6 +48,11 @@ _MAGIC = {
 }
 
 
+def is_bundled(dataset: str) -> bool:
+    """Whether this is the name of a graph that comes with the package."""
+    return bool(dataset) and Path(dataset).name == dataset and (BUNDLED / dataset).is_dir()
+
+
 def read_tsv(path: Path) -> Columns:
     """Read ``head TAB relation TAB tail`` lines in UTF-8, plain or ``.gz``; a quote is part of a label.
 
@@ -176,7 +181,7 @@ class Triples:
         path = Path(dataset)
         if path.is_file():
             return cls._from_file(path, unseen)
-        if (BUNDLED / str(dataset)).is_dir() and path.name == str(dataset):
+        if is_bundled(str(dataset)):
             path = BUNDLED / path
         if not str(dataset) or not path.is_dir():
             raise FileNotFoundError(
