@@ -49,7 +49,7 @@ def epoch(dataset: str, settings: dict[str, Any], folder: str, epochs: int) -> d
         ModelConfig(**{"reciprocal": False, "n3": 0.0, "init_std": 0.1, **settings["model"]}),
         sampling=SamplingConfig(**settings["sampling"]),
         optimizer=OptimizerConfig(entity_lr=0.1, relation_lr=0.1, schedule="constant"),
-        training=TrainingConfig(epochs=epochs, checkpoint_every=epochs, keep=1, validate_every=1, validation_triples=1000),
+        training=TrainingConfig(epochs=epochs, checkpoint_every=epochs, keep=1, validate_every=1, background_saves=False),
         evaluation=EvaluationConfig(candidates=1000),
         output=Path(folder),
         progress=False,

@@ -20,7 +20,7 @@ from shardemb.kge.trainer import TrainingConfig
 from shardemb.kge.triples import UNSEEN, is_bundled
 
 #: settings that a run may go on without
-_WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep")
+_WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
 
 
 @dataclass(frozen=True)

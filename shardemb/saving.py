@@ -392,10 +392,11 @@ class AsyncSaver:
     Args:
         folder: as in :func:`save`.
         keep: as in :func:`save`.
+        background: False makes every save in the foreground, without a copy.
     """
 
-    def __init__(self, folder: Location, keep: int = 2) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Location, keep: int = 2, background: bool = True) -> None:
+        self._folder, self._keep, self._background = folder, keep, background
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if several else None
         self._buffers: dict[str, Tensor] = {}
@@ -426,12 +427,13 @@ class AsyncSaver:
         snapshot.group = self._group
         free = free_bytes(torch.device("cpu"))
         more = snapshot.nbytes - sum(buffer.numel() * buffer.itemsize for buffer in self._buffers.values())
-        if free is not None and more > free:
-            warnings.warn(
-                f"checkpoint of step {step}, rank {snapshot.rank}: a copy of this rank's rows needs {more:,} bytes more, "
-                f"{free:,} are free: saving in the foreground",
-                stacklevel=2,
-            )
+        if not self._background or (free is not None and more > free):
+            if self._background:
+                warnings.warn(
+                    f"checkpoint of step {step}, rank {snapshot.rank}: a copy of this rank's rows needs {more:,} bytes more, "
+                    f"{free:,} are free: saving in the foreground",
+                    stacklevel=2,
+                )
             self._run(snapshot)
             self.wait()
             return

@@ -345,6 +345,10 @@ def test_where_there_is_no_memory_for_a_copy_it_is_saved_at_once(tmp_path: Path,
     with pytest.warns(UserWarning, match="needs 12,024 bytes more, 100 are free: saving in the foreground"):
         saver.save(1, Embedding(501, shape=6))
     assert len(checkpoint.checkpoints(tmp_path)) == 1
+    saver = AsyncSaver(tmp_path, background=False)  # as asked for: no warning
+    saver.save(2, Embedding(501, shape=6))
+    assert len(checkpoint.checkpoints(tmp_path)) == 2
+    assert not saver._buffers
 
 
 MEMORY = """

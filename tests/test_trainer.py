@@ -178,6 +178,18 @@ def test_every_option_trains_the_same_at_any_size_and_resumes(run_ranks, tmp_pat
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["1vsall", "rotate"])
+def test_the_same_on_cuda(tmp_path: Path, name: str) -> None:
+    settings = [{**OPTIONS[name], "training": {"device": device}} for device in ("cpu", "cuda")]
+    (expected, got) = (_options(0, 1, tmp_path / str(number), each) for number, each in enumerate(settings))
+    for key, value in expected.items():
+        torch.testing.assert_close(torch.as_tensor(got[key]).cpu(), torch.as_tensor(value), rtol=1e-2, atol=1e-3)
+    near = _options(0, 1, None, {**OPTIONS[name], "training": {"device": "cuda", "precision": "bfloat16"}})
+    assert near["mrr"] > 0.5 * expected["mrr"]
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_it_stops_early_and_goes_back_to_the_best(run_ranks, tmp_path: Path, kept: bool) -> None:
     output = tmp_path / "run" if kept else None

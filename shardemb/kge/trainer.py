@@ -57,6 +57,8 @@ class TrainingConfig:
     checkpoint_seconds: float = 0.0
     #: finished checkpoints that stay
     keep: int = 2
+    #: write checkpoints while training goes on, from a copy of the rows, instead of waiting for the disk
+    background_saves: bool = True
     #: what a NaN or infinite loss does: "error" ends the run, "warn" tells, "skip" leaves the step out, and tells
     nonfinite: str = "error"
     #: in which scores are computed: "float32", or "bfloat16" by torch's autocast; rows and their state stay float32
@@ -235,9 +237,9 @@ class _Job:
                 _same_labels(output / "relations.parquet", data.relations)
                 self._resume(output / "checkpoints")
             checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], self.config.keep)
-            self.saver = checkpoint.AsyncSaver(output / "checkpoints", self.config.keep)
+            self.saver = checkpoint.AsyncSaver(output / "checkpoints", self.config.keep, self.config.background_saves)
             if self.config.patience:
-                self.best_saver = checkpoint.AsyncSaver(output / "best", keep=1)
+                self.best_saver = checkpoint.AsyncSaver(output / "best", keep=1, background=False)  # no second copy
         self.best_rows: list[dict[str, torch.Tensor]] | None = None
         self.coordinator.steps = self.done
         faults.at_step(self.done + 1)
