@@ -161,23 +161,21 @@ class KnowledgeGraphModel(nn.Module):
         return total, plain
 
     def _loss(self, batch: Batch, heads: Tensor, tails: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        ways = batch.replaced_heads
+        # without reciprocal relations all ways have the same relation, and the true triple has the same score
+        own = len(ways) if self.config.reciprocal else 1
+        relations = self.relation(torch.stack([self._kinds(head, batch.relations) for head in ways[:own]]))
         queries: list[Tensor] = []
         positives: list[Tensor] = []
-        penalty = self._penalty(heads, tails) * len(batch.replaced_heads)
-        for head in batch.replaced_heads:
-            if self.config.reciprocal or not queries:  # without reciprocal relations all ways have the same, and the same score
-                relations = self.relation(self._kinds(head, batch.relations))
+        for way, head in enumerate(ways):
             if isinstance(head, bool):
                 known, answers = (tails, heads) if head else (heads, tails)
             else:
                 mask = head.unsqueeze(-1).to(heads.device)
                 known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
-            query = self._query(head, known, relations)
-            if self.config.reciprocal or not queries:
-                positive = self.scorer.score(query, answers)
-            queries.append(query)
-            positives.append(positive)
-            penalty = penalty + self._penalty(relations)
+            queries.append(self._query(head, known, relations[way % own]))
+            positives.append(self.scorer.score(queries[-1], answers) if way < own else positives[0])
+        penalty = self._penalty(heads, tails) * len(ways) + self._penalty(relations) * (len(ways) // own)
         negative = self.scorer.score_all(torch.stack(queries), candidates)
         if len(batch.hits):
             with torch.no_grad():  # what is -inf has no gradient in any loss
