@@ -4,7 +4,7 @@ With one rank nothing is communicated. With several, a forward makes three colle
 
 1. counts, all to all: how many ids each rank asks of each other one; -1 says that the sender's ids are bad, so that all
    ranks raise the same error instead of waiting for each other. So do they if the message is of another lookup than their
-   own. A few ids travel in the same message;
+   own. A few ids travel in the same message, and so do as many as the lookup before had, if they are not too many;
 2. ids, all to all, if there are more: as row numbers of the owner's shard, each once unless told otherwise;
 3. rows, all to all, then a permutation back into the order of the ids. Backward runs 3. the other way, and adds up the
    gradients of an id before they travel.
@@ -15,9 +15,11 @@ Every rank takes part in every lookup, with an empty batch if it has no ids, and
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shardemb import collectives, faults, native
 from shardemb.native import Merged
@@ -26,10 +28,33 @@ from shardemb.types import GradientReduction, IdTypeError
 
 #: ids for one rank that fit into the message that says how many there are: a message of 512 bytes, as fast as one of 8
 _FEW = 61
+#: ids for one rank that the message has room for at most, if the lookup before had so many: padding costs bytes
+_MANY = 4096
 #: numbers before them: how many ids follow, or -1; the most that the sender asks of any rank; which lookup it is
 _HEAD = 3
 
 _ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (IndexError, IdTypeError, AttributeError)}
+
+
+class _Room:
+    """How many ids for one rank the next message of a group has room for; what all ranks have seen alone changes it."""
+
+    def __init__(self) -> None:
+        self.ids, self._calm = _FEW, 0
+
+    def adapt(self, most: int) -> None:
+        """Make room for as many ids as the lookup had at most, and an eighth more; less after 16 lookups of half of it."""
+        self._calm = self._calm + 1 if most < self.ids // 2 else 0
+        if self.ids < most <= _MANY or self._calm > 16:
+            self.ids, self._calm = max(_FEW, most + most // 8), 0
+
+
+#: of a group, not of a table: ranks in lookups of different tables understand each other's messages
+_rooms: WeakKeyDictionary[faults.Watch, _Room] = WeakKeyDictionary()
+
+
+def _room_of(group: Any) -> _Room:
+    return _rooms.setdefault(faults.watch(group), _Room())
 
 
 @dataclass(frozen=True)
@@ -142,29 +167,33 @@ class Exchange:
             if not wait:  # the caller may fill the same tensor with the next ids before these are looked up
                 rows = rows.clone()
             return Route(rows, None, [len(rows)], [len(rows)])
-        world_size = self.plan.world_size
+        world_size, room = self.plan.world_size, _room_of(self.group)
         self._lookup += 1
         # for a few ids of a few ranks Python's own numbers take half the time of a tensor's operators
         small = device.type == "cpu" and world_size * _FEW <= 1024
         if error is not None:
-            message = torch.full((world_size, _HEAD + _FEW), -1, device=device)
+            message = torch.full((world_size, _HEAD + room.ids), -1, device=device)
         else:
             slots = self.plan.slots(ids.to(device, torch.int64)).contiguous()
             merge = self._merge_few if self.deduplicate and small and len(slots) <= _FEW else self._merge_many
-            message, sent, local, permutation, merged = merge(slots)
+            message, sent, local, permutation, merged = merge(slots, room.ids)
         answer = torch.empty_like(message)
         collectives.all_to_all(answer, message, group=self.group, operation=self._operation("counts"))
-        lines = answer.tolist() if small else answer[:, :_HEAD].tolist()
+        few = small and room.ids == _FEW
+        lines = answer.tolist() if few else answer[:, :_HEAD].tolist()
         received = [line[0] for line in lines]
         if error is not None or min(received) < 0:
             self._raise_everywhere(error)
         if any(line[2] != self._mark for line in lines):
             self._raise_astray()
-        if max(line[1] for line in lines) <= _FEW:  # on no rank are there more
-            if small:
+        most = max(line[1] for line in lines)
+        fits = most <= room.ids  # on every rank
+        room.adapt(most)
+        if fits:
+            if few:
                 rows = torch.tensor([row for line in lines for row in line[_HEAD : _HEAD + line[0]]], dtype=torch.int64)
             else:
-                rows = answer[:, _HEAD:][_first(answer[:, 0])]
+                rows = answer[:, _HEAD:][_first(answer[:, 0], answer.shape[1] - _HEAD)]
             return Route(rows, permutation, sent, received, merged)
         rows = local.new_empty(sum(received))
         operation = self._operation("ids")
@@ -186,7 +215,7 @@ class Exchange:
         )
         raise RuntimeError(f"ranks are in different lookups: {each}: every rank must look up the same tables in the same order")
 
-    def _merge_few(self, slots: Tensor) -> _ToSend:
+    def _merge_few(self, slots: Tensor, room: int) -> _ToSend:
         numbers = slots.tolist()
         unique = sorted(set(numbers))
         lines: list[list[int]] = [[] for _ in range(self.plan.world_size)]
@@ -194,19 +223,20 @@ class Exchange:
             lines[slot // self.plan.block].append(slot % self.plan.block)
         sent = [len(line) for line in lines]
         message = torch.tensor([[len(line), max(sent), self._mark, *line, *[-1] * (_FEW - len(line))] for line in lines])
+        message = F.pad(message, (0, room - _FEW), value=-1)
         local = torch.tensor([row for line in lines for row in line], dtype=torch.int64)
         places = {slot: place for place, slot in enumerate(unique)}
         inverse = torch.tensor([places[slot] for slot in numbers], dtype=torch.int64)
         none = slots[:0]
         return message, sent, local, inverse, Merged(torch.tensor(unique, dtype=torch.int64), inverse, none, none)
 
-    def _merge_many(self, slots: Tensor) -> _ToSend:
+    def _merge_many(self, slots: Tensor, room: int) -> _ToSend:
         counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
         sent = counts.tolist()
-        message = torch.full((len(sent), _HEAD + _FEW), -1, device=slots.device)
+        message = torch.full((len(sent), _HEAD + room), -1, device=slots.device)
         message[:, 0], message[:, 1], message[:, 2] = counts, max(sent), self._mark
-        if max(sent) <= _FEW:
-            message[:, _HEAD:].masked_scatter_(_first(counts), local)
+        if max(sent) <= room:
+            message[:, _HEAD:].masked_scatter_(_first(counts, room), local)
         return message, sent, local, permutation, merged
 
     def check_everywhere(self, ids: Any, device: torch.device) -> None:
@@ -284,9 +314,9 @@ class Exchange:
         return arriving.view(self.wire_dtype).to(dtype)
 
 
-def _first(counts: Tensor) -> Tensor:
-    """Return ``(W, _FEW)``, true at the first ``counts`` ``(W,)`` places of each row."""
-    return torch.arange(_FEW, device=counts.device) < counts.unsqueeze(1)
+def _first(counts: Tensor, room: int) -> Tensor:
+    """Return ``(W, room)``, true at the first ``counts`` ``(W,)`` places of each row."""
+    return torch.arange(room, device=counts.device) < counts.unsqueeze(1)
 
 
 class _ReturnRows(torch.autograd.Function):

@@ -79,7 +79,7 @@ def step() -> int:
     return _step
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """The alarm of one process group.
 

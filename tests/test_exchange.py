@@ -1,3 +1,4 @@
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -134,10 +135,34 @@ def _collectives(rank: int, world_size: int, gradient: str, number: int) -> tupl
 @pytest.mark.parametrize("gradient", ["sparse", "fused"])
 @pytest.mark.parametrize(("number", "forward"), [(0, 2), (20, 2), (2000, 3)])
 def test_collectives_of_a_step(run_ranks, world_size: int, gradient: str, number: int, forward: int) -> None:
-    """A few ids travel with their counts; updates and constrainers need no other rank."""
-    expected = (forward, 1, 0, forward - 1, 1) if world_size > 1 else (0, 0, 0, 0, 0)
+    """A few ids travel with their counts, and as many as before; updates and constrainers need no other rank."""
+    expected = (forward, 1, 0, 1, 1) if world_size > 1 else (0, 0, 0, 0, 0)
     for counts in run_ranks(_collectives, world_size, gradient, number):
         assert counts == expected
+
+
+def _steady(rank: int, world_size: int) -> list[int]:
+    """Collectives of lookups forward, one after the other, of as many ids a rank."""
+    tables = [shardemb.Embedding(50_001, shape=2, seed=1, initialize=True, name=name) for name in "ab"]
+    generator, found = torch.Generator().manual_seed(rank), []
+    for number in [2000, 2100, 1900, 30, 2000, 30_000, 2000, *[5] * 18, 2000, 2000]:
+        ids = torch.randint(50_001, (number,), generator=generator)
+        with counted() as called:
+            rows = tables[len(found) % 2](ids)
+        found.append(len(called))
+        assert torch.equal(rows, tables[0]._embeddings.weight[ids] if world_size == 1 else _all_rows()[ids])
+    return found
+
+
+@functools.cache
+def _all_rows() -> torch.Tensor:
+    return shardemb.Embedding(50_001, shape=2, seed=1, initialize=True, process_group=None)(None).detach()
+
+
+def test_a_lookup_as_large_as_the_one_before_saves_a_message(run_ranks) -> None:
+    calm = [2] * 18
+    for found in run_ranks(_steady, 2):
+        assert found == [3, 2, 2, 2, 2, 3, 2, *calm, 3, 2]  # 30,000 ids are too many; 17 small lookups take the room away
 
 
 def _sent_once(rank: int, world_size: int, deduplicate: bool, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
