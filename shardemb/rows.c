@@ -2,6 +2,7 @@
  *
  * The rows of a large table are in no cache, so a step is bound by how many of them are on their way from memory at once:
  * each loop asks for the row AHEAD of the one it works on. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -169,5 +170,24 @@ void update(int rule, float *weight, float *first, float *second, int64_t dim, c
         }
         if (unit) make_unit(w, dim);
         if (out) memcpy(out + (u - begin) * dim, w, bytes);
+    }
+}
+
+/* Of each row from begin to end, `width` scores apart, of which n count: how many are above and equal to its true score, and
+ * how many are finite; added to out's three lines of `rows` numbers. */
+void count_better(const float *scores, int64_t width, int64_t n, const float *truth, int64_t rows, int64_t begin, int64_t end,
+                  int64_t *out) {
+    for (int64_t i = begin; i < end; i++) {
+        const float *s = scores + i * width, t = truth[i];
+        int32_t better = 0, equal = 0, finite = 0;
+#pragma omp simd reduction(+ : better, equal, finite)
+        for (int64_t k = 0; k < n; k++) {
+            better += s[k] > t;
+            equal += s[k] == t;
+            finite += fabsf(s[k]) <= FLT_MAX;
+        }
+        out[i] += better;
+        out[rows + i] += equal;
+        out[2 * rows + i] += finite;
     }
 }

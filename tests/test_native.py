@@ -83,6 +83,17 @@ def test_contiguous() -> None:
     assert native.contiguous(tensor := torch.randn(3, 2)) is tensor
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "n"), [(1, 1, 1), (300, 70, 69), (7, 4100, 4100), (5, 3, 0)])
+def test_count_better(loops: str, threads: int, rows: int, width: int, n: int, dtype: torch.dtype) -> None:
+    scores, out = torch.randn(rows, width).mul(4).round().to(dtype), torch.ones(3, rows, dtype=torch.int64)
+    truth = scores[:, 0].clone()
+    scores[0, -1], scores[-1, 0] = torch.nan, -torch.inf
+    native.count_better(scores, truth, n, out)
+    expected = [(mask[:, :n]).sum(1) for mask in (scores > truth[:, None], scores == truth[:, None], scores.isfinite())]
+    assert out.equal(torch.stack(expected) + 1)
+
+
 RULES = {"sgd": (), "adagrad": (6,), "rowwise_adagrad": (1,), "adam": (6, 6), "rowwise_adam": (6, 1)}
 
 
