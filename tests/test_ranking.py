@@ -131,14 +131,10 @@ def test_drawn_candidates(rank_pool, world_size: int, filtered: bool) -> None:
                     asked, answer, kind = (t, h, r + 3) if side == "head" else (h, t, r)
                     drawn = np.random.default_rng([3, number, place]).integers(41, size=20).tolist()
                     triples = [(e, r, t) if side == "head" else (h, r, e) for e in drawn]
-                    kept = [
-                        e for e, one in zip(drawn, triples, strict=True) if e != answer and not (filtered and one in known)
-                    ]
+                    kept = [e for e, one in zip(drawn, triples, strict=True) if e != answer and not (filtered and one in known)]
                     query = SCORERS["complex"]().tail_query(entity[[asked]], relation[[kind]])
                     scores = (query * entity).sum(1)
-                    lines.append(
-                        ((scores[kept] > scores[answer]).sum(), (scores[kept] == scores[answer]).sum(), len(kept) + 1)
-                    )
+                    lines.append(((scores[kept] > scores[answer]).sum(), (scores[kept] == scores[answer]).sum(), len(kept) + 1))
                 _equal(found[number], Comparison(*torch.tensor(lines, dtype=torch.double).unbind(1)))
     (first, *_), (second, *_) = rank_pool(_drawn, 1, filtered, 1 << 24)[0], rank_pool(_drawn, 1, filtered, 1 << 24, 4)[0]
     assert not first[0].better.equal(second[0].better)

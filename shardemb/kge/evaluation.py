@@ -92,27 +92,28 @@ def report(
     known = Known(splits, model.num_relations, only=triples) if config.filtered else None
     training = model.training
     model.eval()
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
     with progress_bar(total=2 * len(triples), desc="ranking", unit=" queries", disable=not shown) as bar:
         try:
-            found = [
-                with_drawn(model, side, triples, known, config.candidates, seed, bar.update)
-                if config.candidates
-                else with_all(model, side, triples, known, bar.update)
-                for side in SIDES
-            ]
+            for side in SIDES:
+                if config.candidates:
+                    found = with_drawn(model, side, triples, known, config.candidates, seed, bar.update)
+                else:
+                    found = with_all(model, side, triples, known, bar.update)
+                parts[side] = _ranks(found, config.ties), found.options
         finally:
             model.train(training)
-    ranks = [_ranks(comparison, config.ties) for comparison in found]
-    options = [comparison.options for comparison in found]
-    parts = {"both": (torch.cat(ranks), torch.cat(options)), **dict(zip(SIDES, zip(ranks, options, strict=True), strict=True))}
     table: list[dict[str, Any]] = []
-    relations, order = triples[:, 1].sort(stable=True)
-    kinds, counts = relations.unique_consecutive(return_counts=True)
-    for kind, which in zip(kinds.tolist(), order.split(counts.tolist()), strict=True) if config.per_relation else ():
-        for number, side in enumerate(SIDES):
-            figures = metrics(ranks[number][which], options[number][which], config.hits)
-            table.append({"relation": kind, "side": side, "count": len(which), **figures})
-    return Report({side: metrics(*part, config.hits) for side, part in parts.items()}, table)
+    if config.per_relation:
+        relations, order = triples[:, 1].sort(stable=True)
+        kinds, counts = relations.unique_consecutive(return_counts=True)
+        for kind, which in zip(kinds.tolist(), order.split(counts.tolist()), strict=True):
+            for side, (ranks, options) in parts.items():
+                figures = metrics(ranks[which], options[which], config.hits)
+                table.append({"relation": kind, "side": side, "count": len(which), **figures})
+    ranks, options = (torch.cat(columns) for columns in zip(*parts.values(), strict=True))
+    parts = {"both": (ranks, options), **parts}
+    return Report({side: metrics(ranks, options, config.hits) for side, (ranks, options) in parts.items()}, table)
 
 
 def _ranks(found: Comparison, ties: str) -> Tensor:

@@ -18,8 +18,8 @@ from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.sampling import SIDES, Known, Side
 from shardemb.plan import RowPlan
 
-#: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what keeps it busy. Of 64 to 4096
-#: queries and 1024 to 16384 rows this shape is within 2 % of the fastest (EPYC, 512 KiB of second cache)
+#: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what keeps it busy. With 128
+#: columns this is within 2 % of the fastest of 64 to 4096 queries and 1024 to 16384 rows (EPYC, 512 KiB of second cache)
 _BATCH = 256
 _TILE, _TILE_CUDA = 1 << 19, 1 << 24
 #: queries whose rows are looked up together, and their answers that are left out
@@ -106,8 +106,8 @@ def with_drawn(
 ) -> Comparison:
     """Compare one side of each triple with a number of entities, drawn uniformly for each. A collective.
 
-    What is drawn depends on the seed, the side and the triple's place alone. The answer is no candidate; neither are known ones.
-    The ranks share the queries. Arguments and errors are those of :func:`with_all`.
+    What is drawn depends on the seed, the side and the triple's place alone. The answer is no candidate, nor are known ones. The
+    ranks share the queries. Arguments and errors are those of :func:`with_all`.
     """
     entity, scorer, plan = model.entity, model.scorer, model.entity.plan
     size = max(1, _DRAWN // ((number + 1) * max(1, plan.dim)))
