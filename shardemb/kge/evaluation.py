@@ -108,12 +108,12 @@ def report(
         relations, order = triples[:, 1].sort(stable=True)
         kinds, counts = relations.unique_consecutive(return_counts=True)
         for kind, which in zip(kinds.tolist(), order.split(counts.tolist()), strict=True):
-            for side, (ranks, options) in parts.items():
+            for name, (ranks, options) in parts.items():
                 figures = metrics(ranks[which], options[which], config.hits)
-                table.append({"relation": kind, "side": side, "count": len(which), **figures})
+                table.append({"relation": kind, "side": name, "count": len(which), **figures})
     ranks, options = (torch.cat(columns) for columns in zip(*parts.values(), strict=True))
     parts = {"both": (ranks, options), **parts}
-    return Report({side: metrics(ranks, options, config.hits) for side, (ranks, options) in parts.items()}, table)
+    return Report({name: metrics(ranks, options, config.hits) for name, (ranks, options) in parts.items()}, table)
 
 
 def _ranks(found: Comparison, ties: str) -> Tensor:

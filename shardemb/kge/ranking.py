@@ -106,8 +106,8 @@ def with_drawn(
 ) -> Comparison:
     """Compare one side of each triple with a number of entities, drawn uniformly for each. A collective.
 
-    What is drawn depends on the seed, the side and the triple's place alone. The answer is no candidate, nor are known ones. The
-    ranks share the queries. Arguments and errors are those of :func:`with_all`.
+    What is drawn depends on seed, side and the triple's place alone. The answer is no candidate, nor is a known one. The ranks
+    share the queries. Arguments and errors are those of :func:`with_all`.
     """
     entity, scorer, plan = model.entity, model.scorer, model.entity.plan
     size = max(1, _DRAWN // ((number + 1) * max(1, plan.dim)))
