@@ -93,6 +93,7 @@ def _library() -> ctypes.CDLL | str:
     library.sum_rows.argtypes = [pointer, number, pointer, pointer, number, number, pointer]
     library.make_units.argtypes = [pointer, number, pointer, number, number]
     library.count_better.argtypes = [pointer, number, number, pointer, number, number, number, pointer]
+    library.distances.argtypes = [pointer, pointer, number, number, ctypes.c_int, number, number, pointer]
     tensors: list[Any] = [*[pointer] * 3, number, *[pointer] * 4]
     library.update.argtypes = [ctypes.c_int, *tensors, number, number, *[real] * 5, ctypes.c_int, pointer, pointer]
     return library
@@ -311,6 +312,21 @@ def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
     for line, mask in zip(out, (scores > truth, scores == truth, torch.isfinite(scores)), strict=True):
         # numpy's counting costs a fifth of torch's sum over bools on the CPU
         line += mask.sum(1) if mask.is_cuda else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+
+
+def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
+    """Return the distances of ``(..., B, D)`` to ``(..., N, D)`` in the p-norm, ``(..., B, N)``, from differences.
+
+    In C for p 1 or 2, two dimensions, float32, and where no gradient is asked for.
+    """
+    loops, flat = _loops(queries, rows), queries.dim() == rows.dim() == 2 and queries.dtype == rows.dtype == torch.float32
+    graded = torch.is_grad_enabled() and (queries.requires_grad or rows.requires_grad)
+    if loops is None or not flat or graded or p not in (1, 2):
+        return torch.cdist(queries, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    out = torch.empty(len(queries), len(rows))
+    tensors = queries.data_ptr(), rows.data_ptr(), queries.shape[1], len(rows), p == 1
+    _in_parts(lambda a, b: loops.distances(*tensors, a, b, out.data_ptr()), len(queries), _SCORES_PER_THREAD)
+    return out
 
 
 def nonfinite_rows(values: Tensor) -> Tensor:

@@ -94,6 +94,25 @@ def test_count_better(loops: str, threads: int, rows: int, width: int, n: int, d
     assert out.equal(torch.stack(expected) + 1)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("queries", "rows", "dim"), [(1, 1, 1), (300, 71, 7), (6, 4101, 128), (2, 3, 500), (0, 3, 4), (3, 0, 4), (3, 2, 0)]
+)
+def test_distances(loops: str, threads: int, p: int, dtype: torch.dtype, queries: int, rows: int, dim: int) -> None:
+    a, b = torch.randn(queries, dim, dtype=dtype), torch.randn(rows, dim, dtype=dtype)
+    a[:rows] = b[:queries]  # some are not apart at all
+    got = native.distances(a, b, p)
+    difference = a.double().unsqueeze(1) - b.double()
+    expected = torch.linalg.vector_norm(difference, ord=p, dim=-1) if dim else torch.zeros(queries, rows)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(native.distances(a[None], b[None], p)[0], got)
+    strange = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]], dtype=dtype).expand(3, 9).contiguous()
+    got = native.distances(strange, torch.zeros(2, 9, dtype=dtype), p)
+    assert got[0].isnan().all()
+    assert (got[1:] == torch.inf).all()
+
+
 RULES = {"sgd": (), "adagrad": (6,), "rowwise_adagrad": (1,), "adam": (6, 6), "rowwise_adam": (6, 1)}
 
 
