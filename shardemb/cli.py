@@ -75,6 +75,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--set", action="append", default=[], metavar="evaluation.KEY=VALUE", help="override a setting; repeatable"
     )
+    evaluate.add_argument("--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     evaluate.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
     evaluate.set_defaults(run=_evaluate)
@@ -102,7 +103,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     best = run / "best"  # what a run with patience goes back to
     checkpoint = newest(arguments.checkpoint or (best if checkpoints(best) else run))
     print(f"ranking {arguments.split} triples of {config.dataset} by {checkpoint}", file=sys.stderr)
-    result = run_local(_evaluate_rank, arguments.workers, config, checkpoint, arguments.split, timeout_s=arguments.timeout)
+    device = arguments.device or config.training.device
+    result = run_local(
+        _evaluate_rank,
+        arguments.workers,
+        config,
+        checkpoint,
+        arguments.split,
+        device,
+        timeout_s=arguments.timeout,
+        backend="nccl" if device == "cuda" else "gloo",
+    )
     names = list(result["sides"]["both"])
     for side, figures in result["sides"].items():
         _print_figures(side, figures, result["triples"] * (1 + (side == "both")), names, header=side == "both")
@@ -290,7 +301,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _write_run(output: Path, arguments: argparse.Namespace) -> None:
     """Add to ``run.json`` how the run was started, and with what: beside ``config.toml``, all that reproduces it."""
-    import json
     import platform
     import shlex
     from datetime import datetime
@@ -320,19 +330,22 @@ def _make_writable(output: Path) -> None:
         raise OSError(f"--output {output}: expected a folder that can be made and written to: {error}") from error
 
 
-def _evaluate_rank(config: Any, path: Path, split: str) -> dict[str, Any]:
+def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from shardemb import checkpoint
     from shardemb.kge.evaluation import report
     from shardemb.kge.model import KnowledgeGraphModel
+    from shardemb.kge.trainer import resolve_device
     from shardemb.manifest import vocabulary_fingerprint
 
     data = _load(config)
     triples = getattr(data, split)
     if not len(triples):
         raise ValueError(f"{config.dataset}: got no {split} triples, expected some to rank")
-    model = KnowledgeGraphModel(len(data.entities), len(data.relations), config.model, config.training.seed)
+    model = KnowledgeGraphModel(
+        len(data.entities), len(data.relations), config.model, config.training.seed, device=resolve_device(device)
+    )
     told = {name: vocabulary_fingerprint(getattr(data, name).labels) for name in ("entities", "relations")}
     checkpoint.load(path, model, optimizer_state=False, fingerprints=told)
     shown = not dist.is_initialized() or dist.get_rank() == 0
