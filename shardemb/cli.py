@@ -1,6 +1,8 @@
 """The command line; ``--help`` answers without loading torch."""
 
 import argparse
+import dataclasses
+import json
 import sys
 import tempfile
 import warnings
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     train.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
     train.set_defaults(run=_train)
+    _add_evaluate(commands)
     _add_query(commands)
     _add_checkpoint(commands)
     arguments = parser.parse_args(argv)
@@ -57,9 +60,86 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             print(error.trace, file=sys.stderr)  # type: ignore[attr-defined]
         rank = f"rank {error.rank}: " if hasattr(error, "rank") else ""
-        hint = "; --resume goes on from the newest checkpoint" if name in ("died", "PeerFailureError") else ""
+        lost = arguments.command == "train" and name in ("died", "PeerFailureError")
+        hint = "; --resume goes on from the newest checkpoint" if lost else ""
         print(f"shardemb: error: {rank}{'; '.join(message.splitlines())}{hint}", file=sys.stderr)
         return 1
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="rank a split's triples with a run's newest, or best, checkpoint")
+    evaluate.add_argument("path", type=Path, metavar="RUN", help="run folder")
+    evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    evaluate.add_argument("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
+    evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="evaluation.KEY=VALUE", help="override a setting; repeatable"
+    )
+    evaluate.add_argument("--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    evaluate.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
+    evaluate.set_defaults(run=_evaluate)
+    plot = commands.add_parser("plot", help="draw a run's loss, MRR and throughput")
+    plot.add_argument("path", type=Path, metavar="RUN", help="run folder")
+    plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
+    plot.set_defaults(run=_plot)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from shardemb.config import JobConfig
+    from shardemb.files import replacing
+    from shardemb.launch import run_local
+    from shardemb.manifest import checkpoints
+    from shardemb.store import newest
+
+    run: Path = arguments.path
+    written = run / "config.toml"
+    if not written.is_file():
+        raise FileNotFoundError(f"{written}: no such file, expected a run folder that shardemb train has made")
+    for override in arguments.set:
+        if not override.strip().startswith("evaluation."):
+            raise ValueError(f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was trained")
+    config = JobConfig.load(written, arguments.set)
+    best = run / "best"  # what a run with patience goes back to
+    checkpoint = newest(arguments.checkpoint or (best if checkpoints(best) else run))
+    print(f"ranking {arguments.split} triples of {config.dataset} by {checkpoint}", file=sys.stderr)
+    device = arguments.device or config.training.device
+    result = run_local(
+        _evaluate_rank,
+        arguments.workers,
+        config,
+        checkpoint,
+        arguments.split,
+        device,
+        timeout_s=arguments.timeout,
+        backend="nccl" if device == "cuda" else "gloo",
+    )
+    names = list(result["sides"]["both"])
+    for side, figures in result["sides"].items():
+        _print_figures(side, figures, result["triples"] * (1 + (side == "both")), names, header=side == "both")
+    for number, row in enumerate(result["relations"]):
+        _print_figures(f"{row['side']} of {row['label']}", row, row["count"], names, header=number == 0)
+    if arguments.json is not None:
+        with replacing(arguments.json) as partial:
+            partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _print_figures(title: str, figures: Any, queries: int, names: list[str], header: bool) -> None:
+    if header:
+        print(" ".join([*(f"{name:>11}" for name in names), f"{'queries':>9}"]))
+    print(" ".join([*(f"{figures[name]:11.4f}" for name in names), f"{queries:9,}", f" {title}"]))
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from shardemb.metrics import plot_metrics, read_metrics
+
+    source, output = arguments.path / "metrics.jsonl", arguments.output or arguments.path / "metrics.png"
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file, expected a run folder that shardemb train has made")
+    plot_metrics(read_metrics(source), output)
+    print(output)
+    return 0
 
 
 def _add_query(commands: Any) -> None:
@@ -221,7 +301,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _write_run(output: Path, arguments: argparse.Namespace) -> None:
     """Add to ``run.json`` how the run was started, and with what: beside ``config.toml``, all that reproduces it."""
-    import json
     import platform
     import shlex
     from datetime import datetime
@@ -251,16 +330,47 @@ def _make_writable(output: Path) -> None:
         raise OSError(f"--output {output}: expected a folder that can be made and written to: {error}") from error
 
 
-def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
+def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from shardemb.kge.trainer import train
+    from shardemb import checkpoint
+    from shardemb.kge.evaluation import report
+    from shardemb.kge.model import KnowledgeGraphModel
+    from shardemb.kge.trainer import resolve_device
+    from shardemb.manifest import vocabulary_fingerprint
+
+    data = _load(config)
+    triples = getattr(data, split)
+    if not len(triples):
+        raise ValueError(f"{config.dataset}: got no {split} triples, expected some to rank")
+    model = KnowledgeGraphModel(
+        len(data.entities), len(data.relations), config.model, config.training.seed, device=resolve_device(device)
+    )
+    told = {name: vocabulary_fingerprint(getattr(data, name).labels) for name in ("entities", "relations")}
+    checkpoint.load(path, model, optimizer_state=False, fingerprints=told)
+    shown = not dist.is_initialized() or dist.get_rank() == 0
+    found = report(model, triples, (data.train, data.valid, data.test), config.evaluation, config.training.seed, shown)
+    rows = [{"label": data.relations.labels[row["relation"]], **row} for row in found.table]
+    rows.sort(key=lambda row: -row["count"])
+    settings = {"checkpoint": str(path), "split": split, "triples": len(triples), **dataclasses.asdict(config.evaluation)}
+    return {**settings, "sides": found.sides, "relations": rows}
+
+
+def _load(config: Any) -> Any:
+    """Load the job's triples; rank 0 alone warns."""
+    import torch.distributed as dist
+
     from shardemb.kge.triples import Triples
 
     with warnings.catch_warnings():
         if dist.is_initialized() and dist.get_rank():  # rank 0 says the same
             warnings.simplefilter("ignore")
-        data = Triples.load(config.dataset, config.unseen)
+        return Triples.load(config.dataset, config.unseen)
+
+
+def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
+    from shardemb.kge.trainer import train
+
     sections = {name: getattr(config, name) for name in ("model", "loss", "sampling", "optimizer", "training", "evaluation")}
-    _, result = train(data, **sections, output=output, resume=resume)
+    _, result = train(_load(config), **sections, output=output, resume=resume)
     return result

@@ -66,16 +66,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss and MRR over epochs as PNG."""
+    """Draw loss, MRR and triples a second over epochs, in the format of the path's suffix (".png", ".svg", ".pdf")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    left = figure.subplots()
+    left, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     right = left.twinx()
     train = [r for r in records if r["kind"] == "train"]
-    left.plot([r["epoch"] for r in train], [r["loss"] for r in train], color="tab:gray", label="training loss")
+    epochs = [r["epoch"] for r in train]
+    left.plot(epochs, [r["loss"] for r in train], color="tab:gray", label="training loss")
+    below.plot(epochs, [r["triples_per_second"] for r in train], color="tab:gray")
     best = max((r["mrr"] for r in records if "mrr" in r), default=1.0)
     for kind, style in (("valid", "o-"), ("test", "*")):
         of_kind = [r for r in records if r["kind"] == kind]
@@ -84,8 +86,9 @@ def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
             label = f"{kind} MRR, {of_kind[-1]['triples']:,} triples ({last:.3f})"
             epochs, mrr = [r["epoch"] for r in of_kind], [r["mrr"] for r in of_kind]
             right.plot(epochs, mrr, style, label=label, markersize=12 if kind == "test" else 5)
-    left.set(xlabel="epoch", ylabel="loss per query", ylim=(0, None))
-    right.set(ylabel="filtered MRR", ylim=(0, 1.15 * best))
+    left.set(ylabel="loss per query", ylim=(0, None))
+    right.set(ylabel="MRR", ylim=(0, 1.15 * best))
+    below.set(xlabel="epoch", ylabel="triples per second", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +32,8 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared",
 _HUGE_BYTES = 1 << 22
 #: rows for which a thread of its own pays
 _ROWS_PER_THREAD = 2048
+#: rows of scores for which it does
+_SCORES_PER_THREAD = 64
 #: rows updated or constrained at a time: 512 to 2048 keep them in cache, which halves the time
 CHUNK_ROWS = 2048
 #: madvise's MADV_HUGEPAGE
@@ -89,6 +92,8 @@ def _library() -> ctypes.CDLL | str:
     library.merge.restype = number
     library.sum_rows.argtypes = [pointer, number, pointer, pointer, number, number, pointer]
     library.make_units.argtypes = [pointer, number, pointer, number, number]
+    library.count_better.argtypes = [pointer, number, number, pointer, number, number, number, pointer]
+    library.distances.argtypes = [pointer, pointer, number, number, ctypes.c_int, number, number, pointer]
     tensors: list[Any] = [*[pointer] * 3, number, *[pointer] * 4]
     library.update.argtypes = [ctypes.c_int, *tensors, number, number, *[real] * 5, ctypes.c_int, pointer, pointer]
     return library
@@ -141,9 +146,9 @@ def _threads() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has the object, but not its threads
 
 
-def _in_parts(call: Callable[[int, int], object], n: int) -> None:
+def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER_THREAD) -> None:
     """Call with ranges that make up ``[0, n)``, on as many threads as torch uses; C calls let the others run."""
-    parts = min(torch.get_num_threads(), n // _ROWS_PER_THREAD)
+    parts = min(torch.get_num_threads(), n // least)
     if parts < 2:
         call(0, n)
     else:
@@ -287,6 +292,41 @@ def update(
         rows = buffer[: total - start]
         _in_parts(lambda a, b, start=start, rows=rows: part(start + a, start + b, rows[a:]), len(rows))  # type: ignore[misc]
         put(weight, merged.unique[start : start + len(rows)], constrain(rows).contiguous())
+
+
+def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
+    """Count in each row of scores ``(B, N)``, of the first n, those above ``truth`` ``(B,)``, equal to it, and finite ones.
+
+    Args:
+        scores: any real dtype; float32 in C.
+        truth: of the same dtype.
+        n: columns that count, below 2^31.
+        out: ``(3, B)`` int64, to which the numbers are added.
+    """
+    loops = _loops(scores, truth, out) if scores.dtype == torch.float32 else None
+    if loops is not None:
+        tensors = scores.data_ptr(), scores.shape[1], n, truth.data_ptr(), len(scores)
+        _in_parts(lambda a, b: loops.count_better(*tensors, a, b, out.data_ptr()), len(scores), _SCORES_PER_THREAD)
+        return
+    scores, truth = scores[:, :n], truth.unsqueeze(1)
+    for line, mask in zip(out, (scores > truth, scores == truth, torch.isfinite(scores)), strict=True):
+        # numpy's counting costs a fifth of torch's sum over bools on the CPU
+        line += mask.sum(1) if mask.is_cuda else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+
+
+def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
+    """Return the distances of ``(..., B, D)`` to ``(..., N, D)`` in the p-norm, ``(..., B, N)``, from differences.
+
+    In C for p 1 or 2, two dimensions, float32, and where no gradient is asked for.
+    """
+    loops, flat = _loops(queries, rows), queries.dim() == rows.dim() == 2 and queries.dtype == rows.dtype == torch.float32
+    graded = torch.is_grad_enabled() and (queries.requires_grad or rows.requires_grad)
+    if loops is None or not flat or graded or p not in (1, 2):
+        return torch.cdist(queries, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    out = torch.empty(len(queries), len(rows))
+    tensors = queries.data_ptr(), rows.data_ptr(), queries.shape[1], len(rows), p == 1
+    _in_parts(lambda a, b: loops.distances(*tensors, a, b, out.data_ptr()), len(queries), _SCORES_PER_THREAD)
+    return out
 
 
 def nonfinite_rows(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
  *
  * The rows of a large table are in no cache, so a step is bound by how many of them are on their way from memory at once:
  * each loop asks for the row AHEAD of the one it works on. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -170,4 +171,62 @@ void update(int rule, float *weight, float *first, float *second, int64_t dim, c
         if (unit) make_unit(w, dim);
         if (out) memcpy(out + (u - begin) * dim, w, bytes);
     }
+}
+
+/* Of each row from begin to end, `width` scores apart, of which n count: how many are above and equal to its true score, and
+ * how many are finite; added to out's three lines of `rows` numbers. */
+void count_better(const float *scores, int64_t width, int64_t n, const float *truth, int64_t rows, int64_t begin, int64_t end,
+                  int64_t *out) {
+    for (int64_t i = begin; i < end; i++) {
+        const float *s = scores + i * width, t = truth[i];
+        int32_t better = 0, equal = 0, finite = 0;
+#pragma omp simd reduction(+ : better, equal, finite)
+        for (int64_t k = 0; k < n; k++) {
+            better += s[k] > t;
+            equal += s[k] == t;
+            finite += fabsf(s[k]) <= FLT_MAX;
+        }
+        out[i] += better;
+        out[rows + i] += equal;
+        out[2 * rows + i] += finite;
+    }
+}
+
+#define LANES 8
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t bits __attribute__((vector_size(4 * LANES)));
+
+/* |d| or d^2, added to sum. */
+static inline lanes add_lanes(lanes sum, lanes d, int absolute) {
+    return absolute ? sum + (lanes)((bits)d & 0x7fffffff) : sum + d * d;
+}
+
+/* Distances of the queries from begin to end to n rows: of absolute values, or else of squares under a root. Four queries and two
+ * rows at a time, the last ones several times over: all pairs are summed up in the same order, so equal rows are equally far. */
+void distances(const float *query, const float *rows, int64_t dim, int64_t n, int absolute, int64_t begin, int64_t end,
+               float *out) {
+    const int64_t block = dim < 128 ? 64 : 8192 / (dim + 1) + 2, whole = dim / LANES * LANES;
+    for (int64_t first = 0; first < n; first += block) /* as many rows as stay in the first cache */
+        for (int64_t i = begin; i < end; i += 4)
+            for (int64_t j = first; j < first + block && j < n; j += 2) {
+                const float *q[4], *r[2];
+                for (int a = 0; a < 4; a++) q[a] = query + (i + a < end ? i + a : end - 1) * dim;
+                for (int b = 0; b < 2; b++) r[b] = rows + (j + b < n ? j + b : n - 1) * dim;
+                lanes sum[4][2] = {0};
+                for (int64_t k = 0; k < whole; k += LANES)
+                    for (int a = 0; a < 4; a++)
+                        for (int b = 0; b < 2; b++)
+                            sum[a][b] = add_lanes(sum[a][b], *(const loose *)(q[a] + k) - *(const loose *)(r[b] + k), absolute);
+                for (int a = 0; a < 4 && i + a < end; a++)
+                    for (int b = 0; b < 2 && j + b < n; b++) {
+                        float total = 0;
+                        for (int lane = 0; lane < LANES; lane++) total += sum[a][b][lane];
+                        for (int64_t k = whole; k < dim; k++) {
+                            const float d = q[a][k] - r[b][k];
+                            total += absolute ? fabsf(d) : d * d;
+                        }
+                        out[(i + a) * n + j + b] = absolute ? total : sqrtf(total);
+                    }
+            }
 }

@@ -190,6 +190,80 @@ def test_labels_that_are_no_text(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert pq.read_table(tmp_path / "run/entities.parquet").column("label").to_pylist() == ["a", "café"]
 
 
+def _last(run: Path) -> dict:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_evaluate_gives_the_training_runs_own_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of the newest checkpoint and of the best one, on other numbers of workers; then with other settings, and a picture."""
+    pytest.importorskip("pykeen")
+    run, stopped, file = tmp_path / "run", tmp_path / "stopped", tmp_path / "figures.json"
+    assert main([*NATIONS, *SMALL, "--output", str(run), "--set", "evaluation.candidates=9"]) == 0
+    hasty = ["--set", "training.patience=1", "--set", "training.validate_every=1", "--set", "optimizer.entity_lr=3.0"]
+    assert main([*NATIONS, *SMALL, *hasty, "--output", str(stopped), "--set", "training.epochs=9"]) == 0
+    assert (stopped / "best").is_dir()
+    for folder, workers in ((run, 1), (run, 2), (stopped, 1)):
+        capfd.readouterr()
+        assert main(["evaluate", str(folder), "--workers", str(workers), "--json", str(file)]) == 0
+        out, err = capfd.readouterr()
+        figures, told = json.loads(file.read_text()), _last(folder)
+        for name, value in figures["sides"]["both"].items():
+            assert value == pytest.approx(told[name], abs=1e-9)
+            assert f"{value:11.4f}" in out.splitlines()[1]
+        assert [line.split()[-1] for line in out.splitlines()[1:]] == ["both", "tail", "head"]
+        assert figures["triples"] == told["triples"]
+        assert err.count("queries") <= 2 or workers == 2  # one bar, in one or two states
+    assert "/best/step-" in err
+    newest = str(sorted((stopped / "checkpoints").iterdir())[-1])
+    assert main(["evaluate", str(stopped), "--checkpoint", newest, "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["sides"]["both"]["mrr"] != pytest.approx(_last(stopped)["mrr"], abs=1e-4)
+    options = ["per_relation=true", "hits=[2]", "ties=optimistic", "candidates=0", "filtered=false"]
+    options = [part for option in options for part in ("--set", f"evaluation.{option}")]
+    capfd.readouterr()
+    assert main(["evaluate", str(run), "--split", "valid", *options, "--json", str(file)]) == 0
+    lines, figures = capfd.readouterr().out.splitlines(), json.loads(file.read_text())
+    assert lines[0].split() == ["mrr", "mr", "hits_at_2", "amri", "queries"]
+    counts = [row["count"] for row in figures["relations"]]
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) == 2 * figures["triples"] == 2 * 199
+    assert lines[5].endswith(f"{counts[0]}  tail of {figures['relations'][0]['label']}")
+    assert main(["plot", str(run), "--output", str(tmp_path / "run.png")]) == 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(run)]) == 0
+    assert capfd.readouterr().out.endswith(f"{run}/metrics.png\n")
+
+
+def test_what_cannot_be_evaluated_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "valid", "test"):
+        (data / f"{split}.tsv").write_text("a\tr\tb\na\tr\tc\n" if split == "train" else "")
+    for command in ("evaluate", "plot"):
+        assert main([command, str(run)]) == 1
+        assert re.search(rf"{run}/(config.toml|metrics.jsonl): no such file, expected a run folder", one_error(capfd))
+    run.mkdir()
+    (run / "config.toml").write_text(f"dataset = {json.dumps(str(data))}")
+    assert main(["evaluate", str(run)]) == 1
+    assert f"{run}: got no finished checkpoint there" in one_error(capfd)
+    (run / "config.toml").unlink()
+    (data / "valid.tsv").write_text("a\tr\tb\n")
+    (data / "test.tsv").write_text("a\tr\tb\n")
+    assert main(["train", "--dataset", str(data), "--output", str(run), *SMALL, "--set", "training.epochs=1"]) == 0
+    capfd.readouterr()
+    for arguments, text in (
+        (["--set", "model.dim=8"], "got --set model.dim=8, expected evaluation.KEY=VALUE"),
+        (["--set", "evaluation.ties=best"], "evaluation.ties: got 'best', expected one of"),
+        (["--set", "evaluation.candidates=3"], "evaluation.candidates: got 3 of 3 entities"),
+        (["--checkpoint", str(data)], f"{data}: got no finished checkpoint"),
+        (["--workers", "0"], "got 0 workers"),
+    ):
+        assert main(["evaluate", str(run), *arguments]) == 1
+        assert text in one_error(capfd)
+    (data / "train.tsv").write_text("a\tr\tb\na\tr\td\n")
+    assert main(["evaluate", str(run)]) == 1
+    assert re.search(rf"{run}/checkpoints/step-\d+: got entities of fingerprint", one_error(capfd))
+
+
 def test_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "run")]
     assert main(["train", *output, "--set", "training.epoch=1"]) == 1

@@ -83,6 +83,36 @@ def test_contiguous() -> None:
     assert native.contiguous(tensor := torch.randn(3, 2)) is tensor
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "n"), [(1, 1, 1), (300, 70, 69), (7, 4100, 4100), (5, 3, 0)])
+def test_count_better(loops: str, threads: int, rows: int, width: int, n: int, dtype: torch.dtype) -> None:
+    scores, out = torch.randn(rows, width).mul(4).round().to(dtype), torch.ones(3, rows, dtype=torch.int64)
+    truth = scores[:, 0].clone()
+    scores[0, -1], scores[-1, 0] = torch.nan, -torch.inf
+    native.count_better(scores, truth, n, out)
+    expected = [(mask[:, :n]).sum(1) for mask in (scores > truth[:, None], scores == truth[:, None], scores.isfinite())]
+    assert out.equal(torch.stack(expected) + 1)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("queries", "rows", "dim"), [(1, 1, 1), (300, 71, 7), (6, 4101, 128), (2, 3, 500), (0, 3, 4), (3, 0, 4), (3, 2, 0)]
+)
+def test_distances(loops: str, threads: int, p: int, dtype: torch.dtype, queries: int, rows: int, dim: int) -> None:
+    a, b = torch.randn(queries, dim, dtype=dtype), torch.randn(rows, dim, dtype=dtype)
+    a[:rows] = b[:queries]  # some are not apart at all
+    got = native.distances(a, b, p)
+    difference = a.double().unsqueeze(1) - b.double()
+    expected = torch.linalg.vector_norm(difference, ord=p, dim=-1) if dim else torch.zeros(queries, rows)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(native.distances(a[None], b[None], p)[0], got)
+    strange = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]], dtype=dtype).expand(3, 9).contiguous()
+    got = native.distances(strange, torch.zeros(2, 9, dtype=dtype), p)
+    assert got[0].isnan().all()
+    assert (got[1:] == torch.inf).all()
+
+
 RULES = {"sgd": (), "adagrad": (6,), "rowwise_adagrad": (1,), "adam": (6, 6), "rowwise_adam": (6, 1)}
 
 

@@ -1,20 +1,19 @@
-"""Exact filtered ranking over all entities; each rank scores the rows that it owns, and only counts travel."""
+"""Ranks of triples, and what they come to: MRR, MR, Hits@k and AMRI, by side, and by relation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shardemb import collectives
 from shardemb.kge.model import KnowledgeGraphModel
-from shardemb.kge.sampling import SIDES, Known, Side
-from shardemb.plan import RowPlan
+from shardemb.kge.ranking import Comparison, with_all, with_drawn
+from shardemb.kge.sampling import SIDES, Known
+from shardemb.kge.settings import at_least, one_of
+from shardemb.metrics import progress_bar
 
-#: scores held at a time: 32 MB, which the C library keeps for the next batch; more would be mapped anew each time
-MAX_SCORES = 1 << 23
+TIES = ("realistic", "optimistic", "pessimistic")
 
 
 @dataclass(frozen=True)
@@ -23,80 +22,120 @@ class EvaluationConfig:
 
     #: leave out other true answers (of any split)
     filtered: bool = True
+    #: the rank among equal scores: "optimistic", the first; "pessimistic", the last; "realistic", their mean
+    ties: str = "realistic"
+    #: entities that each answer is compared with, drawn by the seed (Hu et al. 2021); 0 for all
+    candidates: int = 0
+    #: the k of Hits@k
+    hits: list[int] = field(default_factory=lambda: [1, 3, 10])
+    #: report each relation's figures besides
+    per_relation: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("evaluation", self, {"ties": TIES})
+        at_least("evaluation", self, candidates=0)
+        if not all(type(k) is int and k > 0 for k in self.hits) or len(set(self.hits)) < len(self.hits):
+            raise ValueError(f"evaluation.hits: got {self.hits}, expected numbers from 1, each once")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of an evaluation: "mrr", "mr", "hits_at_1", ..., "amri"."""
+
+    #: of "both", "tail" and "head"
+    sides: dict[str, dict[str, float]]
+    #: of each relation's id ("relation") and direction ("side"), with the triples ("count"); empty unless configured
+    table: list[dict[str, Any]]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of both sides."""
+        return self.sides["both"]
 
 
 def evaluate(
     model: KnowledgeGraphModel, triples: Tensor, splits: Sequence[Tensor], config: EvaluationConfig, seed: int = 0
 ) -> dict[str, float]:
-    """Rank heads and tails of triples, and return the metrics. A collective."""
-    known = Known(splits, model.num_relations, only=triples)
-    return metrics(torch.cat([ranks(model, side, triples, known) for side in SIDES]))
+    """Return the metrics of both sides alone; see :func:`report`. A collective."""
+    return report(model, triples, splits, config, seed).metrics
 
 
-@torch.no_grad()
-def ranks(model: KnowledgeGraphModel, side: Side, triples: Tensor, known: Known) -> Tensor:
-    """Rank one side of each triple among all entities but the known true ones. A collective.
+def report(
+    model: KnowledgeGraphModel,
+    triples: Tensor,
+    splits: Sequence[Tensor],
+    config: EvaluationConfig,
+    seed: int = 0,
+    shown: bool = False,
+) -> Report:
+    """Rank heads and tails of triples. A collective.
 
     Args:
-        model: in any mode.
-        side: that is asked for.
-        triples: ``(T, 3)``, the same on all ranks.
-        known: what is left out.
-
-    Returns:
-        ``(T,)`` float64: 1 + better + equal / 2, PyKEEN's "realistic" rank.
+        model: in any mode; dropout is off.
+        triples: ``(T, 3)``, one at least, the same on all ranks.
+        splits: whose triples are true answers, if filtered.
+        config: how.
+        seed: of drawn candidates.
+        shown: whether there is a progress bar, on this rank.
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
+        ValueError: no triples; or candidates are to be drawn, but there are no more entities than that.
     """
-    entity = model.entity
-    plan, rows = entity.plan, entity.local_rows()
-    found = []
-    asked, answer = (2, 0) if side == "head" else (0, 2)
-    for batch in triples.long().split(max(1, MAX_SCORES // max(1, plan.block))):
-        query = model.queries(side, batch[:, asked], batch[:, 1])
-        scores = model.scorer.score_all(query, rows, exact=True)
-        finite = not scores.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(scores))).all())
-        here, places = _owned(batch[:, answer], plan)
-        true = scores.new_full((len(batch),), -torch.inf)
-        true[here] = scores[here, places]  # out of the same product, so that an answer equals itself to the last bit
-        _all_reduce(model, true, collectives.MAX)
-        scores[here, places] = -torch.inf
-        of, answers = known.answers(side, batch[:, asked], batch[:, 1])
-        here, places = _owned(answers, plan)
-        scores[of[here], places] = -torch.inf
-        better, equal = _count(scores > true.unsqueeze(1)), _count(scores == true.unsqueeze(1))
-        counts = torch.stack([better, equal, torch.full_like(better, not finite)])
-        _all_reduce(model, counts, collectives.SUM)
-        if counts[2].any():  # NaN is neither better nor equal, so that it would take the first rank
-            raise FloatingPointError(
-                f"scores are NaN or infinite: the rows of {entity.name!r} or {model.relation.name!r} have grown too large; "
-                f"lower the learning rates"
-            )
-        found.append(1 + counts[0].double() + counts[1].double() / 2)
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
+    entities = model.entity.max_id
+    if not len(triples):
+        raise ValueError("got no triples to rank, expected one at least")
+    if config.candidates >= entities:
+        raise ValueError(
+            f"evaluation.candidates: got {config.candidates} of {entities} entities, expected fewer: 0 compares with all"
+        )
+    known = Known(splits, model.num_relations, only=triples) if config.filtered else None
+    training = model.training
+    model.eval()
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    with progress_bar(total=2 * len(triples), desc="ranking", unit=" queries", disable=not shown) as bar:
+        try:
+            for side in SIDES:
+                if config.candidates:
+                    found = with_drawn(model, side, triples, known, config.candidates, seed, bar.update)
+                else:
+                    found = with_all(model, side, triples, known, bar.update)
+                parts[side] = _ranks(found, config.ties), found.options
+        finally:
+            model.train(training)
+    table: list[dict[str, Any]] = []
+    if config.per_relation:
+        relations, order = triples[:, 1].sort(stable=True)
+        kinds, counts = relations.unique_consecutive(return_counts=True)
+        for kind, which in zip(kinds.tolist(), order.split(counts.tolist()), strict=True):
+            for name, (ranks, options) in parts.items():
+                figures = metrics(ranks[which], options[which], config.hits)
+                table.append({"relation": kind, "side": name, "count": len(which), **figures})
+    ranks, options = (torch.cat(columns) for columns in zip(*parts.values(), strict=True))
+    parts = {"both": (ranks, options), **parts}
+    return Report({name: metrics(ranks, options, config.hits) for name, (ranks, options) in parts.items()}, table)
 
 
-def _owned(ids: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
-    """Return the places ``(m,)`` of the ids ``(n,)`` that this rank owns, and their row numbers here."""
-    rows = plan.slots(ids) - plan.first
-    here = ((rows >= 0) & (rows < plan.num_local)).nonzero().squeeze(1)
-    return here, rows[here]
+def _ranks(found: Comparison, ties: str) -> Tensor:
+    return 1 + found.better + found.equal * {"optimistic": 0, "realistic": 0.5, "pessimistic": 1}[ties]
 
 
-def _count(mask: Tensor) -> Tensor:
-    """Count true values in each row; numpy's counting costs a fifth of a sum over bools on the CPU."""
-    return mask.sum(1) if mask.is_cuda else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+def metrics(ranks: Tensor, options: Tensor, hits: Sequence[int] = (1, 3, 10)) -> dict[str, float]:
+    """Return the figures of ranks.
 
+    Args:
+        ranks: ``(n,)`` float64, the best is 1.
+        options: ``(n,)`` float64, how many candidates each was ranked among, itself included.
+        hits: the k of Hits@k.
 
-def _all_reduce(model: KnowledgeGraphModel, tensor: Tensor, op: Any) -> None:
-    if model.entity.plan.world_size > 1:
-        collectives.all_reduce(tensor, op, operation="ranking")
-
-
-def metrics(ranks: Tensor) -> dict[str, float]:
-    """Return mean reciprocal rank and Hits@1, 3, 10 of ranks ``(n,)``."""
-    summary = {"mrr": ranks.reciprocal().mean().item()}
-    for k in (1, 3, 10):
-        summary[f"hits_at_{k}"] = (ranks <= k).double().mean().item()
-    return summary
+    Returns:
+        "mrr", the mean reciprocal rank; "mr", the mean rank; "hits_at_k", how many are at most k; "amri", which is 1 where all
+        ranks are 1, and 0 where they are what chance gives (Berrendorf et al. 2020), also without any other candidate.
+    """
+    mean, chance = ranks.mean().item(), ((options + 1) / 2).mean().item()
+    return {
+        "mrr": ranks.reciprocal().mean().item(),
+        "mr": mean,
+        **{f"hits_at_{k}": (ranks <= k).double().mean().item() for k in hits},
+        "amri": 1 - (mean - 1) / (chance - 1) if chance > 1 else 0.0,
+    }

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from shardemb import native
 from shardemb.types import RowFunction
 
 
@@ -79,7 +80,7 @@ class _Distance(Scorer):
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
         """See the base class."""
         if exact:
-            return -torch.cdist(query, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+            return -native.distances(query, candidates, 2)
         lengths = query.square().sum(-1, keepdim=True) + candidates.square().sum(-1).unsqueeze(-2)
         square = torch.add(lengths, query @ candidates.mT, alpha=-2)
         return -square.clamp_min(1e-12).sqrt()  # where it is clamped, rounding is all there is, and the gradient 0
@@ -106,7 +107,7 @@ class TransEL1(TransE):
 
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
         """See the base class."""
-        return -torch.cdist(query, candidates, p=1.0)
+        return -native.distances(query, candidates, 1)
 
 
 class DistMult(_Product):

@@ -189,7 +189,7 @@ class _Job:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.data, self.settings, self.config, self.output = data, settings, settings.training, output
         sampling = settings.sampling
-        self.device = _device(self.config.device)
+        self.device = resolve_device(self.config.device)
         self.fingerprints = {
             "configuration": hashlib.sha256(repr(settings).encode()).hexdigest(),
             "entities": vocabulary_fingerprint(data.entities.labels),
@@ -486,7 +486,8 @@ class _Job:
             self.file.close()
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """Return the CPU, or this rank's GPU, which becomes the current one; ValueError without any."""
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
