@@ -13,8 +13,8 @@ from typing import Any, get_type_hints
 from shardemb.files import read_text
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.sampling import SamplingConfig
+from shardemb.kge.splits import UNSEEN
 from shardemb.kge.trainer import TrainingConfig
-from shardemb.kge.triples import UNSEEN
 
 #: settings that a run may go on without
 _WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep")

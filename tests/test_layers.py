@@ -26,7 +26,10 @@ FLOORS = [
     {"saving", "loading"},
     {"checkpoint"},
     {"formats"},
-    {"kge.triples", "kge.scorers", "kge.losses", "kge.sampling"},
+    {"kge.reading", "kge.scorers", "kge.losses", "kge.sampling"},
+    {"kge.splits"},
+    {"kge.dataset"},
+    {"kge.triples", "kge.ingest"},
     {"kge.model"},
     {"kge.evaluation", "kge.query"},
     {"kge.trainer"},
@@ -57,6 +60,10 @@ NO_DISTRIBUTED = {
     "table",
 }
 NO_DISTRIBUTED |= {
+    "kge.reading",
+    "kge.splits",
+    "kge.dataset",
+    "kge.ingest",
     "kge.triples",
     "kge.scorers",
     "kge.losses",

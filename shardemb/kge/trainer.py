@@ -1,6 +1,6 @@
 """The training job that every rank runs: batches, steps, validation, checkpoints, the final ranking.
 
-A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.parquet``, ``relations.parquet`` and
+A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.arrow``, ``relations.arrow`` and
 ``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
 """
 
@@ -24,7 +24,7 @@ from shardemb.kge.evaluation import KnownTails, filtered_ranks, metrics
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig, with_reciprocals
 from shardemb.kge.triples import Triples
-from shardemb.manifest import CheckpointError, vocabulary_fingerprint
+from shardemb.manifest import CheckpointError
 from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
 from shardemb.storage import name_of
 from shardemb.types import few
@@ -138,8 +138,8 @@ class _Job:
         self.data, self.config, self.output = data, config, output
         self.fingerprints = {
             "configuration": hashlib.sha256(repr((model_config, sampling, config)).encode()).hexdigest(),
-            "entities": vocabulary_fingerprint(data.entities.labels),
-            "relations": vocabulary_fingerprint(data.relations.labels),
+            "entities": data.entities.fingerprint,
+            "relations": data.relations.fingerprint,
         }
         collectives.agree("the training job", {**self.fingerprints, "output": str(output), "resume": resume})
         self.model = KnowledgeGraphModel(len(data.entities), len(data.relations), model_config, config.seed)
@@ -162,8 +162,8 @@ class _Job:
         self.saver: checkpoint.AsyncSaver | None = None
         if output is not None:
             if resume:
-                _same_labels(output / "entities.parquet", data.entities)
-                _same_labels(output / "relations.parquet", data.relations)
+                _same_labels(output / "entities.arrow", data.entities)
+                _same_labels(output / "relations.arrow", data.relations)
                 self._resume(output / "checkpoints")
             self.coordinator.steps = self.first_epoch * self.sampler.num_steps + self.first_step
             faults.at_step(self.coordinator.steps + 1)
@@ -172,8 +172,8 @@ class _Job:
         self.file = None
         if output is not None and self.rank == 0:
             for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
-                if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
-                    vocabulary.save(output / f"{name}.parquet")
+                if not (output / f"{name}.arrow").exists():  # otherwise it is the same, and another rank may be reading it
+                    vocabulary.save(output / f"{name}.arrow")
             self.file = MetricsFile(output / "metrics.jsonl", step=self.coordinator.steps)
         self.bar = progress_bar(
             total=config.epochs * len(data.train),
@@ -343,5 +343,5 @@ class _Job:
 
 
 def _same_labels(path: Path, vocabulary: Vocabulary) -> None:
-    if path.exists() and Vocabulary.load(path).labels != vocabulary.labels:
+    if path.exists() and Vocabulary.load(path).fingerprint != vocabulary.fingerprint:
         raise ValueError(f"{path}: the run was trained on other labels than the dataset has now: give another --output")
