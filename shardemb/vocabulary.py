@@ -61,7 +61,7 @@ class _Part(NamedTuple):
         labels, hashes, ids = batch.columns
         _, offsets, text = labels.buffers()
         begins = np.frombuffer(offsets, dtype=np.int64, count=len(labels) + 1, offset=8 * labels.offset)
-        return cls(begins, memoryview(text or b""), _numbers(hashes, np.uint64), _numbers(ids, np.int64))
+        return cls(begins, memoryview(text or b""), numbers(hashes), numbers(ids))
 
 
 class _Fingerprint:
@@ -123,7 +123,7 @@ class Vocabulary:
             raise ValueError(f"label {twice!r} stands twice, as ids {first} and {last[twice]}: labels must be distinct")
         hashes = digests(labels)[:, 0]
         order = np.argsort(hashes, kind="stable")
-        columns = [pa.array(labels, pa.large_string()), pa.array(hashes[order]), pa.array(order)]
+        columns = [pa.array(labels, pa.large_string()), column_of(hashes[order]), column_of(order)]
         self._set([pa.record_batch(columns, schema=SCHEMA)] if labels else [], None, None)
 
     def _set(self, batches: list[pa.RecordBatch], path: Path | None, fingerprint: str | None) -> None:
@@ -260,9 +260,15 @@ class Vocabulary:
         return f"{self.path}: " if self.path else ""
 
 
-def _numbers(column: pa.Array, dtype: Any) -> np.ndarray:
-    """Return a column's numbers; its own to_numpy loads pandas."""
-    return np.frombuffer(column.buffers()[1], dtype=dtype, count=len(column), offset=8 * column.offset)
+def column_of(array: np.ndarray) -> pa.Array:
+    """Return a column of numbers without copying them; pa.array loads pandas."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)])
+
+
+def numbers(column: pa.Array) -> np.ndarray:
+    """Return the numbers of a column without nulls; its own to_numpy loads pandas."""
+    dtype = np.dtype(column.type.to_pandas_dtype())
+    return np.frombuffer(column.buffers()[1], dtype, len(column), dtype.itemsize * column.offset)
 
 
 def _size(file: Any) -> int:

@@ -61,6 +61,8 @@ class Block(NamedTuple):
     table: pa.Table
     #: triples that were left out, because their object is a literal
     dropped: int
+    #: how much of the file has been read
+    part: float
 
 
 def read(path: Path, literals: str = "error") -> pa.Table:
@@ -152,11 +154,14 @@ class _Lines(NamedTuple):
     #: whole lines
     text: bytes
     number: int
+    #: how much of the file has been read
+    part: float
 
 
 def _lines(path: Path) -> Iterator[_Lines]:
     number, held, damage, more = 1, bytearray(), None, True
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+        size = os.fstat(raw.fileno()).st_size
         while more:
             try:
                 piece = file.read1(1 << 18)  # a larger read would lose what stands before a damage
@@ -169,7 +174,8 @@ def _lines(path: Path) -> Iterator[_Lines]:
             end = len(held) if not more and damage is None else held.rfind(b"\n") + 1
             end = end or len(held) * (len(held) > MAX_LINE)  # which the line-by-line reader refuses
             if end:
-                lines = _Lines(number, bytes(memoryview(held)[:end]), held.count(b"\n", 0, end) + (held[end - 1] != 10))
+                count = held.count(b"\n", 0, end) + (held[end - 1] != 10)
+                lines = _Lines(number, bytes(memoryview(held)[:end]), count, raw.tell() / max(1, size))
                 held = held[end:]
                 yield lines
                 number += lines.number
@@ -197,7 +203,7 @@ def _tsv_block(path: Path, lines: _Lines) -> Block:
     table = _fast_tsv(lines)
     if table is None:
         table = _table([_tsv_line(path, number, line) for number, line in _decoded(path, lines)])
-    return Block(table, 0)
+    return Block(table, 0, lines.part)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> pa.Table:
@@ -272,7 +278,7 @@ def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
             rows.append(found)
         elif _NT_NOTHING.fullmatch(line) is None:
             dropped += 1
-    return Block(_table(rows), dropped)
+    return Block(_table(rows), dropped, lines.part)
 
 
 def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, str, str] | None:
@@ -317,8 +323,8 @@ def _unescaped(path: Path, number: int, text: str) -> str:
     return _ESCAPE.sub(char, text) if "\\" in text else text
 
 
-def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield the first row of some, and these rows."""
+def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
+    """Yield the first row of some, these rows, and how much of the file has been read."""
     row = 0
     with path.open("rb"):  # Python's error if it cannot be; Arrow's threads do not get a file of Python's
         try:
@@ -336,15 +342,15 @@ def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
                     if not any(is_kind(plain) for is_kind in kinds):
                         raise ValueError(f"{path}: got column {name!r} of type {plain}, expected strings or integers: cast it")
                 for batch in parquet.iter_batches(ROWS, columns=list(COLUMNS), use_threads=False):
-                    yield row, batch
+                    yield row, batch, (row + len(batch)) / parquet.metadata.num_rows
                     row += len(batch)
         except (pa.ArrowException, OSError, UnicodeError) as error:  # the last of damaged names
             reason = " ".join(str(error).split())  # Arrow's has several lines
             raise ValueError(f"{path}: got a file that is not Parquet, or is damaged ({reason})") from error
 
 
-def _parquet_block(path: Path, item: tuple[int, pa.RecordBatch]) -> Block:
-    first, batch = item
+def _parquet_block(path: Path, item: tuple[int, pa.RecordBatch, float]) -> Block:
+    first, batch, part = item
     columns = []
     for name in COLUMNS:
         column = batch.column(name)
@@ -363,7 +369,7 @@ def _parquet_block(path: Path, item: tuple[int, pa.RecordBatch]) -> Block:
             for row, cell in enumerate(column.cast(pa.large_binary()).to_pylist(), first):
                 _check_cell(f"{path}, row {row}, column {name!r}", cell)
         columns.append(column)
-    return Block(pa.table(columns, schema=SCHEMA), 0)
+    return Block(pa.table(columns, schema=SCHEMA), 0, part)
 
 
 def _check_cell(where: str, cell: bytes) -> None:
