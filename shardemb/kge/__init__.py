@@ -4,17 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardemb.kge.ingestion import ingest
     from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
     from shardemb.kge.trainer import TrainingConfig, train
     from shardemb.kge.triples import Triples
 
-__all__ = ["KnowledgeGraphModel", "ModelConfig", "TrainingConfig", "Triples", "train"]
+__all__ = ["KnowledgeGraphModel", "ModelConfig", "TrainingConfig", "Triples", "ingest", "train"]
 
 _ROOMS = {
     "KnowledgeGraphModel": "model",
     "ModelConfig": "model",
     "TrainingConfig": "trainer",
     "Triples": "triples",
+    "ingest": "ingestion",
     "train": "trainer",
 }
 

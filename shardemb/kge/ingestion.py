@@ -4,6 +4,7 @@ DuckDB does what does not fit: it keeps the MD5 of each triple's labels, finds t
 written is what :meth:`shardemb.kge.Triples.load` makes of the same files in memory, bit by bit.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -35,9 +36,13 @@ PAGE = 1 << 18
 COUNTED = 10_000
 #: which columns hold the labels of each vocabulary
 _KINDS = {"entities": ("head", "tail"), "relations": ("relation",)}
+#: DuckDB's function of a label that orders ids
+KEY = "md5_number"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+#: what allocators keep for later, measured
+_ASIDE = 64 << 20
 #: least memory with which a run is tried
-_LEAST = 256 << 20
+_LEAST = 384 << 20
 
 
 def ingest(
@@ -90,9 +95,7 @@ def ingest(
         raise ValueError(f"threads: got {threads}, expected at least 1")
     files = find(paths)
     if "" not in files and (valid is not None or test is not None):
-        raise ValueError(
-            f"{paths[0]}: has valid and test files, so got --valid {valid}, --test {test} for nothing: leave them out"
-        )
+        raise ValueError(f"{paths[0]}: has valid and test files, so valid={valid}, test={test} split nothing: leave them out")
     name = " ".join(map(str, paths))
     if out.exists():
         raise FileExistsError(f"{out} exists: give another name, or remove it")
@@ -163,7 +166,9 @@ def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
             f"{folder}: got {limit >> 20:,} MiB of memory and what is free on its disk, expected more: raise --memory, lower "
             f"--threads or make room ({reason})"
         ) from error
-    except duckdb.IOException as error:
+    except (duckdb.IOException, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         raise OSError(f"{folder}: cannot be written, make room on its disk ({str(error).splitlines()[0]})") from error
 
 
@@ -176,7 +181,7 @@ class _Job:
         self.work.mkdir()
         # blocks that are read, and tables on their way into DuckDB; some of it twice
         self.readers, self.writers, self.group = min(threads, 16), min(threads, 4), max(BLOCK, min(limit >> 7, 32 << 20))
-        ahead = 3 * BLOCK * (self.readers + 1) + 2 * self.group * (self.writers + 1)
+        ahead = 3 * BLOCK * (self.readers + 1) + 2 * self.group * (self.writers + 1) + _ASIDE
         own = int((limit - _resident() - ahead) * 0.75)  # DuckDB takes some more than it is told
         if own < 64 << 20:
             raise MemoryError(f"{name}: got {limit >> 20} MiB for {threads} threads, expected more: raise --memory")
@@ -278,11 +283,11 @@ class _Job:
         number = SPLITS.index(split or "train")
         with self.database.cursor() as cursor:
             cursor.register("block", table)
-            keys = ", ".join(f"md5_number({column})" for column in COLUMNS)
+            keys = ", ".join(f"{KEY}({column})" for column in COLUMNS)
             cursor.execute(f"INSERT INTO read SELECT {number}, row, mixed, {keys} FROM block")
             for kind, columns in _KINDS.items():
                 labels = " UNION ".join(f"SELECT {column} AS label FROM block" for column in columns)
-                cursor.execute(f"INSERT INTO read_{kind} SELECT md5_number(label), label FROM ({labels}) GROUP BY label")
+                cursor.execute(f"INSERT INTO read_{kind} SELECT {KEY}(label), label FROM ({labels}) GROUP BY label")
             cursor.unregister("block")
 
     def hold_out(self, valid: int | None, test: int | None) -> None:
