@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
     ]
 )
 #: rows of a record batch
-BATCH = 1 << 20
+BATCH = 1 << 18
 #: stands in the file until all labels are known
 _NO_FINGERPRINT = b"?" * 64
 

@@ -274,6 +274,7 @@ class _Job:
                     pending.add(self.pool.submit(self.insert, split, row, pa.concat_tables(held)))
             for future in pending:
                 future.result()
+        pa.default_memory_pool().release_unused()
         return dropped
 
     def insert(self, split: str, first: int, table: pa.Table) -> None:
@@ -286,7 +287,7 @@ class _Job:
             keys = ", ".join(f"{KEY}({column})" for column in COLUMNS)
             cursor.execute(f"INSERT INTO read SELECT {number}, row, mixed, {keys} FROM block")
             for kind, columns in _KINDS.items():
-                labels = " UNION ".join(f"SELECT {column} AS label FROM block" for column in columns)
+                labels = " UNION ALL ".join(f"SELECT {column} AS label FROM block" for column in columns)
                 cursor.execute(f"INSERT INTO read_{kind} SELECT {KEY}(label), label FROM ({labels}) GROUP BY label")
             cursor.unregister("block")
 

@@ -38,6 +38,8 @@ U = TypeVar("U")
 
 _NO_LABEL = frozenset("\0\t\n\r\ufeff")
 _LABEL = "a label, not empty, without NUL, tab, end of line, byte-order mark or outer spaces"
+#: the same for Arrow
+_FORBIDDEN = r"\x00\t\n\r\x{FEFF}"
 _BOM = "\ufeff".encode()
 #: what stands over columns of heads, of relations and of tails
 _HEADER = (
@@ -304,9 +306,9 @@ def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, st
         triple.append(blank if iri is None else iri)
     if text is None:
         return triple[0], triple[1], triple[2]
+    text = _unescaped(path, number, text).translate(_CANONICAL)
     if literals == "drop":
         return None
-    text = _unescaped(path, number, text).translate(_CANONICAL)
     return triple[0], triple[1], f'"{text}"{language or ""}{f"^^<{triple[3]}>" if kind is not None else ""}'
 
 
@@ -362,7 +364,7 @@ def _parquet_block(path: Path, item: tuple[int, pa.RecordBatch, float]) -> Block
         column = column.cast(pa.large_string())
         try:
             column.validate(full=True)
-            sure = not len(column) or _surely_labels(column, r"\x00\t\n\r\x{FEFF}")
+            sure = not len(column) or _surely_labels(column, _FORBIDDEN)
         except pa.ArrowInvalid:
             sure = False
         if not sure:
