@@ -3,10 +3,14 @@
 import argparse
 import dataclasses
 import json
+import resource
+import signal
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from shardemb import __version__
@@ -25,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train and rank a knowledge-graph model on sharded tables")
     train.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings; without it the defaults")
-    train.add_argument("--dataset", help="wordnet, pykeen:NAME, a folder with train/valid/test files, or a file of triples")
+    train.add_argument(
+        "--dataset", help="wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a file of triples"
+    )
     train.add_argument("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
     train.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder, made anew")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
@@ -39,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
     train.set_defaults(run=_train)
     _add_evaluate(commands)
+    _add_ingest(commands)
     _add_query(commands)
     _add_checkpoint(commands)
     arguments = parser.parse_args(argv)
@@ -140,6 +147,78 @@ def _plot(arguments: argparse.Namespace) -> int:
     plot_metrics(read_metrics(source), output)
     print(output)
     return 0
+
+
+def _add_ingest(commands: Any) -> None:
+    ingest = commands.add_parser(
+        "ingest", help="make a dataset folder of files of triples of any size", usage="%(prog)s [options] SOURCE... OUT"
+    )
+    ingest.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE... OUT",
+        help="a folder with train/valid/test files or folders of part files; or files, or folders of part files, of one graph "
+        "to be split; then the dataset folder, made anew. Files are .tsv, .txt, .nt (also .gz) or .parquet",
+    )
+    ingest.add_argument("--memory", default="4GiB", help="that the process may take (default: 4GiB)")
+    ingest.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
+    for split in ("valid", "test"):
+        text = f"triples of one graph that become {split} (default: a twentieth, 5,000 at most)"
+        ingest.add_argument(f"--{split}", type=int, metavar="N", help=text)
+    ingest.add_argument(
+        "--unseen",
+        choices=("keep", "drop", "error"),
+        default="keep",
+        help="what becomes of valid and test triples with labels that no training triple holds (default: keep)",
+    )
+    ingest.add_argument(
+        "--literals",
+        choices=("error", "drop", "keep"),
+        default="error",
+        help="what becomes of N-Triples whose object is a literal (default: error)",
+    )
+    ingest.add_argument("--verify", action="store_true", help="check the hashes of a dataset folder, the only path, instead")
+    ingest.set_defaults(run=_ingest)
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from shardemb.kge import dataset
+    from shardemb.kge.ingestion import ingest
+
+    *sources, out = arguments.paths
+    if arguments.verify == bool(sources):
+        raise ValueError(f"ingest: got {len(arguments.paths)} path(s), expected SOURCE... OUT, or --verify FOLDER")
+    if arguments.verify:
+        told, _, _ = dataset.read(out, verify=True)
+        print(f"{out}: {len(told['files'])} files, {sum(e['size'] for e in told['files'].values()):,} bytes: undamaged")
+        return 0
+    signal.signal(signal.SIGTERM, _end)
+    start = time.perf_counter()
+    ingest(
+        sources,
+        out,
+        memory=arguments.memory,
+        threads=arguments.threads,
+        valid=arguments.valid,
+        test=arguments.test,
+        unseen=arguments.unseen,
+        literals=arguments.literals,
+        progress=True,
+    )
+    told, _, _ = dataset.read(out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"{out}: {told['entities']:,} entities, {told['relations']:,} relations")
+    for split, count in told["triples"].items():
+        print(f"{split:>7}: {count:>13,} triples, {told['duplicates'][split]:,} of them repeated")
+    if told["literals"]["dropped"]:
+        print(f"dropped: {told['literals']['dropped']:>13,} triples with a literal")
+    print(f"{time.perf_counter() - start:,.1f} s, {peak:,} MiB of memory at most")
+    return 0
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # what is under way cleans up
 
 
 def _add_query(commands: Any) -> None:
@@ -337,7 +416,6 @@ def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str
     from shardemb.kge.evaluation import report
     from shardemb.kge.model import KnowledgeGraphModel
     from shardemb.kge.trainer import resolve_device
-    from shardemb.manifest import vocabulary_fingerprint
 
     data = _load(config)
     triples = getattr(data, split)
@@ -346,7 +424,7 @@ def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str
     model = KnowledgeGraphModel(
         len(data.entities), len(data.relations), config.model, config.training.seed, device=resolve_device(device)
     )
-    told = {name: vocabulary_fingerprint(getattr(data, name).labels) for name in ("entities", "relations")}
+    told = {name: getattr(data, name).fingerprint for name in ("entities", "relations")}
     checkpoint.load(path, model, optimizer_state=False, fingerprints=told)
     shown = not dist.is_initialized() or dist.get_rank() == 0
     found = report(model, triples, (data.train, data.valid, data.test), config.evaluation, config.training.seed, shown)

@@ -16,8 +16,9 @@ from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
+from shardemb.kge.splits import UNSEEN
 from shardemb.kge.trainer import TrainingConfig
-from shardemb.kge.triples import UNSEEN, is_bundled
+from shardemb.kge.triples import is_bundled
 
 #: settings that a run may go on without
 _WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")

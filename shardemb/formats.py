@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from shardemb import tensorfile
 from shardemb.files import replacing
-from shardemb.manifest import vocabulary_fingerprint
 from shardemb.saving import save_rows
 from shardemb.storage import Location
 from shardemb.store import StoredTable, map_rows, open
@@ -198,8 +197,9 @@ def import_table(
             raise ValueError(f"got {len(labels):,} labels for {len(rows):,} rows, expected one for each")
         fingerprints = {}
         if labels is not None:
-            Vocabulary(labels).save(out / "entities.parquet")
-            fingerprints["entities"] = vocabulary_fingerprint(labels)
+            vocabulary = Vocabulary(labels)
+            vocabulary.save(out / "entities.arrow")
+            fingerprints["entities"] = vocabulary.fingerprint
         return save_rows(out / "checkpoints", 0, {table: rows}, fingerprints)
 
 

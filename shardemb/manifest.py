@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -170,11 +169,3 @@ def checkpoints(folder: Location) -> list[Location]:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
-
-
-def vocabulary_fingerprint(labels: Iterable[str]) -> str:
-    """Return the sha256 of labels in the order of their ids."""
-    digest = hashlib.sha256()
-    for label in labels:
-        digest.update(label.encode() + b"\0")
-    return digest.hexdigest()

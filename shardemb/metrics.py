@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from shardemb.files import replacing
+
+if TYPE_CHECKING:  # those that make a dataset have no use for it
+    import torch
 
 T = TypeVar("T")
 
@@ -115,9 +117,11 @@ def progress_bar(**options: Any) -> tqdm:
     return tqdm(unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: "torch.device") -> int | None:
     """Bytes that can be allocated on a device now, shared by the ranks of this machine; None where it cannot be known."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():

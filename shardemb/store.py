@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardemb import native
-from shardemb.manifest import CheckpointError, Manifest, Part, Verify, checkpoints, vocabulary_fingerprint
+from shardemb.manifest import CheckpointError, Manifest, Part, Verify, checkpoints
 from shardemb.manifest import verify as verify_all
 from shardemb.metrics import progress
 from shardemb.plan import Spread
@@ -29,7 +29,7 @@ Keys = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
 #: numbers that a chunk of rows, or of scores, may have
 _CHUNK = 1 << 22
 #: a run folder's labels, by the table that they name
-_LABELS = {"entity": "entities.parquet", "relation": "relations.parquet"}
+_LABELS = {"entity": "entities.arrow", "relation": "relations.arrow"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open(
     Files are mapped into memory, so that opening costs the same at any size, and rows are read when they are asked for.
 
     Args:
-        path: a checkpoint ``step-N``, a folder of such, or a run folder, whose ``entities.parquet`` and ``relations.parquet``
+        path: a checkpoint ``step-N``, a folder of such, or a run folder, whose ``entities.arrow`` and ``relations.arrow``
             give the labels.
         normalizers: by table; for those whose normalizer the checkpoint cannot name, because it is a function of your own.
         verify: check "sha256" or "size" of all files first; None checks sizes alone of what is opened.
@@ -174,7 +174,7 @@ class StoredTable:
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """The labels of the rows, from the run folder; None if there are none. Read when they are first asked for."""
+        """The labels of the rows, from the run folder; None if there are none. Opened when they are first asked for."""
         alone = len(self._store.manifest.values["tables"]) == 1  # then the labels are its own, whatever its name
         name = _LABELS.get(self._prefix, _LABELS["entity"] if alone else None)
         for folder in (self._store.path.parent, self._store.path.parent.parent) if name else ():
@@ -184,17 +184,17 @@ class StoredTable:
                 if self.max_id not in (len(vocabulary), 2 * len(vocabulary)):  # with reciprocal relations
                     raise CheckpointError(f"{path}: got {len(vocabulary)} labels for {self.max_id} rows of table {self.name!r}")
                 expected = self._store.manifest.values["fingerprints"].get(path.stem)
-                if expected is not None and vocabulary_fingerprint(vocabulary.labels) != expected:
+                if expected is not None and vocabulary.fingerprint != expected:
                     raise CheckpointError(f"{path}: got other labels than the rows of {self._store.path} were trained with")
                 return vocabulary
         return None
 
     def label(self, row: int) -> str:
         """Return the label of a row, or its id as text; those past the vocabulary are reciprocal relations."""
-        labels = self.vocabulary.labels if self.vocabulary is not None else []
-        if row < len(labels):
-            return labels[row]
-        return f"inverse of {labels[row - len(labels)]}" if row < 2 * len(labels) else str(row)
+        vocabulary, known = self.vocabulary, len(self.vocabulary or ())
+        if vocabulary is None or row >= 2 * known:
+            return str(row)
+        return vocabulary.label(row) if row < known else f"inverse of {vocabulary.label(row - known)}"
 
     def ids(self, keys: Keys) -> Tensor:
         """Return int64 ids for ids or labels of any shape.
@@ -212,8 +212,7 @@ class StoredTable:
             try:
                 found = torch.from_numpy(self.vocabulary.ids([str(label) for label in labels]))
             except KeyError as error:
-                known = len(self.vocabulary)
-                raise KeyError(f"{where}: got label {error.args[0]!r}, expected one of the {known:,} labels") from None
+                raise KeyError(f"{where}: {error.args[0]}") from None
             return found[0] if isinstance(keys, str) else found
         ids = torch.as_tensor(keys)
         if ids.dtype not in (torch.int32, torch.int64) and ids.numel():

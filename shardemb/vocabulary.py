@@ -1,64 +1,104 @@
-"""Labels and their dense ids.
+"""Labels and their dense ids, in a file that is mapped into memory.
 
-Ids are shuffled by a fixed seed: in order of appearance (or of the alphabet) popular entities stand together, and the
-first of 8 contiguous shards gets 2.4 times the mean load.
+The id of a label is its place in the order of the labels' MD5. That depends on the set of labels alone, and spreads what is
+popular: in order of appearance (or of the alphabet) popular entities stand together, and the first of 8 contiguous shards gets
+2.4 times the mean load.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import mmap
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shardemb.files import replacing
 
+#: of the file, which is Arrow's (Feather, version 2): the labels in order of their ids; and, independent of it, an index
+SCHEMA = pa.schema(
+    [
+        pa.field("label", pa.large_string(), nullable=False),
+        pa.field("hash", pa.uint64(), nullable=False),  # ascending
+        pa.field("id", pa.int64(), nullable=False),  # of the label with that hash
+    ]
+)
+#: rows of a record batch
+BATCH = 1 << 18
+#: stands in the file until all labels are known
+_NO_FINGERPRINT = b"?" * 64
 
-def read_strings(path: Path, names: Sequence[str]) -> list[list[str]]:
-    """Read columns of strings or integers, plain or dictionary-encoded, from a Parquet file.
+
+def digests(labels: Sequence[str]) -> np.ndarray:
+    """Return uint64 ``(n, 2)``: the upper and the lower half of each label's MD5, read as a little-endian number.
+
+    It is DuckDB's ``md5_number``; the upper half is the index's hash.
+    """
+    joined = b"".join(hashlib.md5(label.encode(), usedforsecurity=False).digest() for label in labels)
+    return np.frombuffer(joined, dtype="<u8").reshape(-1, 2)[:, ::-1]
+
+
+class _Part(NamedTuple):
+    """A record batch."""
+
+    #: (n + 1,) int64: where the labels begin and end in text
+    offsets: np.ndarray
+    text: memoryview
+    #: (n,) uint64
+    hashes: np.ndarray
+    #: (n,) int64
+    ids: np.ndarray
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> "_Part":
+        labels, hashes, ids = batch.columns
+        _, offsets, text = labels.buffers()
+        begins = np.frombuffer(offsets, dtype=np.int64, count=len(labels) + 1, offset=8 * labels.offset)
+        return cls(begins, memoryview(text or b""), numbers(hashes), numbers(ids))
+
+
+class _Fingerprint:
+    """The sha256 of all labels in order of their ids, however they are batched."""
+
+    def __init__(self) -> None:
+        self._text, self._lengths = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, part: _Part) -> None:
+        self._text.update(part.text[part.offsets[0] : part.offsets[-1]])
+        self._lengths.update(np.diff(part.offsets).astype("<i8").tobytes())
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(self._text.digest() + self._lengths.digest()).hexdigest()
+
+
+def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
+    """Write a vocabulary's file, a batch at a time.
 
     Args:
-        path: of one file.
-        names: of the columns; others are left unread.
+        path: of the file.
+        batches: of :data:`SCHEMA`, not empty; the hashes ascend over all of them, and an id stands where its hash is.
 
     Returns:
-        For each name the column's values ``(n,)`` as strings.
-
-    Raises:
-        ValueError: no whole Parquet file, a missing column, another type, a null, text that is not UTF-8; names file, column
-            and row (the first is row 0).
-        OSError: the file cannot be opened.
+        The fingerprint of the labels.
     """
-    with path.open("rb"):  # Python's error if it cannot be; Arrow's threads do not get a file of Python's
-        try:
-            with pq.ParquetFile(path) as parquet:
-                found = parquet.schema_arrow.names
-                if any(found.count(name) != 1 for name in names):
-                    expected = ", ".join(map(repr, names))
-                    raise ValueError(f"{path}: got columns {found}, expected {expected}, each once: rename or add columns")
-                table = parquet.read(columns=list(names))
-        except (pa.ArrowException, OSError, UnicodeError) as error:  # the last of damaged names
-            reason = " ".join(str(error).split())  # Arrow's has several lines
-            raise ValueError(f"{path}: got a file that is not Parquet, or is damaged ({reason})") from error
-    return [_strings(table.column(name), f"column {name!r}", path) for name in names]
-
-
-def _strings(column: pa.ChunkedArray, name: str, path: Path) -> list[str]:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_integer(column.type):
-        column = column.cast(pa.string())
-    if not any(is_kind(column.type) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        raise ValueError(f"{path}: got {name} of type {column.type}, expected strings or integers: cast it")
-    if column.null_count:
-        row = column.is_null().index(True).as_py()
-        raise ValueError(f"{path}, row {row}, {name}: got a null, expected a label")
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError as error:
-        cells = enumerate(column.cast(pa.large_binary()).to_pylist())
-        row, cell = next((row, cell) for row, cell in cells if cell.decode(errors="ignore").encode() != cell)
-        raise ValueError(f"{path}, row {row}, {name}: got {cell[:40]!r}, expected UTF-8 text") from error
+    digest = _Fingerprint()
+    schema = SCHEMA.with_metadata({"fingerprint": _NO_FINGERPRINT})
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for batch in batches:
+            digest.update(_Part.of(batch))
+            writer.write_batch(batch)
+    found = digest.hexdigest()
+    with path.open("r+b") as written, mmap.mmap(written.fileno(), 0) as mapped:
+        for at in (mapped.find(_NO_FINGERPRINT), mapped.rfind(_NO_FINGERPRINT)):  # before and after all labels
+            mapped[at : at + len(found)] = found.encode()
+    return found
 
 
 class Vocabulary:
@@ -67,48 +107,173 @@ class Vocabulary:
     Args:
         labels: in order of their ids.
 
+    Attributes:
+        path: of the file that is mapped into memory; None for one in memory.
+
     Raises:
         ValueError: a label stands there twice.
     """
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        self.labels = list(labels)
-        self._ids = {label: i for i, label in enumerate(self.labels)}
-        if len(self._ids) != len(self.labels):
-            twice = next(label for i, label in enumerate(self.labels) if self._ids[label] != i)
-            first, last = self.labels.index(twice), self._ids[twice]
-            raise ValueError(f"label {twice!r} stands twice, as ids {first} and {last}: labels must be distinct")
+    def __init__(self, labels: Iterable[str]) -> None:
+        labels = list(labels)
+        if len(set(labels)) != len(labels):
+            last = {label: i for i, label in enumerate(labels)}
+            first = next(i for i, label in enumerate(labels) if last[label] != i)
+            twice = labels[first]
+            raise ValueError(f"label {twice!r} stands twice, as ids {first} and {last[twice]}: labels must be distinct")
+        hashes = digests(labels)[:, 0]
+        order = np.argsort(hashes, kind="stable")
+        columns = [pa.array(labels, pa.large_string()), column_of(hashes[order]), column_of(order)]
+        self._set([pa.record_batch(columns, schema=SCHEMA)] if labels else [], None, None)
+
+    def _set(self, batches: list[pa.RecordBatch], path: Path | None, fingerprint: str | None) -> None:
+        self._batches, self.path, self._fingerprint = batches, path, fingerprint
+        self._parts = [_Part.of(batch) for batch in batches]
+        #: first id of each part, and the number of labels
+        self._starts = [0, *np.cumsum([len(batch) for batch in batches], dtype=np.int64).tolist()]
+        self._firsts = np.array([part.hashes[0] for part in self._parts], dtype=np.uint64)
 
     @classmethod
-    def from_labels(cls, labels: Iterable[str], seed: int = 0) -> "Vocabulary":
-        """Collect distinct labels and shuffle their ids; the same set and seed give the same ids."""
-        distinct = sorted(set(labels))
-        order = np.random.default_rng(seed).permutation(len(distinct))
-        return cls([distinct[i] for i in order])
-
-    def ids(self, labels: Iterable[str]) -> np.ndarray:
-        """Return int64 ids ``(n,)``; KeyError names an unknown label."""
-        known = self._ids
-        return np.fromiter((known[label] for label in labels), dtype=np.int64)
-
-    def save(self, path: Path) -> None:
-        """Write one column of labels, in order of ids, as Parquet."""
-        with replacing(path) as partial:
-            pq.write_table(pa.table({"label": self.labels}), partial)
+    def from_labels(cls, labels: Iterable[str]) -> "Vocabulary":
+        """Collect distinct labels and order them by their MD5; the same set gives the same ids."""
+        distinct = sorted(set(labels))  # which is the order of equal ones
+        upper, lower = digests(distinct).T
+        return cls([distinct[i] for i in np.lexsort((lower, upper))])
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
-        """Read what :meth:`save` wrote.
+        """Open what :meth:`save` wrote; labels are read when they are asked for.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: no Parquet, another column, a null, a label that stands twice; names file and row (an id is a row).
+            ValueError: no whole Arrow file, other columns, a null; names the file.
         """
-        (labels,) = read_strings(path, ["label"])
         try:
-            return cls(labels)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            with path.open("rb") as file:
+                content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if _size(file) else b"")
+            reader = pa.ipc.open_file(pa.BufferReader(content))
+            got, expected = (dict(zip(schema.names, schema.types, strict=True)) for schema in (reader.schema, SCHEMA))
+            if got != expected or reader.schema.names != SCHEMA.names:
+                raise ValueError(f"{path}: got columns {_told(got)}, expected {_told(expected)}")
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            if any(column.null_count for batch in batches for column in batch.columns):
+                raise ValueError(f"{path}: got nulls, expected labels, hashes and ids")
+            for batch in batches:
+                batch.validate()
+        except (pa.ArrowException, pa.ArrowInvalid) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: got a file that is not Arrow's, or is damaged ({reason})") from error
+        vocabulary = cls.__new__(cls)
+        saved = (reader.schema.metadata or {}).get(b"fingerprint", b"").decode("ascii", "replace")
+        vocabulary._set([batch for batch in batches if len(batch)], path, saved or None)
+        return vocabulary
+
+    def save(self, path: Path) -> None:
+        """Write the file; one that is in a file already is linked, or copied to another disk."""
+        if self.path is not None and path.exists() and path.samefile(self.path):
+            return
+        with replacing(path) as partial:
+            if self.path is None:
+                batches = (batch.slice(at, BATCH) for batch in self._batches for at in range(0, len(batch), BATCH))
+                write(partial, batches)
+                return
+            with suppress(OSError):
+                os.link(self.path, partial)
+            if not partial.exists():
+                shutil.copyfile(self.path, partial)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the labels in order of their ids; as the file says, if there is one."""
+        return self._fingerprint or self.computed_fingerprint()
+
+    def computed_fingerprint(self) -> str:
+        """Return the fingerprint of the labels themselves: reads all of them."""
+        digest = _Fingerprint()
+        for part in self._parts:
+            digest.update(part)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._starts[-1]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """All labels in order of their ids, in memory."""
+        return [*self]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(batch.column(0).to_pylist() for batch in self._batches)
+
+    def label(self, row: int) -> str:
+        """Return the label of an id.
+
+        Raises:
+            IndexError: an id out of range.
+            ValueError: a damaged file; names it.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self._where}got id {row}, expected 0 <= id < {len(self):,}")
+        number = bisect_right(self._starts, row) - 1
+        part, at = self._parts[number], row - self._starts[number]
+        try:
+            return str(part.text[part.offsets[at] : part.offsets[at + 1]], "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self._where}the label of id {row} is damaged ({error})") from error
+
+    def ids(self, labels: Iterable[str]) -> np.ndarray:
+        """Return int64 ids ``(n,)``, found by their hashes.
+
+        Raises:
+            KeyError: an unknown label; names it, and the file.
+        """
+        labels = list(labels)
+        hashes = digests(labels)[:, 0]
+        places = self._places(hashes)
+        return np.fromiter(map(self._id, labels, hashes.tolist(), places.tolist()), dtype=np.int64, count=len(labels))
+
+    def _places(self, hashes: np.ndarray) -> np.ndarray:
+        """Return the first place of the index that does not stand before each hash."""
+        numbers = np.maximum(np.searchsorted(self._firsts, hashes) - 1, 0)
+        places = np.zeros(len(hashes), dtype=np.int64)
+        for number in np.unique(numbers) if self._parts else ():
+            here = numbers == number
+            places[here] = self._starts[number] + np.searchsorted(self._parts[number].hashes, hashes[here])
+        return places
+
+    def _id(self, label: str, wanted: int, place: int) -> int:
+        while place < len(self):  # other labels may have the same hash
+            number = bisect_right(self._starts, place) - 1
+            part, at = self._parts[number], place - self._starts[number]
+            if part.hashes[at] != wanted:
+                break
+            found = int(part.ids[at])
+            if self.label(found) == label:
+                return found
+            place += 1
+        raise KeyError(
+            f"got label {label!r}, expected one of the {len(self):,} labels{f' of {self.path}' if self.path else ''}"
+        )
+
+    @property
+    def _where(self) -> str:
+        return f"{self.path}: " if self.path else ""
+
+
+def column_of(array: np.ndarray) -> pa.Array:
+    """Return a column of numbers without copying them; pa.array loads pandas."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)])
+
+
+def numbers(column: pa.Array) -> np.ndarray:
+    """Return the numbers of a column without nulls; its own to_numpy loads pandas."""
+    dtype = np.dtype(column.type.to_pandas_dtype())
+    return np.frombuffer(column.buffers()[1], dtype, len(column), dtype.itemsize * column.offset)
+
+
+def _size(file: Any) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _told(columns: dict[str, pa.DataType]) -> str:
+    return ", ".join(f"{name!r} ({kind})" for name, kind in columns.items())

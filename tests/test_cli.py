@@ -15,6 +15,7 @@ import torch
 
 from shardemb.cli import main
 from shardemb.config import JobConfig
+from shardemb.vocabulary import Vocabulary
 
 NATIONS = ["train", "--dataset", "pykeen:nations", "--set", "training.epochs=2", "--set", "sampling.batch_size=512"]
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -31,7 +32,7 @@ def test_train_resume_and_the_same_result_on_two_workers(tmp_path: Path, capfd: 
         out, err = capfd.readouterr()
         assert "test filtered mrr" in out
         assert "loss" in err  # the progress bar, once
-        expected = {"config.toml", "run.json", "metrics.jsonl", "metrics.png", "entities.parquet", "checkpoints", "tensorboard"}
+        expected = {"config.toml", "run.json", "metrics.jsonl", "metrics.png", "entities.arrow", "checkpoints", "tensorboard"}
         assert expected <= {p.name for p in run.iterdir()}
         mrr[workers] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["mrr"]
     assert mrr[1] == pytest.approx(mrr[2], abs=0.01)
@@ -102,7 +103,7 @@ def test_unseen_labels_are_said_once(tmp_path: Path, capfd: pytest.CaptureFixtur
     if workers == "2":
         assert capfd.readouterr().err.count(f"{text}: dropped these triples") == 1
     assert json.loads((tmp_path / "drop/metrics.jsonl").read_text().splitlines()[-1])["triples"] == 1
-    assert pq.read_table(tmp_path / "drop/entities.parquet").num_rows == 2
+    assert len(Vocabulary.load(tmp_path / "drop/entities.arrow")) == 2
 
 
 def test_an_output_that_cannot_be_written_is_found_out_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +188,7 @@ def test_labels_that_are_no_text(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert f"{labels}, line 2: got byte 0xe9, expected UTF-8 text" in one_error(capfd)
     labels.write_text("\ufeffa\ncafé\n", encoding="utf-8")
     assert main(arguments) == 0
-    assert pq.read_table(tmp_path / "run/entities.parquet").column("label").to_pylist() == ["a", "café"]
+    assert Vocabulary.load(tmp_path / "run/entities.arrow").labels == ["a", "café"]
 
 
 def _last(run: Path) -> dict:

@@ -27,7 +27,10 @@ FLOORS = [
     {"checkpoint"},
     {"formats"},
     {"kge.settings"},
-    {"kge.triples", "kge.scorers", "kge.losses", "kge.sampling", "kge.vs_all"},
+    {"kge.reading", "kge.scorers", "kge.losses", "kge.sampling", "kge.vs_all"},
+    {"kge.splits"},
+    {"kge.dataset"},
+    {"kge.triples", "kge.ingestion"},
     {"kge.model"},
     {"kge.ranking", "kge.optimizers", "kge.query"},
     {"kge.evaluation"},
@@ -59,6 +62,10 @@ NO_DISTRIBUTED = {
     "table",
 }
 NO_DISTRIBUTED |= {
+    "kge.reading",
+    "kge.splits",
+    "kge.dataset",
+    "kge.ingestion",
     "kge.triples",
     "kge.scorers",
     "kge.losses",

@@ -17,7 +17,7 @@ from shardemb.formats import export_table, import_table
 from shardemb.kge import ModelConfig, TrainingConfig, Triples, train
 from shardemb.kge.query import best_tails
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.manifest import CheckpointError, vocabulary_fingerprint
+from shardemb.manifest import CheckpointError
 from shardemb.vocabulary import Vocabulary
 
 LABELS = [f"entity-{i}" for i in range(501)]
@@ -29,8 +29,8 @@ def _save(rank: int, world_size: int, folder: Path, kwargs: dict) -> torch.Tenso
     model.entity = Embedding(501, seed=1, name="entity", **kwargs)
     model.relation = Embedding(3, shape=4, seed=2, name="relation", placement="replicated")
     if rank == 0:
-        Vocabulary(LABELS).save(folder / "entities.parquet")
-    fingerprints = {"entities": vocabulary_fingerprint(LABELS)}
+        Vocabulary(LABELS).save(folder / "entities.arrow")
+    fingerprints = {"entities": Vocabulary(LABELS).fingerprint}
     checkpoint.save(folder / "checkpoints", 7, model, state={"epoch": 2}, fingerprints=fingerprints)
     model.eval()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_what_cannot_be_looked_up(run_ranks, tmp_path: Path) -> None:
         shardemb.open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="expected a local path"):
         shardemb.open("s3://bucket/run")
-    Vocabulary(LABELS[::-1]).save(tmp_path / "entities.parquet")
+    Vocabulary(LABELS[::-1]).save(tmp_path / "entities.arrow")
     with pytest.raises(CheckpointError, match="got other labels than the rows"):
         shardemb.open(tmp_path).lookup("entity-3")
 
@@ -133,14 +133,14 @@ def test_damage_is_found_at_the_latest_when_asked(run_ranks, tmp_path: Path) -> 
 def test_labels_are_those_of_the_entities_alone(tmp_path: Path) -> None:
     model = nn.ModuleDict({"entity": Embedding(3, shape=2, name="entity"), "item": Embedding(5, shape=2, name="item")})
     checkpoint.save(tmp_path, 1, model)
-    Vocabulary(["a", "b", "c"]).save(tmp_path / "entities.parquet")
+    Vocabulary(["a", "b", "c"]).save(tmp_path / "entities.arrow")
     store = shardemb.open(tmp_path)
     assert store["entity"].lookup("b").shape == (2,)
     assert store["item"].vocabulary is None
     with pytest.raises(KeyError, match="table 'item': got a label, but there is no vocabulary"):
         store["item"].lookup("b")
-    Vocabulary(["a", "b"]).save(tmp_path / "entities.parquet")
-    with pytest.raises(CheckpointError, match=r"entities\.parquet: got 2 labels for 3 rows of table 'entity'"):
+    Vocabulary(["a", "b"]).save(tmp_path / "entities.arrow")
+    with pytest.raises(CheckpointError, match=r"entities\.arrow: got 2 labels for 3 rows of table 'entity'"):
         shardemb.open(tmp_path)["entity"].lookup("b")
 
 

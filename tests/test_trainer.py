@@ -72,7 +72,7 @@ def test_it_learns_and_writes_a_run_folder(run_ranks, tmp_path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert records[-1]["mrr"] > 0.3
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
-    assert Vocabulary.load(tmp_path / "entities.parquet").labels == graph().entities.labels
+    assert Vocabulary.load(tmp_path / "entities.arrow").labels == graph().entities.labels
     assert len(checkpoint.checkpoints(tmp_path / "checkpoints")) == 2
 
 
@@ -98,8 +98,8 @@ def _warned(rank: int, world_size: int) -> None:
 
 
 def _other_graph(rank: int, world_size: int, output: Path) -> str:
-    (output / "entities.parquet").unlink()
-    Vocabulary([f"x{i}" for i in range(83)]).save(output / "entities.parquet")
+    (output / "entities.arrow").unlink()
+    Vocabulary([f"x{i}" for i in range(83)]).save(output / "entities.arrow")
     with pytest.raises(ValueError) as caught:
         _train(rank, world_size, output, 4, True)
     return str(caught.value)
@@ -108,7 +108,7 @@ def _other_graph(rank: int, world_size: int, output: Path) -> str:
 def test_resuming_with_another_graph_is_refused(run_ranks, tmp_path: Path) -> None:
     run_ranks(_train, 1, tmp_path, 1, False)
     (text,) = run_ranks(_other_graph, 1, tmp_path)
-    assert "entities.parquet" in text
+    assert "entities.arrow" in text
 
 
 def _diverge(rank: int, world_size: int) -> None:

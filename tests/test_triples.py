@@ -1,16 +1,25 @@
 import gzip
 import os
+import random
 import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from shardemb.kge import Triples
-from shardemb.kge.triples import MAX_LINE, UNSEEN, read
+from shardemb.kge import Triples, reading
+from shardemb.kge.reading import MAX_LINE
+from shardemb.kge.reading import read as read_table
+from shardemb.kge.splits import UNSEEN, mixed
+
+
+def read(path: Path, literals: str = "error") -> tuple[list[str], ...]:
+    return tuple(column.to_pylist() for column in read_table(path, literals).columns)
+
 
 GOOD = b"a\tlikes\tb\nb\tlikes\tc\nc\tknows\ta\n"
 
@@ -37,8 +46,8 @@ def test_own_files(tmp_path: Path, suffix: str) -> None:
         else:
             path.write_bytes(gzip.compress(GOOD) if suffix == ".tsv.gz" else GOOD)
     data = Triples.load(tmp_path)
-    assert torch.equal(data.train, data.test)
-    names = [(data.entities.labels[h], data.relations.labels[r], data.entities.labels[t]) for h, r, t in data.train]
+    assert torch.equal(data.train[[2, 0, 1]], data.test)  # in another order
+    names = [(data.entities.label(h), data.relations.label(r), data.entities.label(t)) for h, r, t in data.test.tolist()]
     assert names == [("a", "likes", "b"), ("b", "likes", "c"), ("c", "knows", "a")]
 
 
@@ -313,3 +322,219 @@ def test_nothing_unseen_nothing_said(unseen: str) -> None:
         warnings.simplefilter("error")
         data = Triples.from_columns("t", part, part, ([], [], []), unseen)
     assert torch.equal(data.train, data.valid)
+
+
+def outcome(path: Path) -> object:
+    try:
+        return read(path)
+    except ValueError as error:
+        return str(error)
+
+
+PIECES = [b"a", b"b c", b"\t", b"\t", b"\t", b"\n", b"\n", b"\r\n", b"\r", b" ", b"\0", b'"', b"'", b"\\", b",", b"#", b"head"]
+#: letters and spaces; then what is not UTF-8: cut, surrogate, too long, past the last
+PIECES += [b"\xc3\xa9", b"\xef\xbb\xbf", b"\xc2\x85", b"\xe2\x80\x83", b"\x1c"]
+PIECES += [b"\xff", b"\xef\xbb", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80"]
+LINES = [b"a\tr\tb\n", b"\"\tr\t'\n", b"a\tr\tb\r\n", "é\tr\t\U0001f600\n".encode()]
+LINES += [b"\xef\xbb\xbfa\tr\tb\n", b"NA\tnull\t1.0\n"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arrow_accepts_what_the_line_by_line_reader_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Mostly good lines with odd pieces between: the fast way gives the same triples, or the same error, block by block."""
+    draw = random.Random(seed)
+    path, fast, good = tmp_path / "x.tsv", reading._fast_tsv, 0
+    for _ in range(400):
+        lines = [draw.choice(LINES if draw.random() < 0.3 else LINES[:4]) for _ in range(draw.randrange(1, 8))]
+        for _ in range(draw.randrange(3)):
+            lines.insert(draw.randrange(len(lines) + 1), draw.choice(PIECES))
+        path.write_bytes(b"".join(lines).removesuffix(draw.choice([b"", b"\n", b"\r\n"])))
+        monkeypatch.setattr(reading, "BLOCK", draw.choice([1, 20, 1 << 22]))
+        found = outcome(path)
+        monkeypatch.setattr(reading, "_fast_tsv", lambda lines: None)
+        assert outcome(path) == found, path.read_bytes()
+        monkeypatch.setattr(reading, "_fast_tsv", fast)
+        good += not isinstance(found, str)
+    assert 50 < good < 350
+
+
+def test_arrow_knows_the_same_outer_spaces() -> None:
+    chars = [*map(chr, range(0xD800)), *map(chr, range(0xE000, 0x110000))]
+    none = [label for char in chars for label in (char, f"{char}a", f"a{char}") if not reading._is_label(label)]
+    assert len(none) > 3 * 25
+    for label in none:
+        column = pa.chunked_array([["x", label]], pa.large_string())
+        assert not reading._surely_labels(column, reading._FORBIDDEN), repr(label)
+
+
+def test_good_lines_take_the_fast_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(path: Path, number: int, line: str) -> list[str]:
+        raise AssertionError(f"line {number} was read by itself")
+
+    monkeypatch.setattr(reading, "_tsv_line", never)
+    (tmp_path / "x.tsv").write_bytes(b"".join(LINES[:4]) * 3)
+    assert len(read(tmp_path / "x.tsv")[0]) == 12
+
+
+def test_numbers_of_lines_and_rows_count_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BLOCK", 50)
+    monkeypatch.setattr(reading, "ROWS", 10)
+    for name in ("x.tsv", "x.tsv.gz"):
+        content = GOOD * 40 + b"a\tb\n" + GOOD * 20 + b"a\n"
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        with pytest.raises(ValueError, match=rf"{name}, line 121: got 2 fields"):  # the first one
+            read(tmp_path / name)
+    labels = [*map(str, range(100)), " a", ""]
+    pq.write_table(pa.table(dict.fromkeys(("head", "relation", "tail"), labels)), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet, row 100, column 'head': got ' a', expected a label"):
+        read(tmp_path / "x.parquet")
+    whole = gzip.compress(GOOD * 5000)
+    (tmp_path / "x.tsv.gz").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"line \d{4,}: got a damaged file"):
+        read(tmp_path / "x.tsv.gz")
+
+
+TERMS = {
+    "<http://a/b>": "http://a/b",
+    "<urn:x>": "urn:x",
+    r"<http://a/\u00e9\U0001F600>": "http://a/é\U0001f600",
+    "_:b1": "_:b1",
+    "_:a.b-c": "_:a.b-c",
+    "_:é": "_:é",
+}
+LITERALS = {
+    '"text"': '"text"',
+    '""': '""',
+    '"a b"@en-GB': '"a b"@en-GB',
+    '"1"^^<http://www.w3.org/2001/XMLSchema#integer>': '"1"^^<http://www.w3.org/2001/XMLSchema#integer>',
+    r'"\u00e9\t\u0009\"\u0022\\\u005c\'"': r'"é\t\t\"\"\\\\' + "'\"",
+    r'"\u0000\u007f\uFEFF\r\n\f\b"': r'"\u0000\u007F\uFEFF\r\n\f\b"',
+    '"a\tb"': r'"a\tb"',
+    '"> <"': '"> <"',
+    '". # "': '". # "',
+}
+
+
+def test_n_triples(tmp_path: Path) -> None:
+    path = tmp_path / "x.nt"
+    lines = ["# a comment", "", " \t", "<x:s> <x:p> <x:o> . # and one", "\t<x:s>\t<x:p>\t<x:o>\t.", "<x:s><x:p><x:o>."]
+    expected = [("x:s", "x:p", "x:o")] * 3
+    for term, label in TERMS.items():
+        lines.append(f"{term} <x:p> {term} .")
+        expected.append((label, "x:p", label))
+    text = "\n".join(lines) + "\r\n<x:s> <x:p> <x:o>."
+    for content in (text, "\ufeff" + text):
+        path.write_text(content, newline="")
+        assert [*zip(*read(path), strict=True)] == [*expected, ("x:s", "x:p", "x:o")]
+    (tmp_path / "y.nt.gz").write_bytes(gzip.compress(text.encode()))
+    assert read(tmp_path / "y.nt.gz") == read(path)
+    assert [len(part) for part in read(path)] == [len(expected) + 1] * 3
+
+
+def test_literals_of_n_triples(tmp_path: Path) -> None:
+    path = tmp_path / "x.nt"
+    path.write_text("<x:s> <x:p> <x:o> .\n" + "".join(f"<x:s> <x:p> {literal} .\n" for literal in LITERALS), newline="")
+    text = r"x\.nt, line 2: got the literal 'text', expected an IRI or a blank node: .* \(shardemb ingest --literals\)"
+    for how in (read, lambda path: Triples.load(path)):
+        with pytest.raises(ValueError, match=text):
+            how(path)
+    assert read(path, "drop") == (["x:s"], ["x:p"], ["x:o"])
+    assert read(path, "keep")[2] == ["x:o", *LITERALS.values()]
+    assert len(Triples.load(path, literals="keep").entities) == 2 + len(LITERALS)
+    with pytest.raises(ValueError, match="literals: got 'dorp', expected one of 'error', 'drop', 'keep'"):
+        read(path, "dorp")
+    path.write_text('<x:s> <x:p> "a" .\n')
+    with pytest.raises(ValueError, match="got a file without triples but 1 with literals, which are dropped"):
+        read(path, "drop")
+
+
+WRONG_N_TRIPLES = [
+    "<x:s> <x:p> <x:o>",
+    "<x:s> <x:p> .",
+    "<x:s> <x:p> <x:o> <x:g> .",
+    "<x:s> <x:p> <x:o> . <x:s> <x:p> <x:o> .",
+    "<x:s> _:p <x:o> .",
+    '"s" <x:p> <x:o> .',
+    '<x:s> "p" <x:o> .',
+    "<x:s> <x:p> 'o' .",
+    "<x:s> <x:p> 1 .",
+    '<x:s> <x:p> "a"b" .',
+    r'<x:s> <x:p> "\x" .',
+    r'<x:s> <x:p> "\u12" .',
+    r'<x:s> <x:p> "\ud800" .',
+    r'<x:s> <x:p> "\U00110000" .',
+    '<x:s> <x:p> "a"@ .',
+    '<x:s> <x:p> "a"@1 .',
+    '<x:s> <x:p> "a"^^"b" .',
+    '<x:s> <x:p> "a"^^<b> .',
+    "<s> <x:p> <x:o> .",
+    "<> <x:p> <x:o> .",
+    "<x:a b> <x:p> <x:o> .",
+    r"<x:a\u0020b> <x:p> <x:o> .",
+    r"<x:\u003e> <x:p> <x:o> .",
+    r"<x:\n> <x:p> <x:o> .",
+    "<x:{> <x:p> <x:o> .",
+    "<x:s> <x:p> _: .",
+    "<x:s> <x:p> _:-a .",
+    "<x:s> <x:p> _:a. .x",
+    "@prefix x: <y:> .",
+    "x:s x:p x:o .",
+    "a\tr\tb",
+    "<x:\xa0> <x:p> <x:o> .".replace("x:\xa0", "x:a\xa0"),
+    "<x:s> <x:p> <x:o> .\r<x:s> <x:p> <x:o> .",
+]
+
+
+@pytest.mark.parametrize("line", WRONG_N_TRIPLES)
+def test_a_line_that_is_no_n_triples_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "x.nt"
+    path.write_text(f"<x:s> <x:p> <x:o> .\n{line}\n", newline="")
+    for literals in ("keep", "drop"):
+        with pytest.raises(ValueError, match=r"x\.nt, line 2: got .*, expected"):
+            read(path, literals)
+
+
+def test_part_files(tmp_path: Path) -> None:
+    """Parts are read by their names; a folder of parts is one graph, and one that might be three is refused."""
+    for split, first in (("train", 0), ("valid", 4), ("test", 8)):
+        (tmp_path / "three" / split).mkdir(parents=True)
+        for part in (1, 0):
+            lines = (f"e{i}\tr\te{i + 1}\n" for i in range(first + 2 * part, first + 2 * part + 2))
+            (tmp_path / "three" / split / f"part-{part}.tsv").write_text("".join(lines))
+        (tmp_path / "three" / split / "_SUCCESS").touch()
+        (tmp_path / "three" / split / ".part-0.tsv.crc").touch()
+    with pytest.warns(UserWarning, match="no training triple holds"):
+        data = Triples.load(tmp_path / "three")
+    assert [data.entities.label(i) for i in data.test[:, 0].tolist()] == ["e8", "e9", "e10", "e11"]
+    one = tmp_path / "one"
+    (tmp_path / "three" / "train").rename(one)
+    assert len(Triples.load(one).train) == 4
+    (one / "notes.md").touch()
+    with pytest.raises(ValueError, match=r"notes\.md: got no part file, expected only \.tsv, .*: move it elsewhere"):
+        Triples.load(one)
+    (one / "notes.md").unlink()
+    for name in ("validation.tsv", "Train-00000-of-00002.parquet", "dev.tsv.gz"):
+        (one / name).touch()
+        with pytest.raises(ValueError, match=rf"{name}: got a file that is named like a split"):
+            Triples.load(one)
+        (one / name).unlink()
+    (tmp_path / "three" / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"train: got a folder without files, expected part files"):
+        Triples.load(tmp_path / "three")
+    (tmp_path / "three" / "train.tsv").write_bytes(GOOD)
+    with pytest.raises(ValueError, match=r"got 2 files for 'train', train\.tsv and train, expected one"):
+        Triples.load(tmp_path / "three")
+
+
+def test_the_order_of_training_triples_depends_on_their_number_alone(tmp_path: Path) -> None:
+    order = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split in ("train", "valid", "test"):
+            (folder / f"{split}.tsv").write_text("".join(f"{name}{i}\tr\t{name}{i}\n" for i in range(100)))
+        data = Triples.load(folder)
+        order.append([int(data.entities.label(i)[1:]) for i in data.train[:, 0].tolist()])
+        assert [int(data.entities.label(i)[1:]) for i in data.valid[:, 0].tolist()] == [*range(100)]
+    assert order[0] == order[1] == np.argsort(mixed(np.arange(100))).tolist() != [*range(100)]
+    assert int(mixed(np.arange(1))[0]) == 0xE220A8397B1DCDAF  # splitmix64's first number for the seed 0

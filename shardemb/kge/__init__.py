@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardemb.kge.evaluation import EvaluationConfig, evaluate
+    from shardemb.kge.ingestion import ingest
     from shardemb.kge.losses import LossConfig
     from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
     from shardemb.kge.optimizers import OptimizerConfig
@@ -22,6 +23,7 @@ __all__ = [
     "TrainingConfig",
     "Triples",
     "evaluate",
+    "ingest",
     "train",
 ]
 
@@ -35,6 +37,7 @@ _ROOMS = {
     "TrainingConfig": "trainer",
     "Triples": "triples",
     "evaluate": "evaluation",
+    "ingest": "ingestion",
     "train": "trainer",
 }
 

@@ -1,6 +1,6 @@
 """The training job that every rank runs: batches, steps, validation, checkpoints, the final ranking.
 
-A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.parquet``, ``relations.parquet`` and
+A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.arrow``, ``relations.arrow`` and
 ``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
 """
 
@@ -27,7 +27,7 @@ from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig
 from shardemb.kge.settings import at_least, one_of
 from shardemb.kge.triples import Triples
-from shardemb.manifest import CheckpointError, vocabulary_fingerprint
+from shardemb.manifest import CheckpointError
 from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
 from shardemb.storage import name_of
 from shardemb.types import few
@@ -192,8 +192,8 @@ class _Job:
         self.device = resolve_device(self.config.device)
         self.fingerprints = {
             "configuration": hashlib.sha256(repr(settings).encode()).hexdigest(),
-            "entities": vocabulary_fingerprint(data.entities.labels),
-            "relations": vocabulary_fingerprint(data.relations.labels),
+            "entities": data.entities.fingerprint,
+            "relations": data.relations.fingerprint,
         }
         collectives.agree("the training job", {**self.fingerprints, "output": str(output), "resume": resume})
         self.against_all = sampling.scheme != "negatives"
@@ -233,8 +233,8 @@ class _Job:
         self.best_saver: checkpoint.AsyncSaver | None = None
         if output is not None:
             if resume:
-                _same_labels(output / "entities.parquet", data.entities)
-                _same_labels(output / "relations.parquet", data.relations)
+                _same_labels(output / "entities.arrow", data.entities)
+                _same_labels(output / "relations.arrow", data.relations)
                 self._resume(output / "checkpoints")
             checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], self.config.keep)
             self.saver = checkpoint.AsyncSaver(output / "checkpoints", self.config.keep, self.config.background_saves)
@@ -246,8 +246,8 @@ class _Job:
         self.file = None
         if output is not None and self.rank == 0:
             for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
-                if not (output / f"{name}.parquet").exists():  # otherwise it is the same, and another rank may be reading it
-                    vocabulary.save(output / f"{name}.parquet")
+                if not (output / f"{name}.arrow").exists():  # otherwise it is the same, and another rank may be reading it
+                    vocabulary.save(output / f"{name}.arrow")
             self.file = MetricsFile(output / "metrics.jsonl", step=self.done, tensorboard=output / "tensorboard")
         self.bar = progress_bar(
             total=self.config.epochs * self.sampler.num_samples,
@@ -498,5 +498,5 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _same_labels(path: Path, vocabulary: Vocabulary) -> None:
-    if path.exists() and Vocabulary.load(path).labels != vocabulary.labels:
+    if path.exists() and Vocabulary.load(path).fingerprint != vocabulary.fingerprint:
         raise ValueError(f"{path}: the run was trained on other labels than the dataset has now: give another --output")

@@ -1,0 +1,383 @@
+"""Files of triples: read strictly, a block at a time, on all cores.
+
+Arrow reads a block of lines, and may accept only what the line-by-line reader accepts. At any doubt that one reads the block,
+and raises the error or not. A line that is not three labels is an error that names file and line; no triple is ever made up, or
+skipped unasked.
+"""
+
+import gzip
+import os
+import re
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".nt", ".nt.gz", ".parquet")
+#: what becomes of triples whose object is a literal
+LITERALS = ("error", "drop", "keep")
+#: longest line that can be a triple, in bytes
+MAX_LINE = 1 << 20
+#: bytes of lines, and rows of a Parquet file, that are read at once
+BLOCK, ROWS = 1 << 22, 1 << 16
+COLUMNS = ("head", "relation", "tail")
+#: large: the labels of a graph may be more than 2 GiB
+SCHEMA = pa.schema([(name, pa.large_string()) for name in COLUMNS])
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_NO_LABEL = frozenset("\0\t\n\r\ufeff")
+_LABEL = "a label, not empty, without NUL, tab, end of line, byte-order mark or outer spaces"
+#: the same for Arrow
+_FORBIDDEN = r"\x00\t\n\r\x{FEFF}"
+_BOM = "\ufeff".encode()
+#: what stands over columns of heads, of relations and of tails
+_HEADER = (
+    {"head", "h", "subject", "subj", "s", "source", "src", "from", "lhs", "entity1"},
+    {"relation", "relationship", "rel", "r", "predicate", "pred", "p", "property", "edge", "type", "label"},
+    {"tail", "t", "object", "obj", "o", "target", "dst", "to", "rhs", "entity2"},
+)
+_UTF8 = "UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8"
+#: first bytes that tell what a file is instead
+_MAGIC = {
+    b"\xff\xfe": "UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "UTF-8 text: this is gzip, give it a name that ends in .gz",
+}
+
+
+class Block(NamedTuple):
+    """Some of a file's triples, in its order."""
+
+    #: columns "head", "relation" and "tail" of strings
+    table: pa.Table
+    #: triples that were left out, because their object is a literal
+    dropped: int
+    #: how much of the file has been read
+    part: float
+
+
+def read(path: Path, literals: str = "error") -> pa.Table:
+    """Read all triples of a file, see :func:`blocks`."""
+    return pa.concat_tables([block.table for block in blocks(path, literals)])
+
+
+def blocks(path: Path, literals: str = "error", threads: int | None = None) -> Iterator[Block]:
+    """Read a file of triples by its suffix: .nt is N-Triples, .parquet Parquet, all others tab-separated; .gz is gzip.
+
+    ``head TAB relation TAB tail`` lines are UTF-8, and a quote is part of a label. Of N-Triples, IRIs lose their brackets,
+    blank nodes are ``_:x``, and literals stand in quotes, with language or type; escapes are decoded but where a label needs
+    them. Parquet has columns "head", "relation" and "tail", strings (also dictionary-encoded) or integers.
+
+    Args:
+        path: of the file.
+        literals: what becomes of triples whose object is a literal: "error", "drop" or "keep".
+        threads: that read; by default one for each core.
+
+    Raises:
+        ValueError: no triple in it, malformed or damaged; names file and line (the first is 1) or row (the first is 0), what
+            was got and what was expected.
+        OSError: the file cannot be opened.
+    """
+    if literals not in LITERALS:
+        raise ValueError(f"literals: got {literals!r}, expected one of {', '.join(map(repr, LITERALS))}")
+    if path.is_dir():  # Arrow would read all files in it
+        raise IsADirectoryError(f"{path}: got a folder, expected a file of triples")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: got a pipe or a device, expected a file of triples: every rank reads it")
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    threads = threads or len(os.sched_getaffinity(0))
+    if suffix == ".parquet":
+        found = _in_order(partial(_parquet_block, path), _parquet_batches(path), threads)
+    else:
+        parse = partial(_nt_block, path, literals) if suffix == ".nt" else partial(_tsv_block, path)
+        found = _in_order(parse, _lines(path), threads)
+    count, dropped = 0, 0
+    for block in found:
+        count, dropped = count + len(block.table), dropped + block.dropped
+        yield block
+    if not count:
+        but = f" but {dropped:,} with literals, which are dropped" if dropped else ""
+        raise ValueError(f"{path}: got a file without triples{but}, expected at least one")
+
+
+def _in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
+    """Apply a function in threads, a few items ahead; an error comes after the results of all items before."""
+    pending: deque[Future[U]] = deque()
+    iterator, failure = iter(items), None
+    with ThreadPoolExecutor(threads) as pool:
+        while failure is None:
+            try:
+                pending.append(pool.submit(function, next(iterator)))
+            except Exception as error:  # StopIteration too
+                failure = error
+            while pending and (failure is not None or len(pending) > threads):
+                yield pending.popleft().result()
+    if not isinstance(failure, StopIteration):
+        raise failure
+
+
+def _malformed(path: Path, number: int, got: str, expected: str) -> ValueError:
+    return ValueError(f"{path}, line {number}: got {got}, expected {expected}")
+
+
+def _is_label(text: str) -> bool:
+    return bool(text) and text == text.strip() and (text.isprintable() or _NO_LABEL.isdisjoint(text))
+
+
+def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
+    """Tell fast whether all are labels; False may be a false alarm."""
+    if forbidden and pc.any(pc.match_substring_regex(column, f"[{forbidden}]")).as_py():
+        return False
+    size = pc.sum(pc.binary_length(column)).as_py()
+    lengths = pc.min_max(pc.binary_length(column)).as_py()
+    return lengths["min"] > 0 and pc.sum(pc.binary_length(pc.utf8_trim_whitespace(column))).as_py() == size
+
+
+def _is_header(fields: Sequence[str]) -> bool:
+    """Tell whether the fields are names of the three columns, in any order."""
+    names = [re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields]
+    return any(all(name in known for name, known in zip(names, order, strict=True)) for order in permutations(_HEADER))
+
+
+class _Lines(NamedTuple):
+    #: number of the first
+    first: int
+    #: whole lines
+    text: bytes
+    number: int
+    #: how much of the file has been read
+    part: float
+
+
+def _lines(path: Path) -> Iterator[_Lines]:
+    number, held, damage, more = 1, bytearray(), None, True
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+        size = os.fstat(raw.fileno()).st_size
+        while more:
+            try:
+                piece = file.read1(1 << 18)  # a larger read would lose what stands before a damage
+            except (EOFError, OSError, zlib.error) as error:
+                piece, damage = b"", error
+            held += piece
+            more = bool(piece)
+            if more and len(held) < BLOCK:
+                continue
+            end = len(held) if not more and damage is None else held.rfind(b"\n") + 1
+            end = end or len(held) * (len(held) > MAX_LINE)  # which the line-by-line reader refuses
+            if end:
+                count = held.count(b"\n", 0, end) + (held[end - 1] != 10)
+                lines = _Lines(number, bytes(memoryview(held)[:end]), count, raw.tell() / max(1, size))
+                held = held[end:]
+                yield lines
+                number += lines.number
+    if damage is not None:
+        expected = "a whole gzip file" if path.suffix == ".gz" else "a file that can be read"
+        raise _malformed(path, number, f"a damaged file ({damage})", f"{expected}: fetch it anew") from damage
+
+
+def _decoded(path: Path, lines: _Lines) -> Iterator[tuple[int, str]]:
+    """Yield numbers and lines without their ends."""
+    for number, raw in enumerate(lines.text.split(b"\n")[: lines.number], lines.first):
+        if len(raw) >= MAX_LINE:
+            raise _malformed(path, number, f"more than {MAX_LINE - 1:,} bytes", "a line of one triple")
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            expected = _MAGIC.get(raw[:2], _UTF8) if number == 1 else _UTF8
+            raise _malformed(path, number, f"byte {error.object[error.start]:#04x}", expected) from error
+        if "\r" in line:
+            raise _malformed(path, number, f"a CR within {line[:80]!r}", "lines that end in LF or CRLF: convert the file")
+        yield number, line
+
+
+def _tsv_block(path: Path, lines: _Lines) -> Block:
+    table = _fast_tsv(lines)
+    if table is None:
+        table = _table([_tsv_line(path, number, line) for number, line in _decoded(path, lines)])
+    return Block(table, 0, lines.part)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> pa.Table:
+    return pa.table([pa.array([row[i] for row in rows], pa.large_string()) for i in range(3)], schema=SCHEMA)
+
+
+_PARSE = csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False, escape_char=False, ignore_empty_lines=False)
+_CONVERT = csv.ConvertOptions(column_types=SCHEMA, strings_can_be_null=False, check_utf8=True)
+
+
+def _fast_tsv(lines: _Lines) -> pa.Table | None:
+    """Read lines with Arrow; None if the line-by-line reader could see anything wrong in them."""
+    text = lines.text.removeprefix(_BOM) if lines.first == 1 else lines.text
+    # a search for one byte is many times as fast as one for several
+    if b"\0" in text or (b"\xef" in text and _BOM in text) or (b"\r" in text and text.count(b"\r") != text.count(b"\r\n")):
+        return None
+    how = csv.ReadOptions(column_names=COLUMNS, use_threads=False, block_size=len(text) + 1)
+    try:
+        table = csv.read_csv(pa.BufferReader(text), how, _PARSE, _CONVERT)
+    except pa.ArrowInvalid:
+        return None
+    lengths = [pc.max(pc.binary_length(column)).as_py() for column in table.columns]
+    if len(table) != lines.number or max(lengths) > MAX_LINE // 4:
+        return None
+    if lines.first == 1 and _is_header([column[0].as_py() for column in table.columns]):
+        return None
+    return table if all(map(_surely_labels, table.columns)) else None
+
+
+def _tsv_line(path: Path, number: int, line: str) -> list[str]:
+    fields = line.split("\t")
+    if len(fields) != 3:
+        got = "an empty line" if not line else f"{len(fields)} field{'s' * (len(fields) != 1)}: {line[:80]!r}"
+        raise _malformed(path, number, got, "three fields, head TAB relation TAB tail")
+    for field in fields:
+        if not _is_label(field):
+            raise _malformed(path, number, f"the field {field[:80]!r}", _LABEL)
+    if number == 1 and _is_header(fields):
+        expected = "a triple, head TAB relation TAB tail: remove the line (if it is a triple, let another be the first)"
+        raise _malformed(path, number, f"the header {line!r}", expected)
+    return fields
+
+
+_LETTER = (
+    "A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\u02ff\u0370-\u037d\u037f-\u1fff\u200c-\u200d\u2070-\u218f\u2c00-\u2fef\u3001-\ud7ff"
+    "\uf900-\ufdcf\ufdf0-\ufffd\U00010000-\U000effff_:"
+)
+_UCHAR = r"\\u[0-9A-Fa-f]{4}|\\U[0-9A-Fa-f]{8}"
+_IRI = rf'<((?:[^\x00-\x20<>"{{}}|^`\\]|{_UCHAR})*)>'
+_BLANK = rf"_:[{_LETTER}0-9](?:[{_LETTER}0-9.\xb7\u0300-\u036f\u203f-\u2040-]*[{_LETTER}0-9\xb7\u0300-\u036f\u203f-\u2040-])?"
+_TEXT = rf"""((?:[^"\\\n\r]|\\[tbnrf"'\\]|{_UCHAR})*)"""
+_LITERAL = rf'"{_TEXT}"(?:\^\^{_IRI}|(@[A-Za-z]+(?:-[A-Za-z0-9]+)*))?'
+_END = r"[ \t]*(?:#.*)?"
+_NT_LINE = re.compile(
+    rf"[ \t]*(?:{_IRI}|({_BLANK}))[ \t]*{_IRI}[ \t]*(?:{_IRI}|({_BLANK})|{_LITERAL})[ \t]*\.{_END}", re.DOTALL
+)
+_NT_NOTHING = re.compile(_END, re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:u(.{4})|U(.{8})|(.))", re.DOTALL)
+_SHORT = {"t": "\t", "b": "\b", "n": "\n", "r": "\r", "f": "\f", '"': '"', "'": "'", "\\": "\\"}
+#: how text stands in a literal, of all ways one, so that a literal has one label
+_CANONICAL = {code: f"\\u{code:04X}" for code in (*range(32), 127, 0xFEFF)}
+_CANONICAL |= {ord(char): f"\\{short}" for short, char in _SHORT.items() if short != "'"}
+#: an IRI after the decoding; it has a scheme
+_ABSOLUTE = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>"{}|^`\\]*')
+
+
+def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
+    rows, dropped = [], 0
+    for number, line in _decoded(path, lines):
+        found = _nt_line(path, number, line, literals)
+        if found is not None:
+            rows.append(found)
+        elif _NT_NOTHING.fullmatch(line) is None:
+            dropped += 1
+    return Block(_table(rows), dropped, lines.part)
+
+
+def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, str, str] | None:
+    """Return a triple; None for a comment, an empty line, or a literal that is dropped."""
+    match = _NT_LINE.fullmatch(line)
+    if match is None:
+        if _NT_NOTHING.fullmatch(line):
+            return None
+        expected = "N-Triples: <subject> <predicate> <object> and a full stop, a comment, or an empty line"
+        raise _malformed(path, number, repr(line[:80]), expected)
+    head, blank_head, relation, tail, blank_tail, text, kind, language = match.groups()
+    if text is not None and literals != "keep":
+        if literals == "error":
+            expected = "an IRI or a blank node: literals 'drop' leaves such triples out, 'keep' makes entities of them"
+            raise _malformed(path, number, f"the literal {text[:80]!r}", f"{expected} (shardemb ingest --literals)")
+        tail = None
+    triple: list[Any] = []
+    for iri, blank in ((head, blank_head), (relation, None), (tail, blank_tail), (kind, None)):
+        if iri is not None:
+            iri = _unescaped(path, number, iri)
+            if not (_ABSOLUTE.fullmatch(iri) and _is_label(iri)):
+                raise _malformed(path, number, f"the IRI {iri[:80]!r}", "an absolute one, such as http://a.b/c, no spaces")
+        triple.append(blank if iri is None else iri)
+    if text is None:
+        return triple[0], triple[1], triple[2]
+    text = _unescaped(path, number, text).translate(_CANONICAL)
+    if literals == "drop":
+        return None
+    return triple[0], triple[1], f'"{text}"{language or ""}{f"^^<{triple[3]}>" if kind is not None else ""}'
+
+
+def _unescaped(path: Path, number: int, text: str) -> str:
+    def char(match: re.Match[str]) -> str:
+        code = match[1] or match[2]
+        if code is None:
+            return _SHORT[match[3]]
+        value = int(code, 16)
+        if 0xD800 <= value < 0xE000 or value > 0x10FFFF:
+            raise _malformed(path, number, f"the escape {match[0]}", "one of a character")
+        return chr(value)
+
+    return _ESCAPE.sub(char, text) if "\\" in text else text
+
+
+def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
+    """Yield the first row of some, these rows, and how much of the file has been read."""
+    row = 0
+    with path.open("rb"):  # Python's error if it cannot be; Arrow's threads do not get a file of Python's
+        try:
+            with pq.ParquetFile(path) as parquet:
+                schema = parquet.schema_arrow
+                if any(schema.names.count(name) != 1 for name in COLUMNS):
+                    expected = ", ".join(map(repr, COLUMNS))
+                    raise ValueError(
+                        f"{path}: got columns {schema.names}, expected {expected}, each once: rename or add columns"
+                    )
+                for name in COLUMNS:
+                    kind = schema.field(name).type
+                    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+                    kinds = pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+                    if not any(is_kind(plain) for is_kind in kinds):
+                        raise ValueError(f"{path}: got column {name!r} of type {plain}, expected strings or integers: cast it")
+                for batch in parquet.iter_batches(ROWS, columns=list(COLUMNS), use_threads=False):
+                    yield row, batch, (row + len(batch)) / parquet.metadata.num_rows
+                    row += len(batch)
+        except (pa.ArrowException, OSError, UnicodeError) as error:  # the last of damaged names
+            reason = " ".join(str(error).split())  # Arrow's has several lines
+            raise ValueError(f"{path}: got a file that is not Parquet, or is damaged ({reason})") from error
+
+
+def _parquet_block(path: Path, item: tuple[int, pa.RecordBatch, float]) -> Block:
+    first, batch, part = item
+    columns = []
+    for name in COLUMNS:
+        column = batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.null_count:
+            row = first + pc.index(column.is_null(), True).as_py()
+            raise ValueError(f"{path}, row {row}, column {name!r}: got a null, expected a label")
+        column = column.cast(pa.large_string())
+        try:
+            column.validate(full=True)
+            sure = not len(column) or _surely_labels(column, _FORBIDDEN)
+        except pa.ArrowInvalid:
+            sure = False
+        if not sure:
+            for row, cell in enumerate(column.cast(pa.large_binary()).to_pylist(), first):
+                _check_cell(f"{path}, row {row}, column {name!r}", cell)
+        columns.append(column)
+    return Block(pa.table(columns, schema=SCHEMA), 0, part)
+
+
+def _check_cell(where: str, cell: bytes) -> None:
+    try:
+        label = cell.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: got {cell[:40]!r}, expected UTF-8 text") from error
+    if not _is_label(label):
+        raise ValueError(f"{where}: got {label[:80]!r}, expected {_LABEL}")
