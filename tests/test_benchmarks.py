@@ -57,6 +57,11 @@ def test_an_unknown_section_is_refused() -> None:
             "--rows 20000 --rounds 1 --seconds 0.3 --windows 1 --open-rows 20000",
             {"files", "background", "open", "rows", "dim"},
         ),
+        (
+            "rank",
+            "--rows 3000 --dim 16 --queries 40 --rounds 1 --drawn-rows 3000 --drawn-dim 8 --pykeen-rows 500",
+            {"one worker", "two workers", "all scorers", "drawn", "against PyKEEN"},
+        ),
     ],
 )
 def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: str, keys: set[str]) -> None:

@@ -23,7 +23,7 @@ from shardemb.plan import RowPlan
 _BATCH = 256
 _TILE, _TILE_CUDA = 1 << 19, 1 << 24
 #: queries whose rows are looked up together, and their answers that are left out
-_GROUP, _PAIRS = 4096, 1 << 22
+_GROUP, _PAIRS = 2048, 1 << 20
 #: numbers in the candidates' rows that a rank looks up together: 64 MiB in float32
 _DRAWN = 1 << 24
 
