@@ -57,11 +57,22 @@ def test_an_unknown_section_is_refused() -> None:
             "--rows 20000 --rounds 1 --seconds 0.3 --windows 1 --open-rows 20000",
             {"files", "background", "open", "rows", "dim"},
         ),
+        (
+            "ingest",
+            f"--work {{tmp_path}} --source {ROOT / 'shardemb' / 'data' / 'wordnet'} --memory 1GiB",
+            {"entities", "triples", "input_bytes", "seconds", "cpu_seconds", "peak_rss_mib", "open"},
+        ),
     ],
 )
 def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: str, keys: set[str]) -> None:
     path = tmp_path / "result.json"
-    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments.split(), "--output", path]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / f"{script}.py",
+        *arguments.format(tmp_path=tmp_path).split(),
+        "--output",
+        path,
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
