@@ -23,9 +23,8 @@ from report import write
 LISTS = Path("/var/lib/apt/lists")
 #: lines that are written at once
 CHUNK = 1 << 19
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-}
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def decode(work: Path) -> list[Path]:
