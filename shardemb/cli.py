@@ -193,19 +193,12 @@ def _ingest(arguments: argparse.Namespace) -> int:
         told, _, _ = dataset.read(out, verify=True)
         print(f"{out}: {len(told['files'])} files, {sum(e['size'] for e in told['files'].values()):,} bytes: undamaged")
         return 0
-    signal.signal(signal.SIGTERM, _end)
-    start = time.perf_counter()
-    ingest(
-        sources,
-        out,
-        memory=arguments.memory,
-        threads=arguments.threads,
-        valid=arguments.valid,
-        test=arguments.test,
-        unseen=arguments.unseen,
-        literals=arguments.literals,
-        progress=True,
-    )
+    start, options = time.perf_counter(), ("memory", "threads", "valid", "test", "unseen", "literals")
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        ingest(sources, out, **{name: getattr(arguments, name) for name in options}, progress=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     told, _, _ = dataset.read(out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"{out}: {told['entities']:,} entities, {told['relations']:,} relations")

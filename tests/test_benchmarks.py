@@ -61,12 +61,21 @@ def test_an_unknown_section_is_refused() -> None:
             "rank",
             "--rows 3000 --dim 16 --queries 40 --rounds 1 --drawn-rows 3000 --drawn-dim 8 --pykeen-rows 500",
             {"one worker", "two workers", "all scorers", "drawn", "against PyKEEN"},
+            "ingest",
+            f"--work {{tmp_path}} --source {ROOT / 'shardemb' / 'data' / 'wordnet'} --memory 1GiB",
+            {"entities", "triples", "input_bytes", "seconds", "cpu_seconds", "peak_rss_mib", "open"},
         ),
     ],
 )
 def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: str, keys: set[str]) -> None:
     path = tmp_path / "result.json"
-    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments.split(), "--output", path]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / f"{script}.py",
+        *arguments.format(tmp_path=tmp_path).split(),
+        "--output",
+        path,
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

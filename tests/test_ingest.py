@@ -139,6 +139,17 @@ def test_what_dataset_json_counts(tmp_path: Path) -> None:
     assert [Path(source["path"]).name for source in told["sources"]] == ["train.nt", "valid.nt", "test.nt"]
 
 
+def test_large_ids_and_many_relations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingestion, "dtype_of", lambda *counts: "int64")
+    monkeypatch.setattr(ingestion, "COUNTED", 1)
+    source = write(tmp_path / "x.tsv", [(f"e{i}", f"r{i % 2}", f"e{i % 3}") for i in range(15)])
+    data = Triples.load(ingest(source, tmp_path / "out"))
+    assert data.train.dtype == torch.int64
+    assert torch.equal(data.train.int(), Triples.load(source).train)
+    told = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert told["relation_triples"] == {"r0": {"train": 8, "valid": 0, "test": 0}}
+
+
 def test_how_many_are_held_out(tmp_path: Path) -> None:
     rows = [(f"e{i}", "r", f"e{i + 1}") for i in range(200)]
     first, second = write(tmp_path / "1.tsv", rows[:150]), write(tmp_path / "2.tsv", rows[150:])

@@ -324,9 +324,9 @@ def test_nothing_unseen_nothing_said(unseen: str) -> None:
     assert torch.equal(data.train, data.valid)
 
 
-def outcome(path: Path) -> object:
+def outcome(path: Path, literals: str = "error") -> object:
     try:
-        return read(path)
+        return read(path, literals)
     except ValueError as error:
         return str(error)
 
@@ -356,6 +356,34 @@ def test_arrow_accepts_what_the_line_by_line_reader_accepts(tmp_path: Path, monk
         monkeypatch.setattr(reading, "_fast_tsv", fast)
         good += not isinstance(found, str)
     assert 50 < good < 350
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arrow_accepts_the_n_triples_that_the_line_by_line_reader_accepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    draw = random.Random(seed)
+    path, fast, good = tmp_path / "x.nt", reading._fast_nt, 0
+    terms = [*TERMS, *list(TERMS)[:2] * 5, *LITERALS, "<x:>", "<x:\xa0>", "<x:\u2003a>", "_:a.", ". # comment", "#"]
+    terms += ["", "<s>", "<x:a b>", "_:", "\ufeff", r"<x:\>", "<x:\0>", "<x:\r>"] * (seed % 2)
+    for _ in range(300):
+        lines = []
+        for _ in range(draw.randrange(1, 6)):
+            line = draw.choice([" ", "\t", ""]).join([draw.choice(terms), "<x:p>", draw.choice(terms), "."])
+            lines.append(line.encode() if draw.random() < 0.95 else draw.choice([b"", b"# comment", b"<x:\xff> <x:p> <x:o> ."]))
+        path.write_bytes(
+            draw.choice([b"", b"", b"\xef\xbb\xbf"]) + draw.choice([b"\n", b"\r\n"]).join(lines) + draw.choice([b"", b"\n"])
+        )
+        monkeypatch.setattr(reading, "BLOCK", draw.choice([1, 60, 1 << 22]))
+        literals = draw.choice(["keep", "drop"])
+        found = outcome(path, literals)
+        monkeypatch.setattr(
+            reading, "_fast_nt", lambda text, bounds: (np.zeros(len(bounds) - 1, bool), reading.SCHEMA.empty_table())
+        )
+        assert outcome(path, literals) == found, path.read_bytes()
+        monkeypatch.setattr(reading, "_fast_nt", fast)
+        good += not isinstance(found, str)
+    assert 20 < good < 290
 
 
 def test_arrow_knows_the_same_outer_spaces() -> None:

@@ -1,4 +1,4 @@
-"""Knowledge-graph embeddings on sharded tables: triples, scorers, losses, sampling, model, evaluation, trainer."""
+"""Knowledge-graph embeddings on sharded tables: ingest, triples, scorers, losses, sampling, model, evaluation, trainer."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

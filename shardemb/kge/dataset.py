@@ -66,9 +66,11 @@ def _description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: got text that describes no dataset ({error})") from error
     if found != FORMAT:
         raise ValueError(f"{path}: got format {found!r}, expected {FORMAT!r}")
-    expected = {*(f"{split}.npy" for split in SPLITS), "entities.arrow", "relations.arrow"}
-    if not isinstance(told.get("files"), dict) or set(told["files"]) != expected:
-        raise ValueError(f"{path}: got other files than {sorted(expected)}")
+    files = {*(f"{split}.npy" for split in SPLITS), "entities.arrow", "relations.arrow"}
+    parts = {"files": files, "triples": set(SPLITS), "fingerprints": {"entities", "relations"}}
+    for name, expected in parts.items():
+        if not isinstance(told.get(name), dict) or set(told[name]) != expected:
+            raise ValueError(f"{path}: got other {name} than those of {sorted(expected)}")
     return told
 
 
@@ -76,13 +78,13 @@ def _vocabularies(folder: Path, told: dict[str, Any]) -> Iterator[tuple[str, Voc
     for kind in ("entities", "relations"):
         path = folder / f"{kind}.arrow"
         vocabulary = Vocabulary.load(path)
-        if (len(vocabulary), vocabulary.fingerprint) != (told[kind], told["fingerprints"][kind]):
+        if (len(vocabulary), vocabulary.fingerprint) != (told.get(kind), told["fingerprints"][kind]):
             raise ValueError(f"{path}: got other labels than dataset.json tells of: the files of two datasets are mixed")
         yield kind, vocabulary
 
 
 def _triples(path: Path, told: dict[str, Any], split: str) -> np.ndarray:
-    shape, dtype = (told["triples"][split], 3), np.dtype(told["dtype"])
+    shape, dtype = (told["triples"][split], 3), np.dtype(told.get("dtype"))
     try:
         found = np.load(path, mmap_mode="c", allow_pickle=False)
     except ValueError as error:

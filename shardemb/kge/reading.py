@@ -17,10 +17,13 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
+
+from shardemb.vocabulary import column_of
 
 SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".nt", ".nt.gz", ".parquet")
 #: what becomes of triples whose object is a literal
@@ -254,9 +257,10 @@ _LETTER = (
     "\uf900-\ufdcf\ufdf0-\ufffd\U00010000-\U000effff_:"
 )
 _UCHAR = r"\\u[0-9A-Fa-f]{4}|\\U[0-9A-Fa-f]{8}"
-_IRI = rf'<((?:[^\x00-\x20<>"{{}}|^`\\]|{_UCHAR})*)>'
+_PLAIN = r'[^\x00-\x20<>"{}|^`\\]*'
+_IRI = rf"<({_PLAIN}(?:(?:{_UCHAR}){_PLAIN})*)>"
 _BLANK = rf"_:[{_LETTER}0-9](?:[{_LETTER}0-9.\xb7\u0300-\u036f\u203f-\u2040-]*[{_LETTER}0-9\xb7\u0300-\u036f\u203f-\u2040-])?"
-_TEXT = rf"""((?:[^"\\\n\r]|\\[tbnrf"'\\]|{_UCHAR})*)"""
+_TEXT = rf"""([^"\\\n\r]*(?:(?:\\[tbnrf"'\\]|{_UCHAR})[^"\\\n\r]*)*)"""
 _LITERAL = rf'"{_TEXT}"(?:\^\^{_IRI}|(@[A-Za-z]+(?:-[A-Za-z0-9]+)*))?'
 _END = r"[ \t]*(?:#.*)?"
 _NT_LINE = re.compile(
@@ -272,15 +276,53 @@ _CANONICAL |= {ord(char): f"\\{short}" for short, char in _SHORT.items() if shor
 _ABSOLUTE = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>"{}|^`\\]*')
 
 
+#: what Arrow recognizes: IRIs without escapes, blank nodes of a simple name
+_FAST_IRI = r'<(?P<{0}>[A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>"{{}}|^`\\]*)>'
+_FAST_NODE = rf"(?:{_FAST_IRI}|(?P<{{0}}_blank>_:[A-Za-z0-9_]+))"
+_FAST = r"[ \t]*".join(part.format(name) for part, name in zip((_FAST_NODE, _FAST_IRI, _FAST_NODE), COLUMNS, strict=True))
+_FAST = rf"^[ \t]*{_FAST}[ \t]*\.[ \t]*\r?\n?$"
+
+
 def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
-    rows, dropped = [], 0
-    for number, line in _decoded(path, lines):
-        found = _nt_line(path, number, line, literals)
+    text = lines.text
+    ends = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == ord("\n")) + 1
+    bounds = np.concatenate([[0], ends, [len(text)]])[: lines.number + 1]
+    fast, table = _fast_nt(text, bounds)
+    rows, places, dropped = [], [], 0
+    for place in np.flatnonzero(~fast).tolist():
+        line = _Lines(lines.first + place, text[bounds[place] : bounds[place + 1]], 1, 0)
+        ((number, decoded),) = _decoded(path, line)
+        found = _nt_line(path, number, decoded, literals)
         if found is not None:
             rows.append(found)
-        elif _NT_NOTHING.fullmatch(line) is None:
+            places.append(place)
+        elif _NT_NOTHING.fullmatch(decoded) is None:
             dropped += 1
-    return Block(_table(rows), dropped, lines.part)
+    if rows:
+        order = np.argsort(np.concatenate([np.flatnonzero(fast), places]))
+        table = pa.concat_tables([table, _table(rows)]).take(column_of(order))
+    return Block(table, dropped, lines.part)
+
+
+def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
+    """Read lines with Arrow; returns which of them are surely triples, and these triples."""
+    lines = pa.LargeStringArray.from_buffers(len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text))
+    none = np.zeros(len(lines), dtype=bool), SCHEMA.empty_table()
+    try:
+        lines.validate(full=True)
+    except pa.ArrowInvalid:
+        return none
+    match = pc.extract_regex(lines, _FAST)
+    found, columns = match.drop_null(), []
+    for name in COLUMNS:
+        column = pc.struct_field(found, name)
+        if name != "relation":
+            blank = pc.struct_field(found, f"{name}_blank")
+            column = pc.if_else(pc.equal(blank, ""), column, blank)
+        columns.append(column)
+    if not len(found) or np.diff(bounds).max() >= MAX_LINE or not all(_surely_labels(column, _FORBIDDEN) for column in columns):
+        return none
+    return np.array(match.is_valid().to_pylist()), pa.table(columns, schema=SCHEMA)
 
 
 def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, str, str] | None:
