@@ -1,8 +1,8 @@
 """Training speed: triples a second on a synthetic graph, beside PyKEEN, and on a graph of 1e7 entities in bounded memory.
 
-    .venv/bin/python benchmarks/train.py [--shared ../shared] [--large FOLDER] [--rounds 3]
+    .venv/bin/python benchmarks/train.py [--large FOLDER] [--rounds 3]
 
-The synthetic graph (shared/tools/synth.py: 1e5 entities, 50 relations, 1e6 triples, Zipf 0.85) is ingested and trained for an
+The synthetic graph (1e5 entities, 50 relations, 1e6 triples, Zipf 0.85) is ingested and trained for an
 epoch as ``shardemb train`` does it: batches of 1000 triples, 128 shared negatives a side, both sides corrupted, softmax,
 row-wise Adagrad, 128 floats a row, one thread a process. Contestants run in turn. PyKEEN's sLCWA loop gets the same graph,
 model, batch and number of negatives (256 of its own for each triple). ``--large`` is a dataset folder such as
@@ -14,7 +14,6 @@ import argparse
 import json
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,30 +26,40 @@ from report import write
 
 from shardemb.kge import EvaluationConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainingConfig, Triples, ingest, train
 
-ENTITIES, RELATIONS, TRIPLES = 100_000 // 64 * 64, 50, 1_000_000
+RELATIONS, CLASSES = 50, 64
 
 
-def synthetic(shared: Path, folder: Path) -> Path:
-    """Write the synthetic graph as TSV and ingest it."""
-    sys.path.insert(0, str(shared / "tools"))
-    from synth import Synth
+def zipf(generator: np.random.Generator, number: int, size: int, exponent: float) -> np.ndarray:
+    """Draw ``size`` of ``number`` ranks, the first the most frequent."""
+    shares = np.cumsum(np.arange(1, number + 1) ** -exponent)
+    return np.minimum(np.searchsorted(shares / shares[-1], generator.random(size)), number - 1)
 
-    graph = Synth(ENTITIES, RELATIONS)
-    triples = np.concatenate([graph.chunk(number, TRIPLES // 4) for number in range(4)])
+
+def synthetic(folder: Path, entities: int, number: int) -> Path:
+    """Write a graph with popular entities and a rule to learn as TSV, and ingest it.
+
+    The tail is of the class that head and relation say, but for a tenth of the triples; popularity is Zipf's, 0.85.
+    """
+    generator, entities = np.random.default_rng(0), entities // CLASSES * CLASSES
+    heads, relations = zipf(generator, entities, number, 0.85), zipf(generator, RELATIONS, number, 1.0)
+    classes = (heads + generator.integers(CLASSES, size=RELATIONS)[relations]) % CLASSES
+    classes = np.where(generator.random(number) < 0.1, generator.integers(CLASSES, size=number), classes)
+    tails = zipf(generator, entities // CLASSES, number, 0.85) * CLASSES + classes
     with (folder / "train.tsv").open("w") as file:
-        file.writelines(f"e{h}\tr{r}\te{t}\n" for h, r, t in triples.tolist())
-    return ingest(folder / "train.tsv", folder / "dataset", valid=1000, test=1000)
+        file.writelines(f"e{h}\tr{r}\te{t}\n" for h, r, t in np.stack([heads, relations, tails], axis=1).tolist())
+    return ingest(folder / "train.tsv", folder / "dataset", valid=number // 1000, test=number // 1000)
 
 
 def epoch(dataset: str, settings: dict[str, Any], folder: str, epochs: int) -> dict[str, Any]:
     """Train on a rank with one thread."""
+    data = Triples.load(dataset)
     train(
-        Triples.load(dataset),
+        data,
         ModelConfig(**{"reciprocal": False, "n3": 0.0, "init_std": 0.1, **settings["model"]}),
         sampling=SamplingConfig(**settings["sampling"]),
         optimizer=OptimizerConfig(entity_lr=0.1, relation_lr=0.1, schedule="constant"),
         training=TrainingConfig(epochs=epochs, checkpoint_every=epochs, keep=1, validate_every=1, background_saves=False),
-        evaluation=EvaluationConfig(candidates=1000),
+        evaluation=EvaluationConfig(candidates=min(1000, len(data.entities) - 1)),
         output=Path(folder),
         progress=False,
     )
@@ -78,7 +87,7 @@ def settings_of(scorer: str, batch_size: int = 1000, chunk_size: int = 1000, dim
     return {"model": {"scorer": scorer, "dim": dim}, "sampling": sampling}
 
 
-def pykeen(dataset: Path, steps: int) -> dict[str, Any]:
+def pykeen(dataset: str, dim: int, steps: int) -> dict[str, Any]:
     """Time PyKEEN's sLCWA loop, Adagrad, on as many batches of 1000."""
     from pykeen.losses import CrossEntropyLoss
     from pykeen.models import ComplEx
@@ -88,7 +97,7 @@ def pykeen(dataset: Path, steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = Triples.load(dataset)
     factory = CoreTriplesFactory(data.train[: 1000 * steps].long(), len(data.entities), len(data.relations))
-    model = ComplEx(triples_factory=factory, embedding_dim=64, random_seed=0, loss=CrossEntropyLoss())
+    model = ComplEx(triples_factory=factory, embedding_dim=dim, random_seed=0, loss=CrossEntropyLoss())
     loop = SLCWATrainingLoop(
         model=model,
         triples_factory=factory,
@@ -106,28 +115,32 @@ def pykeen(dataset: Path, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--large", type=Path, help="dataset folder of a graph of 1e7 entities")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large-epochs", type=int, default=2)
+    parser.add_argument("--entities", type=int, default=100_000)
+    parser.add_argument("--triples", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--pykeen-steps", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="another file for the result")
     parser.add_argument("--work", type=Path, help="folder for the synthetic graph and the runs; default: a temporary one")
     arguments = parser.parse_args()
     contestants = {
-        "ComplEx, 1 process": (1, settings_of("complex")),
-        "DistMult, 1 process": (1, settings_of("distmult")),
-        "TransE, 1 process": (1, settings_of("transe")),
-        "ComplEx, 2 workers, 1000 triples each a step": (2, settings_of("complex", 2000)),
-        "ComplEx, 2 workers, 500 triples each a step": (2, settings_of("complex", 1000, 500)),
+        "ComplEx, 1 process": (1, settings_of("complex", dim=arguments.dim)),
+        "DistMult, 1 process": (1, settings_of("distmult", dim=arguments.dim)),
+        "TransE, 1 process": (1, settings_of("transe", dim=arguments.dim)),
+        "ComplEx, 2 workers, 1000 triples each a step": (2, settings_of("complex", 2000, dim=arguments.dim)),
+        "ComplEx, 2 workers, 500 triples each a step": (2, settings_of("complex", 1000, 500, dim=arguments.dim)),
     }
     body: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        dataset = synthetic(arguments.shared, Path(work))
+        dataset = synthetic(Path(work), arguments.entities, arguments.triples)
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
         for number in range(arguments.rounds):
             for name, (workers, settings) in contestants.items():
                 rounds[name].append(run(dataset, workers, settings))
                 print(number, name, rounds[name][-1], flush=True)
-        theirs = in_processes(1, pykeen, str(dataset), 5)[0]
+        theirs = in_processes(1, pykeen, str(dataset), arguments.dim // 2, arguments.pykeen_steps)[0]
         print("PyKEEN", theirs, flush=True)
         body["synthetic"] = {
             name: {"triples_per_s": statistics.median(one["triples_per_s"] for one in found), "rounds": found}
@@ -137,7 +150,7 @@ def main() -> None:
         body["synthetic"]["PyKEEN ComplEx, sLCWA"] = {**theirs, "ours_over_it": round(ours / theirs["triples_per_s"])}
         if arguments.large is not None:
             body["large"] = large(arguments.large, dataset, arguments.rounds, arguments.large_epochs)
-    write("train", body)
+    write("train", body, arguments.output)
 
 
 def large(path: Path, small: Path, rounds: int, epochs: int) -> dict[str, Any]:

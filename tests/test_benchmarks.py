@@ -61,6 +61,13 @@ def test_an_unknown_section_is_refused() -> None:
             "rank",
             "--rows 3000 --dim 16 --queries 40 --rounds 1 --drawn-rows 3000 --drawn-dim 8 --pykeen-rows 500",
             {"one worker", "two workers", "all scorers", "drawn", "against PyKEEN"},
+        ),
+        (
+            "train",
+            "--entities 640 --triples 4000 --rounds 1 --dim 8 --pykeen-steps 1",
+            {"synthetic"},
+        ),
+        (
             "ingest",
             f"--work {{tmp_path}} --source {ROOT / 'shardemb' / 'data' / 'wordnet'} --memory 1GiB",
             {"entities", "triples", "input_bytes", "seconds", "cpu_seconds", "peak_rss_mib", "open"},
