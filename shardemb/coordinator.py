@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
@@ -69,6 +69,7 @@ class Coordinator:
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.nonfinite, self.steps, self.skipped = nonfinite, steps, 0
+        self._reduced = False
         faults.at_step(steps + 1)
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         sharded: set[torch.Tensor] = set()
@@ -147,8 +148,7 @@ class Coordinator:
         if self.nonfinite == "warn":
             warnings.warn(text, stacklevel=3)
             return True
-        self.skipped += 1
-        self._end_step()
+        self.forget()
         warnings.warn(f"{text}: step left out, {self.skipped} so far", stacklevel=3)
         return False
 
@@ -179,7 +179,8 @@ class Coordinator:
         Raises:
             FloatingPointError: a gradient is NaN or infinite, on all ranks, if ``nonfinite`` is "error".
         """
-        self._reduce()
+        if not self._reduced:
+            self.reduce()
         if self.nonfinite is not None and not self._trains(self._bad_gradients()):
             return
         if self.max_grad_norm is not None:
@@ -200,23 +201,47 @@ class Coordinator:
                     update()
         self._end_step()
 
+    def forget(self) -> None:
+        """Leave a step out, whose gradients are there already."""
+        self.skipped += 1
+        self._end_step()
+
     def _end_step(self) -> None:
+        self._reduced = False
         self.model.zero_grad()
         self.steps += 1
         faults.at_step(self.steps + 1)
 
     @torch.no_grad()
-    def _reduce(self) -> None:
+    def reduce(self, flags: Sequence[float] = ()) -> list[float]:
+        """Do the first part of :meth:`step`, which leaves it out then, and add numbers up over ranks in the same message.
+
+        So a loop can agree on what to do with the step, to :meth:`forget` it for example, at no cost. A collective.
+
+        Args:
+            flags: small whole numbers, as many on every rank.
+
+        Returns:
+            Their sums over ranks.
+        """
+        self._reduced = True
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        for dtype in sorted({p.dtype for p in self._replicated}, key=str):
+            return list(flags)
+        told = torch.tensor(flags)
+        if not self._replicated and len(flags):
+            told = told.to(next(self.model.parameters(), told).device)
+            collectives.all_reduce(told, operation="the coordinator: flags")
+        for number, dtype in enumerate(sorted({p.dtype for p in self._replicated}, key=str)):
             parameters = [p for p in self._replicated if p.dtype == dtype]
             # every rank sends every gradient, zeros where it has none, and whether it has one; of a sparse one, which rows
             touched = [self._touched(p) for p in parameters]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
-            flat = torch.cat([part.reshape(-1) for part in (*touched, *grads)])
+            extra = told.to(touched[0]) if number == 0 else touched[0][:0]
+            flat = torch.cat([part.reshape(-1) for part in (*touched, *grads, extra)])
             collectives.all_reduce(flat, operation="the coordinator: gradients of replicated parameters")
-            parts = flat.split([part.numel() for part in (*touched, *grads)])
+            if number == 0:
+                told = flat[len(flat) - len(flags) :]
+            parts = flat[: len(flat) - len(extra)].split([part.numel() for part in (*touched, *grads)])
             for parameter, mask, part in zip(parameters, parts, parts[len(parameters) :], strict=False):
                 grad = part.reshape(parameter.shape) / (1 if parameter in self._by_sum else dist.get_world_size())
                 if not mask[0]:
@@ -228,6 +253,7 @@ class Coordinator:
                     )
                 else:
                     parameter.grad = grad
+        return told.tolist()
 
     def _touched(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return whether there is a gradient, and for each row of a sparse table whether it has one: ``(1,)``, ``(1 + R,)``."""

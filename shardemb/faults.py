@@ -166,12 +166,16 @@ class Watch:
         """
         self.operation, self.since, self.deserted = operation, time.monotonic(), False
         while True:
+            # it may complete between the end of a slice and this question, so that it is asked for its own result
+            whole = not self.slices or work.is_completed()
             try:
-                work.wait(_SLICE) if self.slices else work.wait()
+                work.wait() if whole else work.wait(_SLICE)
             except RuntimeError as error:
                 waited = time.monotonic() - self.since
-                if not self.slices or work.is_completed():  # the library has given up
+                if whole:  # the library has given up
                     raise self.failure(str(error), lost=waited < _timeout) from error
+                if work.is_completed():
+                    continue
                 if self.alarmed or self.deserted or waited >= _timeout:
                     raise self.failure("no answer", lost=False) from None
             else:

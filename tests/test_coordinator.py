@@ -165,6 +165,34 @@ def test_rows_are_constrained_while_they_are_updated(run_ranks, world_size: int)
     assert touched == 2
 
 
+def _told(rank: int, world_size: int, replicated: bool) -> tuple[list[float], list[float], torch.Tensor]:
+    """Two steps, of which the second is left out; flags travel with the gradients."""
+    placement = "replicated" if replicated else "row_wise"
+    table = Embedding(7, shape=2, seed=1, placement=placement, initialize=True, gradient_reduction="sum", dtype=torch.float64)
+    coordinator = Coordinator(table, optim.SparseSGD(table.parameters(), lr=1.0))
+    found = []
+    for step in range(2):
+        table(torch.tensor([rank, 5])).sum().backward()
+        found.append(coordinator.reduce([rank, step, 1]))
+        coordinator.step() if step == 0 else coordinator.forget()
+    assert (coordinator.steps, coordinator.skipped) == (2, 1)
+    with torch.no_grad():
+        return *found, table(None).clone()
+
+
+@pytest.mark.parametrize("replicated", [True, False])
+def test_numbers_travel_with_the_gradients_and_a_step_can_be_forgotten(run_ranks, world_size: int, replicated: bool) -> None:
+    expected = Embedding(7, shape=2, seed=1, initialize=True, dtype=torch.float64)(None).detach()
+    for rank in range(world_size):
+        expected[rank] -= 1
+        expected[5] -= 1
+    total = world_size * (world_size - 1) / 2
+    for first, second, rows in run_ranks(_told, world_size, replicated):
+        assert first == [total, 0, world_size]
+        assert second == [total, world_size, world_size]
+        torch.testing.assert_close(rows, expected)
+
+
 def _clip(rank: int, world_size: int, norm_type: float, max_norm: float) -> tuple[float, dict[str, torch.Tensor]]:
     model = nn.ModuleDict(
         {
@@ -175,7 +203,7 @@ def _clip(rank: int, world_size: int, norm_type: float, max_norm: float) -> tupl
     )
     ids = torch.arange(60).repeat(2).chunk(world_size)[rank]  # duplicates on different ranks
     (model["sparse"](ids) * model["dense"](ids) * model["relation"](ids % 5)).square().sum().backward()
-    Coordinator(model)._reduce()
+    Coordinator(model).reduce()
     total = clip_grad_norm_(model, max_norm, norm_type)
     grads = {}
     for name, table in model.items():

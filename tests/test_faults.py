@@ -393,3 +393,33 @@ def test_what_is_not_a_number(rank_pool, ranks: int, policy: str | None, where: 
 def test_policies_are_checked() -> None:
     with pytest.raises(ValueError, match=r"got nonfinite='ignore', expected 'error', 'warn', 'skip' or None"):
         Coordinator(nn.Linear(1, 1), nonfinite="ignore")
+
+
+class _Late:
+    """A collective that completes just after a slice of waiting for it has ended."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self.work = work
+
+    def is_completed(self) -> bool:
+        return self.asked and self.work.is_completed()
+
+    asked = False
+
+    def wait(self, *slices: timedelta) -> None:
+        self.work.wait()
+        if slices:
+            self.asked = True
+            raise RuntimeError("Operation timed out!")
+
+
+def _completes_late(rank: int, world_size: int) -> float:
+    tensor = torch.ones(3)
+    watch = faults.watch(None)
+    watch.wait(_Late(dist.all_reduce(tensor, async_op=True)), "late")
+    assert not watch.operation
+    return tensor.sum().item()
+
+
+def test_what_completes_between_two_looks_is_no_failure(run_ranks) -> None:
+    assert run_ranks(_completes_late, 2) == [6.0, 6.0]

@@ -256,7 +256,7 @@ class _Job:
             smoothing=0.05,
             disable=self.rank > 0 or not progress,
         )
-        self.saved_at, self.skipped = time.monotonic(), 0
+        self.saved_at = time.monotonic()
         self.asked_to_end = threading.Event()
         self.handler: Any = None
         if threading.current_thread() is threading.main_thread():  # Python allows no other to take signals
@@ -310,11 +310,13 @@ class _Job:
             self.settings.optimizer.set_rates(self.optimizer, self.done, self.steps, at.plateau)
             size = self.sampler.size(at.step)
             loss, plain, queries = self._loss(at.epoch, at.step)
+            (loss / queries).backward()
             trains, due, ends = self._agree(self.done + 1, loss)
             if trains:
-                (loss / queries).backward()
                 self.coordinator.step()
                 seen, triples, total = seen + queries, triples + size, total + plain
+            else:
+                self.coordinator.forget()
             at.step += 1
             if (due or ends) and at.step < num_steps:
                 self._save()
@@ -391,18 +393,15 @@ class _Job:
         """Return whether this step trains, whether a checkpoint is due, and whether the run shall end. A collective."""
         config = self.config
         due = self.rank == 0 and 0 < config.checkpoint_seconds <= time.monotonic() - self.saved_at
-        told = torch.tensor([not torch.isfinite(loss), due, self.asked_to_end.is_set()], dtype=torch.int32).to(self.device)
-        if dist.is_initialized():
-            collectives.all_reduce(told, collectives.MAX, operation="is the loss a number, shall the run go on?")
-        nonfinite, due, ends = (bool(flag) for flag in told.tolist())
+        told = self.coordinator.reduce([not torch.isfinite(loss), due, self.asked_to_end.is_set()])
+        nonfinite, due, ends = (bool(flag) for flag in told)
         if nonfinite:
             advice = "lower optimizer.entity_lr or optimizer.relation_lr"
             text = f"step {number}: the loss is {loss.item()}{self._bad_rows()}: {advice}"
             if config.nonfinite == "error":
                 raise FloatingPointError(text)
-            self.skipped += config.nonfinite == "skip"
+            skips = f", step left out, {self.coordinator.skipped + 1} so far" if config.nonfinite == "skip" else ""
             if self.rank == 0:
-                skips = f", step left out, {self.skipped} so far" if config.nonfinite == "skip" else ""
                 warnings.warn(text + skips, stacklevel=2)
         return not (nonfinite and config.nonfinite == "skip"), due, ends
 
