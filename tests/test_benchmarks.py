@@ -63,6 +63,12 @@ def test_an_unknown_section_is_refused() -> None:
             {"one worker", "two workers", "all scorers", "drawn", "against PyKEEN"},
         ),
         (
+            "quality",
+            f"{ROOT / 'configs' / 'codex-s-complex.toml'} --set dataset=wordnet --set training.epochs=1 --set model.dim=4 "
+            f"--set sampling.scheme=negatives --set sampling.num_negatives=2 --set training.validation_triples=100",
+            {"codex-s-complex"},
+        ),
+        (
             "train",
             "--entities 640 --triples 4000 --rounds 1 --dim 8 --pykeen-steps 1",
             {"synthetic"},

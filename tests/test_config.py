@@ -149,3 +149,9 @@ def test_any_name_comes_back(tmp_path: Path, dataset: str) -> None:
     path = tmp_path / "job.toml"
     path.write_text(JobConfig(dataset=dataset).to_toml(), encoding="utf-8")
     assert JobConfig.load(path).dataset == dataset
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configurations_that_come_with_the_repository_are_read(path: Path) -> None:
+    assert JobConfig.load(path, dataset="wordnet").dataset == "wordnet"
+    assert f"shardemb train configs/{path.name} --dataset FOLDER" in path.read_text()
