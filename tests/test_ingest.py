@@ -303,8 +303,9 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path: Pat
     with pytest.raises(FileNotFoundError):
         Triples.load(left)
     small = write(tmp_path / "x.tsv", [("a", "r", "b")] * 50)
+    (tmp_path / "out.tmp-mine").mkdir()  # which ingest has not made
     ingest(small, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.tsv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp-mine", "x.tsv"]
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path: Path, large: Path) -> None:

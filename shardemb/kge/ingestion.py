@@ -122,7 +122,9 @@ def _memory(text: str | int) -> int:
 @contextmanager
 def _made_whole(out: Path) -> Iterator[Path]:
     """Give a folder that becomes ``out`` when the block ends well; remove it otherwise, and what killed runs have left."""
-    for left in out.parent.glob(f"{out.name}.tmp-*"):
+    for left in out.parent.iterdir():
+        if not re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", left.name):
+            continue
         with _locked(left) as free:
             if not free:
                 raise FileExistsError(f"{left}: another process is making {out}: wait for it, or give another name")
@@ -144,13 +146,15 @@ def _made_whole(out: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold a folder as long as this process lives; tells whether it could be had."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, free = os.open(folder, os.O_RDONLY), True
     try:
-        with suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-            return
-        yield False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        free = False
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield free
     finally:
         os.close(descriptor)
 
@@ -377,6 +381,9 @@ class _Job:
         )
         order = "split, CASE split WHEN 0 THEN mixed ELSE row END"
         self.query(f"CREATE TABLE numbered AS SELECT split, {ids} FROM read {joins} ORDER BY {order}", "numbering triples")
+        ((before, after),) = self.rows("SELECT (SELECT count(*) FROM read), (SELECT count(*) FROM numbered)")
+        if before != after:
+            raise RuntimeError(f"DuckDB found ids for {after:,} of {before:,} triples")
         self.query("DROP TABLE read")
         self.query("CREATE VIEW counted AS SELECT split, count(*) AS n FROM numbered GROUP BY split, head, relation, tail")
 
