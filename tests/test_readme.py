@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,7 @@ def test_the_pykeen_loop_gives_the_same_on_any_number_of_ranks(run_ranks) -> Non
 
 def test_every_shardemb_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for command in ("_train", "_query", "_list", "_verify", "_export", "_import"):
+    for command in ("_train", "_evaluate", "_plot", "_ingest", "_query", "_list", "_verify", "_export", "_import"):
         monkeypatch.setattr(cli, command, lambda arguments: seen.append(arguments) or 0)
     for block in BLOCKS["bash"]:
         for line in block.replace("\\\n", " ").splitlines():
@@ -86,7 +88,11 @@ def test_toml_blocks_are_configurations(tmp_path: Path) -> None:
         path = tmp_path / "job.toml"
         path.write_text(block)
         JobConfig.load(path)
-    assert BLOCKS["toml"]
+    (block,) = BLOCKS["toml"]
+    told = tomllib.loads(block)
+    assert JobConfig.load(path) == JobConfig()  # as the README says: the defaults
+    sections = {name for name, section in asdict(JobConfig()).items() if isinstance(section, dict)}
+    assert {name: set(told[name]) for name in sections} == {name: set(asdict(JobConfig())[name]) for name in sections}
 
 
 def test_linked_files_exist() -> None:
@@ -101,8 +107,6 @@ def test_changelog_and_licences() -> None:
 
 
 def test_package_metadata_pins_nothing_above_torch_2_11() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {"torch>=2.11", "torchrec>=1.6", "fbgemm-gpu>=1.6"} <= set(project["dependencies"])
     assert not [d for d in project["dependencies"] if "==" in d or "<" in d]

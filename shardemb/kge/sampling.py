@@ -114,6 +114,8 @@ def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return here, here
     start = start[here]
     count = torch.searchsorted(sorted_values, wanted[here], right=True) - start
+    if len(here) == int(count.sum()):  # each value stands there once
+        return here, start
     places = here.repeat_interleave(count)
     within = torch.arange(len(places)) - (count.cumsum(0) - count).repeat_interleave(count)
     return places, start.repeat_interleave(count) + within
