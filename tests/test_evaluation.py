@@ -94,7 +94,7 @@ def test_equals_pykeens_evaluator(rank_pool, dataset: str, scorer: str, filtered
     theirs = _theirs(scorer, dataset, filtered)
     for world_size in (1, 2, 3):
         for found in rank_pool(_ours, world_size, scorer, dataset, filtered):
-            assert found["optimistic"]["both"]["mrr"] > found["pessimistic"]["both"]["mrr"] + 0.005  # there are ties
+            assert found["optimistic"]["both"]["mrr"] > found["pessimistic"]["both"]["mrr"] + 0.002  # there are ties
             for ties, sides in found.items():
                 for side, figures in sides.items():
                     expected = {
