@@ -366,7 +366,7 @@ def _train(arguments: argparse.Namespace) -> int:
         backend="nccl" if config.training.device == "cuda" else "gloo",
     )
     for name, value in result.items():
-        print(f"test filtered {name:10} {value:.4f}")
+        print(f"test {'filtered' if config.evaluation.filtered else 'raw'} {name:10} {value:.4f}")
     print(f"run folder: {output} (loss and MRR: {output / 'metrics.png'})")
     return 0
 

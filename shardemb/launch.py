@@ -141,6 +141,8 @@ def _rank_main(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
         # the watch is first to give up, and says why
         limit = timedelta(seconds=timeout_s + 10)
+        if backend == "nccl" and not torch.cuda.is_available():
+            raise ValueError("got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's CUDA build")
         if backend == "nccl":  # which binds a rank to the current GPU
             torch.cuda.set_device(rank % torch.cuda.device_count())
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)

@@ -19,6 +19,12 @@ def test_ranks_work_together() -> None:
     assert run_local(total, 3, 10) == (0, 33)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_needs_a_gpu() -> None:
+    with pytest.raises(WorkerError, match="got backend 'nccl', but torch finds no GPU"):
+        run_local(total, 2, 1, backend="nccl")
+
+
 def alone() -> bool:
     return dist.is_initialized()
 

@@ -158,7 +158,7 @@ OPTIONS: dict[str, dict] = {
         "sampling": {"corrupt": "bernoulli", "filtered": True, "negatives": "degree"},
         "optimizer": {"name": "rowwise_adam", "max_grad_norm": 1.0, "weight_decay": 0.01},
     },
-    "stopping": {"training": {"patience": 1}, "optimizer": {"entity_lr": 20.0, "relation_lr": 20.0, "schedule": "constant"}},
+    "stopping": {"training": {"patience": 1}, "optimizer": {"schedule": "constant"}},
 }
 
 

@@ -365,8 +365,10 @@ class _Job:
             at.plateau, at.since_change = at.plateau * options.plateau_factor, 0
 
     def _keep_best(self) -> None:
-        if self.best_saver is not None:
-            self._save(self.best_saver)
+        if self.best_saver is not None and self.output is not None:
+            kept = [name_of(path) for path in checkpoint.checkpoints(self.output / "best")]
+            if f"step-{self.done:010d}" not in kept:  # by the attempt that this run goes on from
+                self._save(self.best_saver)
         else:
             tables = (self.model.entity, self.model.relation)
             self.best_rows = [{"weight": table.stored_rows()["weight"].clone()} for table in tables]
