@@ -420,7 +420,7 @@ def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str
     told = {name: getattr(data, name).fingerprint for name in ("entities", "relations")}
     checkpoint.load(path, model, optimizer_state=False, fingerprints=told)
     shown = not dist.is_initialized() or dist.get_rank() == 0
-    found = report(model, triples, (data.train, data.valid, data.test), config.evaluation, config.training.seed, shown)
+    found = report(model, triples, data.splits, config.evaluation, config.training.seed, shown)
     rows = [{"label": data.relations.labels[row["relation"]], **row} for row in found.table]
     rows.sort(key=lambda row: -row["count"])
     settings = {"checkpoint": str(path), "split": split, "triples": len(triples), **dataclasses.asdict(config.evaluation)}

@@ -28,7 +28,7 @@ def test_wordnet_comes_with_the_package() -> None:
     data = Triples.load("wordnet")
     assert (len(data.train), len(data.valid), len(data.test)) == (209_633, 4_367, 4_367)
     assert (len(data.entities), len(data.relations)) == (112_199, 11)
-    assert len(data.all().unique(dim=0)) == 218_367
+    assert len(torch.cat(data.splits).unique(dim=0)) == 218_367
     # the load of 8 contiguous shards: ids are shuffled, so no shard gets all the popular synsets
     load = torch.bincount(data.train[:, [0, 2]].flatten() // -(-112_199 // 8), minlength=8).float()
     assert load.max() / load.mean() < 1.1
@@ -292,7 +292,7 @@ def test_unseen_entities_and_relations(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="2 of 3 valid") as caught:
         dropped = Triples.load(tmp_path, unseen="drop")
     assert [str(warning.message) for warning in caught] == [f"{tmp_path}: {UNTRAINED}: dropped these triples"]
-    assert [len(part) for part in (dropped.train, dropped.valid, dropped.test, dropped.all())] == [3, 1, 1, 5]
+    assert [len(part) for part in dropped.splits] == [3, 1, 1]
     assert (sorted(dropped.entities.labels), sorted(dropped.relations.labels)) == (["a", "b", "c"], ["knows", "likes"])
     head, relation, tail = dropped.valid[0].tolist()
     assert (dropped.entities.labels[head], dropped.relations.labels[relation], dropped.entities.labels[tail]) == (

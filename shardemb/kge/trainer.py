@@ -421,7 +421,6 @@ class _Job:
         """Save in the background, to go on with the next step. A collective."""
         if self.saver is None or self.output is None:
             return
-        self.last_saved = self.output / "checkpoints" / f"step-{self.done:010d}"
         model = {
             "scorer": self.settings.model.scorer,
             "num_relations": self.model.num_relations,
@@ -437,7 +436,7 @@ class _Job:
             nonfinite="error" if self.config.nonfinite == "error" else "warn",
         )
         if saver is None:
-            self.saved_at = time.monotonic()
+            self.saved_at, self.last_saved = time.monotonic(), self.output / "checkpoints" / f"step-{self.done:010d}"
 
     def finish_saving(self) -> None:
         """Wait for the last checkpoint; SIGTERM ends the process at once from here on: nothing can be lost. A collective."""
@@ -467,8 +466,7 @@ class _Job:
         self.model.eval()
         self.bar.set_description(f"ranking {len(triples):,} {split} triples")
         start = time.perf_counter()
-        splits = (self.data.train, self.data.valid, self.data.test)
-        result = evaluate(self.model, triples, splits, self.settings.evaluation, self.config.seed)
+        result = evaluate(self.model, triples, self.data.splits, self.settings.evaluation, self.config.seed)
         figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}
         if self.file is not None and self.output is not None:
             self.file.write(split, self.done, epoch=self.at.epoch, **figures)

@@ -137,9 +137,10 @@ class Triples:
             arrays.append(torch.from_numpy(array))
         return cls(name, arrays[0], arrays[1], arrays[2], vocabularies["entities"], vocabularies["relations"])
 
-    def all(self) -> Tensor:
-        """Return the triples of all splits, ``(T, 3)``: what filtered ranking leaves out."""
-        return torch.cat([self.train, self.valid, self.test])
+    @property
+    def splits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Train, valid and test: what filtered ranking leaves out."""
+        return self.train, self.valid, self.test
 
 
 #: which columns hold the labels of each vocabulary
