@@ -96,7 +96,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from shardemb.config import JobConfig
     from shardemb.files import replacing
     from shardemb.launch import run_local
-    from shardemb.manifest import checkpoints
     from shardemb.store import newest
 
     run: Path = arguments.path
@@ -107,8 +106,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if not override.strip().startswith("evaluation."):
             raise ValueError(f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was trained")
     config = JobConfig.load(written, arguments.set)
-    best = run / "best"  # what a run with patience goes back to
-    checkpoint = newest(arguments.checkpoint or (best if checkpoints(best) else run))
+    checkpoint = newest(arguments.checkpoint or run)
     print(f"ranking {arguments.split} triples of {config.dataset} by {checkpoint}", file=sys.stderr)
     device = arguments.device or config.training.device
     result = run_local(
@@ -281,8 +279,10 @@ def _found(path: Path) -> list[Path]:
     from shardemb.manifest import MANIFEST, checkpoints
     from shardemb.store import newest
 
-    folder = newest(path).parent
-    return [path] if (path / MANIFEST).is_file() else [Path(found) for found in checkpoints(folder)]
+    if (path / MANIFEST).is_file():
+        return [path]
+    folders = dict.fromkeys([path / "checkpoints", newest(path).parent])
+    return [Path(found) for folder in folders for found in checkpoints(folder)]
 
 
 def _list(arguments: argparse.Namespace) -> int:

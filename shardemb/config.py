@@ -17,11 +17,8 @@ from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.splits import UNSEEN
-from shardemb.kge.trainer import TrainingConfig
+from shardemb.kge.trainer import WHEN_TO_SAVE, Settings, TrainingConfig
 from shardemb.kge.triples import is_bundled
-
-#: settings that a run may go on without
-_WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.unseen not in UNSEEN:
             raise ValueError(f"unseen: got {self.unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")
+        Settings(self.model, self.loss, self.sampling, self.optimizer, self.training, self.evaluation)
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Iterable[str] = (), dataset: str | None = None) -> "JobConfig":
@@ -93,7 +91,7 @@ class JobConfig:
         """Return ``this against other`` for each setting that differs and changes what is computed."""
         mine, theirs = self.to_toml().splitlines(), other.to_toml().splitlines()
         pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
-        return [f"{a} against {b}" for a, b in pairs if a.split(" ")[0] not in _WHEN_TO_SAVE]
+        return [f"{a} against {b}" for a, b in pairs if a.split(" ")[0] not in WHEN_TO_SAVE]
 
 
 def _parse(text: str) -> Any:

@@ -77,7 +77,7 @@ def newest(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     found: list[Location] = []
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / "best", path / "checkpoints"):  # best: what a run with patience has gone back to
         found = found or checkpoints(folder)
     if not found:
         raise CheckpointError(

@@ -353,3 +353,14 @@ def test_the_command_line_ingests_verifies_and_trains(tmp_path: Path, capfd: pyt
     for wrong in ([str(out)], ["--verify", str(source), str(out)]):
         assert main(["ingest", *wrong]) == 1
         assert "expected SOURCE... OUT, or --verify FOLDER" in capfd.readouterr().err
+
+
+def test_unseen_triples_that_ingest_has_kept_are_not_dropped_later(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.tsv").write_text("a\tr\tb\na\tr\tz\n" if split == "test" else "a\tr\tb\n")
+    with pytest.warns(UserWarning, match="entities"):
+        out = ingest(tmp_path, tmp_path / "out")
+    assert len(Triples.load(out).test) == 2
+    for unseen in ("drop", "error"):
+        with pytest.raises(ValueError, match=f"got 1 valid and test triples .* ingest again with --unseen {unseen}"):
+            Triples.load(out, unseen)

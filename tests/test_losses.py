@@ -86,7 +86,7 @@ def test_powers_of_absolute_values() -> None:
     [
         ({"name": "hinge"}, "loss.name: got 'hinge', expected one of"),
         ({"margin": -1.0}, "loss.margin: got -1.0, expected"),
-        ({"temperature": float("nan")}, "loss.temperature: got nan, expected"),
+        ({"temperature": float("nan")}, "loss.temperature: got nan, expected 0.001 to 1000"),
         ({"label_smoothing": 1.0}, "loss.label_smoothing: got 1.0, expected 0 to 0.99"),
         ({"name": "margin", "label_smoothing": 0.1}, "with loss 'margin', which has no labels"),
     ],

@@ -180,6 +180,15 @@ def test_sparse_rows_have_no_gradient_of_all() -> None:
         model.entity.local_rows(trainable=True)
 
 
+@pytest.mark.parametrize("scorer", ["transe", "rotate"])
+def test_small_distances_are_no_differences_in_bfloat16(scorer: str) -> None:
+    model, _ = parts({"model": {"scorer": scorer, "init_std": 10.0, "reciprocal": False}}, 0, 1)
+    query = model.queries("tail", torch.arange(9), torch.zeros(9, dtype=torch.int64)).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        near = model.scorer.score_all(query, query + 0.01)
+    torch.testing.assert_close(near.diagonal(), torch.full((9,), -0.01 * DIM**0.5), rtol=0.5, atol=0.03)
+
+
 @pytest.mark.parametrize("scheme", ["negatives", "1vsall"])
 def test_scores_in_bfloat16_are_near(scheme: str) -> None:
     model, sampler = parts({"model": {"init_std": 1.0}, "sampling": {"scheme": scheme}}, 0, 1)

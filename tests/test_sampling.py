@@ -163,6 +163,9 @@ def test_known_answers(only: torch.Tensor | None) -> None:
         ({"corrupt": "middle"}, "sampling.corrupt: got 'middle', expected one of"),
         ({"num_negatives": 0}, "sampling.num_negatives: got 0, expected at least 1"),
         ({"degree_power": -1.0}, "sampling.degree_power: got -1.0, expected 0 to 4"),
+        ({"scheme": "1vsall", "filtered": True}, "sampling.filtered: got True with scheme '1vsall', which draws no negatives"),
+        ({"scheme": "kvsall", "negatives": "degree"}, "sampling.negatives: got 'degree' with scheme 'kvsall'"),
+        ({"in_batch": True, "num_negatives": 0, "chunk_size": 1}, "sampling.chunk_size: got 1 with in_batch and num_negatives"),
         ({"scheme": "1vsall", "corrupt": "bernoulli"}, "sampling.corrupt: got 'bernoulli' with scheme '1vsall'"),
     ],
 )

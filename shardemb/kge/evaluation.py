@@ -53,6 +53,14 @@ class Report:
         return self.sides["both"]
 
 
+def check_candidates(config: EvaluationConfig, entities: int) -> None:
+    """Raise ValueError if as many candidates shall be drawn as there are entities."""
+    if config.candidates >= entities:
+        raise ValueError(
+            f"evaluation.candidates: got {config.candidates} of {entities} entities, expected fewer: 0 compares with all"
+        )
+
+
 def evaluate(
     model: KnowledgeGraphModel, triples: Tensor, splits: Sequence[Tensor], config: EvaluationConfig, seed: int = 0
 ) -> dict[str, float]:
@@ -85,10 +93,7 @@ def report(
     entities = model.entity.max_id
     if not len(triples):
         raise ValueError("got no triples to rank, expected one at least")
-    if config.candidates >= entities:
-        raise ValueError(
-            f"evaluation.candidates: got {config.candidates} of {entities} entities, expected fewer: 0 compares with all"
-        )
+    check_candidates(config, entities)
     known = Known(splits, model.num_relations, only=triples) if config.filtered else None
     training = model.training
     model.eval()

@@ -89,7 +89,7 @@ def ingest(
     """
     paths = [Path(sources)] if isinstance(sources, str | Path) else [Path(source) for source in sources]
     out, limit = Path(out), _memory(memory)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
     check_unseen(unseen)
     if threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1")

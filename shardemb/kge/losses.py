@@ -94,8 +94,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         one_of("loss", self, {"name": sorted(LOSSES)})
-        at_least("loss", self, margin=0, temperature=0)
-        within("loss", self, label_smoothing=(0, 0.99))
+        at_least("loss", self, margin=0)
+        within("loss", self, label_smoothing=(0, 0.99), temperature=(0.001, 1000))
         if self.label_smoothing and "label_smoothing" not in LOSSES[self.name][1]:
             raise ValueError(f"loss.label_smoothing: got {self.label_smoothing} with loss {self.name!r}, which has no labels")
 

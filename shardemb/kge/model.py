@@ -36,7 +36,7 @@ class ModelConfig:
     entity_dropout: float = 0.0
     #: of a relation's
     relation_dropout: float = 0.0
-    #: weight of the N3 regularizer, per query
+    #: weight of the N3 regularizer of a query's rows: head, relation and tail, or without the answer against all entities
     n3: float = 0.05
     #: weight of the Lp regularizer, per query
     lp: float = 0.0
@@ -45,7 +45,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model", self, {"scorer": sorted(SCORERS)})
-        at_least("model", self, dim=1, init_std=0, n3=0, lp=0, lp_power=1)
+        at_least("model", self, dim=1, init_std=1e-9, n3=0, lp=0, lp_power=1)
         within("model", self, entity_dropout=(0, 0.99), relation_dropout=(0, 0.99))
         try:
             SCORERS[self.scorer]().check_dim(self.dim)

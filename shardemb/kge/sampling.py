@@ -44,7 +44,7 @@ class SamplingConfig:
     degree_power: float = 0.75
     #: take the answers of the chunk's other triples as negatives besides
     in_batch: bool = False
-    #: leave out negatives that a training triple makes a true answer
+    #: leave out negatives that a training triple makes a true answer; takes 32 bytes a triple on each rank
     filtered: bool = False
     #: which side of a triple is replaced: "both", "tail", "head", or one of them by "bernoulli" (Wang et al. 2014)
     corrupt: str = "both"
@@ -61,6 +61,17 @@ class SamplingConfig:
         )
         at_least("sampling", self, batch_size=1, chunk_size=1, num_negatives=0 if self.in_batch else 1)
         within("sampling", self, degree_power=(0, 4))
+        if self.in_batch and not self.num_negatives and self.chunk_size == 1:
+            raise ValueError("sampling.chunk_size: got 1 with in_batch and num_negatives = 0, which leaves no negatives at all")
+        for name, idle in (
+            ("filtered", self.filtered),
+            ("in_batch", self.in_batch),
+            ("negatives", self.negatives != "uniform"),
+        ):
+            if idle and self.scheme != "negatives":
+                raise ValueError(
+                    f"sampling.{name}: got {getattr(self, name)!r} with scheme {self.scheme!r}, which draws no negatives"
+                )
         if self.scheme != "negatives" and self.corrupt == "bernoulli":
             raise ValueError(
                 f"sampling.corrupt: got 'bernoulli' with scheme {self.scheme!r}, expected 'both', 'tail' or 'head'"
@@ -213,6 +224,8 @@ class Sampler:
         if config.filtered or config.scheme == "kvsall" or subsampling:
             self._known = Known([triples], num_relations)
         self._weights = subsampling_weights(triples, self._known) if subsampling and self._known is not None else None
+        if not config.filtered and config.scheme != "kvsall":
+            self._known = None  # 32 bytes a triple
         self._sides: tuple[Side, ...] = SIDES if config.corrupt in ("both", "bernoulli") else (cast(Side, config.corrupt),)
         if config.scheme == "kvsall" and self._known is not None:
             parts = [(side, *self._known.queries(side)) for side in self._sides]

@@ -81,8 +81,11 @@ class _Distance(Scorer):
         """See the base class."""
         if exact:
             return -native.distances(query, candidates, 2)
-        lengths = query.square().sum(-1, keepdim=True) + candidates.square().sum(-1).unsqueeze(-2)
-        square = torch.add(lengths, query @ candidates.mT, alpha=-2)
+        with torch.autocast(query.device.type, enabled=False):  # the difference of large numbers
+            wide = torch.promote_types(query.dtype, torch.float32)
+            query, candidates = query.to(wide), candidates.to(wide)
+            lengths = query.square().sum(-1, keepdim=True) + candidates.square().sum(-1).unsqueeze(-2)
+            square = torch.add(lengths, query @ candidates.mT, alpha=-2)
         return -square.clamp_min(1e-12).sqrt()  # where it is clamped, rounding is all there is, and the gradient 0
 
 

@@ -10,17 +10,18 @@ import signal
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from shardemb import checkpoint, collectives, faults, native
 from shardemb.coordinator import Coordinator
-from shardemb.kge.evaluation import EvaluationConfig, evaluate
+from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
@@ -33,6 +34,8 @@ from shardemb.storage import name_of
 from shardemb.types import few
 from shardemb.vocabulary import Vocabulary
 
+#: settings of training that a run may go on without
+WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
 #: steps between two records of the loss
 LOG_STEPS = 20
 
@@ -118,9 +121,10 @@ def train(
         CheckpointError: a checkpoint that cannot be written or read; a folder that cannot be written, or whose disk has too
             little room, before the first step.
         TerminatedError: SIGTERM came; the step that was under way is in a checkpoint.
-        ValueError: a run that shall be resumed with other entities or relations.
+        ValueError: a run that shall be resumed with other entities or relations; settings that do not go together.
+        FileExistsError: ``output`` holds a run, and it shall not be resumed.
     """
-    settings = _Settings(
+    settings = Settings(
         model or ModelConfig(),
         loss or LossConfig(),
         sampling or SamplingConfig(),
@@ -140,8 +144,8 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """All of a job's sections."""
+class Settings:
+    """All of a job's sections; ValueError for those that do not go together."""
 
     model: ModelConfig
     loss: LossConfig
@@ -185,17 +189,25 @@ class _Progress:
 class _Job:
     """The state of one run on one rank."""
 
-    def __init__(self, data: Triples, settings: _Settings, output: Path | None, resume: bool, progress: bool) -> None:
+    def __init__(self, data: Triples, settings: Settings, output: Path | None, resume: bool, progress: bool) -> None:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.data, self.settings, self.config, self.output = data, settings, settings.training, output
         sampling = settings.sampling
         self.device = resolve_device(self.config.device)
+        # when to save, and how triples are ranked, may change from one start of a run to the next
+        saving = {key: getattr(TrainingConfig, key) for key in WHEN_TO_SAVE}
+        same = replace(settings, training=replace(self.config, **saving), evaluation=EvaluationConfig())
         self.fingerprints = {
-            "configuration": hashlib.sha256(repr(settings).encode()).hexdigest(),
+            "settings": hashlib.sha256(repr(same).encode()).hexdigest(),
             "entities": data.entities.fingerprint,
             "relations": data.relations.fingerprint,
+            "triples": data.fingerprint,
         }
         collectives.agree("the training job", {**self.fingerprints, "output": str(output), "resume": resume})
+        waits = self.config.patience or settings.optimizer.schedule == "plateau"
+        if waits and not len(data.valid):
+            raise ValueError(f"{data.name}: got no valid triples, expected some for training.patience or a plateau schedule")
+        check_candidates(settings.evaluation, len(data.entities))
         self.against_all = sampling.scheme != "negatives"
         self.model = KnowledgeGraphModel(
             len(data.entities),
@@ -232,6 +244,8 @@ class _Job:
         self.saver: checkpoint.AsyncSaver | None = None
         self.best_saver: checkpoint.AsyncSaver | None = None
         if output is not None:
+            if not resume:
+                self._require_new(output)
             if resume:
                 _same_labels(output / "entities.arrow", data.entities)
                 _same_labels(output / "relations.arrow", data.relations)
@@ -277,17 +291,23 @@ class _Job:
         """Whether there is nothing left to train."""
         return self.at.epoch >= self.config.epochs or (self.stopped_early and self.at.step == 0)
 
+    def _require_new(self, output: Path) -> None:
+        """Raise FileExistsError, on all ranks, if there is a run already. A collective."""
+        found = [name for name in ("checkpoints", "best", "metrics.jsonl") if (output / name).exists()]
+        found = collectives.gather(found, operation="is the run folder new?")[0]
+        if found:
+            raise FileExistsError(f"{output}: holds {' and '.join(found)} of a run: give another folder, or resume=True")
+
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_end.set()
 
     def _resume(self, folder: Path) -> None:
         """Load the newest checkpoint that is undamaged. A collective."""
         found = checkpoint.checkpoints(folder)
-        told = {name: value for name, value in self.fingerprints.items() if name != "configuration"}
         damaged: list[Path] = []
         while found:
             try:
-                state = checkpoint.load(found[-1], self.model, [self.optimizer], fingerprints=told)
+                state = checkpoint.load(found[-1], self.model, [self.optimizer], fingerprints=self.fingerprints)
             except CheckpointError as error:
                 if len(found) == 1:
                     raise
@@ -296,9 +316,23 @@ class _Job:
                     warnings.warn(f"{error}; going back to {name_of(found[-1])}", stacklevel=2)
             else:
                 self.at = _Progress(**state["progress"])
+                self._resume_best()
                 break
         for path in damaged if self.rank == 0 else ():  # the run will save these steps again
             path.rename(path.with_suffix(".damaged"))
+
+    def _resume_best(self) -> None:
+        """Leave only the best checkpoint that this run knows of; without it, the next validation is the best. A collective."""
+        if not self.config.patience or self.output is None:
+            return
+        known = f"step-{self.at.best_epoch * self.sampler.num_steps:010d}"
+        kept = [Path(path) for path in checkpoint.checkpoints(self.output / "best")]
+        others = [path for path in kept if path.name != known]  # of an attempt that came further than what is left of it
+        there = collectives.gather(len(others) < len(kept), operation="is the best checkpoint there?")[0]
+        if not there:
+            self.at.best, self.at.since_best = -1.0, 0
+        for path in others if self.rank == 0 else ():
+            path.rename(path.with_suffix(".stale"))
 
     def run_epoch(self) -> None:
         """Do the steps of an epoch, then validate and save as configured. A collective."""
@@ -341,7 +375,10 @@ class _Job:
 
     def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Return the loss of a step, to be added up over ranks, without regularizers, and its queries on all ranks."""
-        precise = self.config.precision == "float32"
+        precise, model = self.config.precision == "float32", self.settings.model
+        if model.entity_dropout or model.relation_dropout:  # masks depend on the rank; otherwise a run is the same again
+            words = np.random.SeedSequence([self.config.seed, 3, epoch, step, self.rank]).generate_state(1, np.uint64)
+            torch.manual_seed(int(words[0]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not precise):
             if self.against_all:
                 queries = self.sampler.queries(epoch, step)
@@ -365,10 +402,8 @@ class _Job:
             at.plateau, at.since_change = at.plateau * options.plateau_factor, 0
 
     def _keep_best(self) -> None:
-        if self.best_saver is not None and self.output is not None:
-            kept = [name_of(path) for path in checkpoint.checkpoints(self.output / "best")]
-            if f"step-{self.done:010d}" not in kept:  # by the attempt that this run goes on from
-                self._save(self.best_saver)
+        if self.best_saver is not None:
+            self._save(self.best_saver)
         else:
             tables = (self.model.entity, self.model.relation)
             self.best_rows = [{"weight": table.stored_rows()["weight"].clone()} for table in tables]
@@ -379,8 +414,8 @@ class _Job:
             return
         if self.best_saver is not None and self.output is not None:
             self.best_saver.wait()
-            found = checkpoint.checkpoints(self.output / "best")
-            checkpoint.load(found[-1], self.model, optimizer_state=False)
+            name = f"step-{self.at.best_epoch * self.sampler.num_steps:010d}"
+            checkpoint.load(self.output / "best" / name, self.model, optimizer_state=False)
         elif self.best_rows is not None:
             for table, rows in zip((self.model.entity, self.model.relation), self.best_rows, strict=True):
                 table.load_stored_rows(rows)
@@ -399,7 +434,11 @@ class _Job:
         nonfinite, due, ends = (bool(flag) for flag in told)
         if nonfinite:
             advice = "lower optimizer.entity_lr or optimizer.relation_lr"
-            text = f"step {number}: the loss is {loss.item()}{self._bad_rows()}: {advice}"
+            mine = "" if torch.isfinite(loss) else f"the loss is {loss.item()}{self._bad_rows()}"
+            each = collectives.gather(mine, operation="whose loss is no number?")
+            several = len(each) > 1
+            found = "; ".join(f"rank {rank}: {what}" if several else what for rank, what in enumerate(each) if what)
+            text = f"step {number}: {found}: {advice}"
             if config.nonfinite == "error":
                 raise FloatingPointError(text)
             skips = f", step left out, {self.coordinator.skipped + 1} so far" if config.nonfinite == "skip" else ""
@@ -466,7 +505,8 @@ class _Job:
         self.model.eval()
         self.bar.set_description(f"ranking {len(triples):,} {split} triples")
         start = time.perf_counter()
-        result = evaluate(self.model, triples, self.data.splits, self.settings.evaluation, self.config.seed)
+        config = replace(self.settings.evaluation, per_relation=False)
+        result = evaluate(self.model, triples, self.data.splits, config, self.config.seed)
         figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}
         if self.file is not None and self.output is not None:
             self.file.write(split, self.done, epoch=self.at.epoch, **figures)

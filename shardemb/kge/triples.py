@@ -1,8 +1,10 @@
 """Head-relation-tail triples, numbered densely."""
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -78,7 +80,7 @@ class Triples:
                     f"train, valid and test files ({', '.join(SUFFIXES)}), or one such file"
                 )
         if (path / dataset_folder.DESCRIPTION).is_file():
-            return cls._mapped(name, path, verify)
+            return cls._mapped(name, path, unseen, verify)
         tables = {split: pa.concat_tables([read(file, literals) for file in files]) for split, files in find([path]).items()}
         labels, codes = _encode(tables)
         train = codes["" if "" in codes else "train"]
@@ -90,8 +92,14 @@ class Triples:
         return cls._number(name, labels, codes | {"train": train[order]}, unseen)
 
     @classmethod
-    def _mapped(cls, name: str, folder: Path, verify: bool) -> "Triples":
-        _, arrays, vocabularies = dataset_folder.read(folder, verify)
+    def _mapped(cls, name: str, folder: Path, unseen: str, verify: bool) -> "Triples":
+        told, arrays, vocabularies = dataset_folder.read(folder, verify)
+        kept = sum(told["unseen"]["triples"].values()) if told["unseen"]["fate"] == "keep" else 0
+        if kept and unseen != "keep":
+            raise ValueError(
+                f"{folder}: got {kept:,} valid and test triples with what no training triple holds, kept by ingest, and "
+                f"unseen={unseen!r}: ingest again with --unseen {unseen}"
+            )
         train, valid, test = (torch.from_numpy(arrays[split]) for split in SPLITS)
         return cls(name, train, valid, test, vocabularies["entities"], vocabularies["relations"])
 
@@ -136,6 +144,15 @@ class Triples:
                 array[:, columns] = ids[kind][codes[split][:, columns]]
             arrays.append(torch.from_numpy(array))
         return cls(name, arrays[0], arrays[1], arrays[2], vocabularies["entities"], vocabularies["relations"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of the triples' ids in all splits, in order."""
+        digest = hashlib.sha256()
+        for split in self.splits:
+            digest.update(f"{tuple(split.shape)} {split.dtype} ".encode())
+            digest.update(np.ascontiguousarray(split.numpy()).data)
+        return digest.hexdigest()
 
     @property
     def splits(self) -> tuple[Tensor, Tensor, Tensor]:
