@@ -110,3 +110,12 @@ def test_the_readme_tells_what_the_results_say() -> None:
     assert f"| {corruption['silent_or_unclear']} silent" in readme
     (files,) = (json.loads(path.read_text()) for path in results.glob("checkpoint_*.json") if path.name in readme)
     assert f"{files['files']['speed_relative_to_the_disk']['load, sha256']} of the disk's sequential reading" in readme
+    (training,) = (json.loads(path.read_text()) for path in results.glob("train_*.json") if path.name in readme)
+    for name, found in training["synthetic"].items():
+        rate = found["triples_per_s"]
+        assert f"| {round(rate, -3) if rate > 1000 else rate:,} |" in readme, name
+    assert f"{round(training['large']['large_over_small'], 2)} of what the graph" in readme
+    (quality,) = (json.loads(path.read_text()) for path in results.glob("quality_*.json") if path.name in readme)
+    for name, found in quality.items():
+        if isinstance(found, dict) and "runs" in found:
+            assert f"{found['runs'][0]['test']['mrr']:.4f}" in readme, name
