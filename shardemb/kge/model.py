@@ -26,8 +26,8 @@ class ModelConfig:
     dim: int = 256
     #: rank heads as tails of a second, reciprocal relation (Lacroix et al. 2018), instead of by the relation itself
     reciprocal: bool = True
-    #: standard deviation of the initial rows
-    init_std: float = 0.01
+    #: standard deviation of the initial rows; near 0 a product's gradient is small, and the first epochs learn little
+    init_std: float = 0.1
     #: row-wise function after each step ("normalize", "clamp_norm", ...); "" for none
     constrainer: str = ""
     #: keyword arguments of the constrainer
