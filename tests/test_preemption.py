@@ -89,7 +89,7 @@ def test_without_a_folder_nothing_is_saved(run_ranks) -> None:
 
     torch.Tensor.backward = backward
     try:
-        with pytest.raises(TerminatedError, match="SIGTERM came in step 4: nothing is saved without an output"):
+        with pytest.raises(TerminatedError, match="SIGTERM came in step 3: nothing is saved without an output"):
             train(graph(), ModelConfig(dim=4), sampling=SAMPLING, training=config, progress=False)
     finally:
         torch.Tensor.backward = original
@@ -139,7 +139,7 @@ def _other(rank: int, world_size: int, output: Path) -> str:
 
 def test_ranks_with_other_settings_are_told_before_the_first_step(run_ranks, tmp_path: Path) -> None:
     for text in run_ranks(_other, 2, tmp_path):
-        assert "the training job: ranks disagree in configuration: got configuration" in text
+        assert "the training job: ranks disagree in settings: got settings" in text
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
