@@ -440,8 +440,8 @@ def _load(config: Any) -> Any:
 
 
 def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
-    from shardemb.kge.trainer import train
+    from shardemb.kge.trainer import Settings, train
 
-    sections = {name: getattr(config, name) for name in ("model", "loss", "sampling", "optimizer", "training", "evaluation")}
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
     _, result = train(_load(config), **sections, output=output, resume=resume)
     return result

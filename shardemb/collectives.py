@@ -51,7 +51,9 @@ def all_to_all(
 
 
 def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: str) -> None:
-    """Reduce a tensor over the ranks, in place."""
+    """Reduce a tensor over the ranks, in place; one rank's is reduced already."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
     here = watch(group)
     here.wait(dist.all_reduce(tensor, op, group=group, async_op=True), operation)
 

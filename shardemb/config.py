@@ -16,7 +16,7 @@ from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.splits import UNSEEN
+from shardemb.kge.splits import check_unseen
 from shardemb.kge.trainer import WHEN_TO_SAVE, Settings, TrainingConfig
 from shardemb.kge.triples import is_bundled
 
@@ -37,8 +37,7 @@ class JobConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.unseen not in UNSEEN:
-            raise ValueError(f"unseen: got {self.unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")
+        check_unseen(self.unseen)
         Settings(self.model, self.loss, self.sampling, self.optimizer, self.training, self.evaluation)
 
     @classmethod

@@ -123,8 +123,14 @@ def free_bytes(device: "torch.device") -> int | None:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    free = available_bytes() if device.type == "cpu" else None
+    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def available_bytes() -> int | None:
+    """Bytes of this machine's memory that are free, or can be made so at once; None where it cannot be known."""
     meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
+    if not meminfo.exists():
         return None
     available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(available.split()[1]) * 1024

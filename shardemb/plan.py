@@ -101,6 +101,12 @@ class RowPlan:
         """Return the ranks ``(n,)`` that own ids ``(n,)``."""
         return self.slots(ids) // self.block
 
+    def owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places ``(m,)`` of those ids ``(n,)`` that this rank owns, and their row numbers ``(m,)`` in its shard."""
+        rows = self.slots(ids) - self.first
+        here = ((rows >= 0) & (rows < self.num_local)).nonzero().squeeze(1)
+        return here, rows[here]
+
     def local_ids(self, first: int = 0, last: int | None = None) -> Tensor:
         """Return the ids of this rank's rows ``[first, last)``, by default of all ``(R,)``."""
         last = self.num_local if last is None else last

@@ -27,7 +27,7 @@ from shardemb.files import fsync
 from shardemb.kge.dataset import DESCRIPTION, FORMAT, dtype_of, sha256_of
 from shardemb.kge.reading import BLOCK, COLUMNS, blocks
 from shardemb.kge.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
-from shardemb.metrics import progress_bar
+from shardemb.metrics import available_bytes, progress_bar
 from shardemb.vocabulary import column_of, numbers
 
 #: rows that are taken out of DuckDB at once
@@ -115,8 +115,8 @@ def _memory(text: str | int) -> int:
     size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
     if size < _LEAST:
         raise ValueError(f"memory: got {text!r}, expected at least {_LEAST >> 20}MiB, such as 4GiB or 512MiB")
-    free = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
-    return min(size, free * 1024 * 3 // 4)
+    free = available_bytes()
+    return size if free is None else min(size, free * 3 // 4)
 
 
 @contextmanager

@@ -114,11 +114,6 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 }
 
 
-def n3(*moduli: Tensor) -> Tensor:
-    """Sum of cubed absolute values: the weighted nuclear 3-norm of Lacroix et al. 2018."""
-    return lp(*moduli, power=3)
-
-
 def lp(*moduli: Tensor, power: float) -> Tensor:
-    """Sum of absolute values to a power: the p-norm's."""
+    """Sum of absolute values to a power: the p-norm's; with 3 the weighted nuclear 3-norm of Lacroix et al. 2018, N3."""
     return sum((modulus.pow(power).sum() for modulus in moduli), start=torch.zeros(()))

@@ -206,10 +206,8 @@ class KnowledgeGraphModel(nn.Module):
         if self.entity.dropout is not None:
             rows = self.entity.dropout(rows)
         scores = self.scorer.score_all(query, rows)
-        plan = self.entity.plan
-        row = plan.slots(queries.answers) - plan.first
-        here = ((row >= 0) & (row < plan.num_local)).nonzero().squeeze(1)
-        labels = queries.places[here].to(device), row[here].to(device)
+        here, own = self.entity.plan.owned(queries.answers)
+        labels = queries.places[here].to(device), own.to(device)
         counts = torch.bincount(queries.places, minlength=len(query)).to(device)
         loss = vs_all(scores, labels, counts, self.entity.max_id, self.loss_config.name, self.loss_config.label_smoothing)
         if queries.weights is not None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from shardemb import collectives, native
 from shardemb.kge.model import KnowledgeGraphModel
-from shardemb.kge.sampling import SIDES, Known, Side
+from shardemb.kge.sampling import SIDES, Known, Side, columns_of
 from shardemb.plan import RowPlan
 
 #: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what keeps it busy. With 128
@@ -87,7 +87,7 @@ def with_all(
         less = [torch.bincount(queries[which], minlength=number) for which in (out > answer, out == answer, slice(None))]
         better, equal, finite = counts.transpose(0, 1).reshape(3, -1)
         summary = torch.stack([better - less[0], equal - less[1], finite, less[2]])[:, : len(answers)]
-        found.append(_all_reduced(model, summary))
+        found.append(_all_reduced(summary))
         told(len(answers))
         _check_finite(model, bool((found[-1][2] == plan.num_rows).all()))
     better, equal, _, dropped = _joined(found, 4)
@@ -114,7 +114,7 @@ def with_drawn(
     counts = torch.zeros(4, len(triples), dtype=torch.int64)
     for start in range(0, len(triples), size * plan.world_size):
         mine = torch.arange(start, min(start + size * plan.world_size, len(triples)))[plan.rank :: plan.world_size]
-        entities, relations, answers = _columns(side, triples[mine])
+        entities, relations, answers = columns_of(side, triples[mine])
         drawn = torch.empty(len(mine), number, dtype=torch.int64)
         for line, query in zip(drawn, mine.tolist(), strict=True):
             generator = np.random.default_rng([seed, SIDES.index(side), query])
@@ -128,26 +128,19 @@ def with_drawn(
         finite = torch.isfinite(scores).all(1)
         counts[:, mine] = torch.stack([better.sum(1), equal.sum(1), kept.sum(1), finite])
         told(min(size * plan.world_size, len(triples) - start))
-    better, equal, options, finite = _all_reduced(model, counts.to(entity.device)).double()
+    better, equal, options, finite = _all_reduced(counts.to(entity.device)).double()
     _check_finite(model, bool(finite.all()))
     return Comparison(better, equal, options + 1)
-
-
-def _columns(side: Side, triples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return entities that are known, relations, and answers, ``(B,)`` each."""
-    heads, relations, tails = triples.long().unbind(1)
-    return (tails, relations, heads) if side == "head" else (heads, relations, tails)
 
 
 def _groups(side: Side, triples: Tensor, known: Known | None, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the columns of triples that are ranked together: few enough, with few enough known answers."""
     for block in triples.split(size) if len(triples) else ():
-        entities, relations, _ = columns = _columns(side, block)
+        entities, relations, _ = columns = columns_of(side, block)
         if known is None:
             yield columns
             continue
-        ends = known.counts(side, entities, relations).cumsum(0) // _PAIRS
-        cuts = ends.diff().nonzero().squeeze(1) + 1
+        cuts = known.cuts(side, entities, relations, _PAIRS)
         yield from zip(*(column.tensor_split(cuts) for column in columns), strict=True)
 
 
@@ -170,15 +163,14 @@ def _left_out(
     if known is not None:
         more, others = known.answers(side, entities, relations)
         of, found = torch.cat([of, more]), torch.cat([found, others])
-    rows = plan.slots(found) - plan.first
-    here = ((rows >= 0) & (rows < plan.num_local)).nonzero().squeeze(1)
-    of, rows = of[here], rows[here]
+    here, rows = plan.owned(found)
+    of = of[here]
     return (((rows // width * batches + of // batch) * batch + of % batch) * width + rows % width).unique()
 
 
 def _known_among(side: Side, triples: Tensor, drawn: Tensor, known: Known | None) -> Tensor:
     """Return where entities ``(B, K)`` are the answers of triples ``(B, 3)``, or known ones."""
-    hits, start = drawn == _columns(side, triples)[2].unsqueeze(1), 0
+    hits, start = drawn == columns_of(side, triples)[2].unsqueeze(1), 0
     for entities, relations, _ in _groups(side, triples, known, _GROUP) if known is not None else ():
         of, found = known.answers(side, entities, relations)  # type: ignore[union-attr]
         part, stride = slice(start, start + len(entities)), int(max(found.max(), drawn.max())) + 1 if len(found) else 1
@@ -199,11 +191,10 @@ def _padded(rows: Tensor, multiple: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
 
 
-def _all_reduced(model: KnowledgeGraphModel, counts: Tensor) -> Tensor:
+def _all_reduced(counts: Tensor) -> Tensor:
     """Add the counts of all ranks up."""
-    if model.entity.plan.world_size > 1:
-        counts = counts.contiguous()
-        collectives.all_reduce(counts, operation="ranking")
+    counts = counts.contiguous()
+    collectives.all_reduce(counts, operation="ranking")
     return counts.cpu()
 
 

@@ -115,6 +115,17 @@ class Queries:
     weights: Tensor | None
 
 
+def seed_of(*key: int) -> int:
+    """Return a seed of torch's generators for a key of whole numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def columns_of(side: Side, triples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the entities that are known where a side is asked for, the relations, and the answers: ``(B,)`` each, int64."""
+    heads, relations, tails = triples.long().unbind(1)
+    return (tails, relations, heads) if side == "head" else (heads, relations, tails)
+
+
 def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Return all pairs of a place in ``wanted`` ``(B,)`` and a place in ``sorted_values`` ``(T,)`` with equal values."""
     start = torch.searchsorted(sorted_values, wanted.contiguous())
@@ -149,12 +160,12 @@ class Known:
         return entities.long() * self._num_relations + relations
 
     def _make(self, splits: Sequence[Tensor], side: Side, only: Tensor | None) -> tuple[Tensor, Tensor]:
-        asked, answer = (2, 0) if side == "head" else (0, 2)
-        wanted = None if only is None else self._key(only[:, asked], only[:, 1]).unique()
+        wanted = None if only is None else self._key(*columns_of(side, only)[:2]).unique()
         keys, answers = [], []
         for triples in splits:
             for block in triples.split(_BLOCK):
-                key, found = self._key(block[:, asked], block[:, 1]), block[:, answer].long()
+                entities, relations, found = columns_of(side, block)
+                key = self._key(entities, relations)
                 if wanted is not None:
                     place = torch.searchsorted(wanted, key).clamp_max(len(wanted) - 1)
                     here = wanted[place] == key if len(wanted) else torch.zeros_like(key, dtype=torch.bool)
@@ -175,6 +186,11 @@ class Known:
         """Return how many triples answer each query, ``(B,)``."""
         keys, wanted = self._index[side][0], self._key(entities, relations)
         return torch.searchsorted(keys, wanted, right=True) - torch.searchsorted(keys, wanted)
+
+    def cuts(self, side: Side, entities: Tensor, relations: Tensor, most: int) -> Tensor:
+        """Return where to cut queries ``(B,)`` into parts of about ``most`` known answers each, or of one query."""
+        ends = self.counts(side, entities, relations).cumsum(0) // most
+        return ends.diff().nonzero().squeeze(1) + 1
 
     def queries(self, side: Side) -> tuple[Tensor, Tensor]:
         """Return entities and relations ``(Q,)`` of all queries, each once."""
@@ -220,17 +236,17 @@ class Sampler:
     ) -> None:
         self.triples, self.num_entities, self.config = triples, num_entities, config
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._known: Known | None = None
-        if config.filtered or config.scheme == "kvsall" or subsampling:
-            self._known = Known([triples], num_relations)
-        self._weights = subsampling_weights(triples, self._known) if subsampling and self._known is not None else None
-        if not config.filtered and config.scheme != "kvsall":
-            self._known = None  # 32 bytes a triple
+        stays = config.filtered or config.scheme == "kvsall"
+        known = Known([triples], num_relations) if stays or subsampling else None
+        self._known = known if stays else None  # it takes 32 bytes a triple
+        self._weights = subsampling_weights(triples, known) if subsampling and known is not None else None
         self._sides: tuple[Side, ...] = SIDES if config.corrupt in ("both", "bernoulli") else (cast(Side, config.corrupt),)
         if config.scheme == "kvsall" and self._known is not None:
             parts = [(side, *self._known.queries(side)) for side in self._sides]
             columns = [(entities, kinds, torch.full_like(kinds, side == "head")) for side, entities, kinds in parts]
             self._queries = torch.cat([torch.stack(column, dim=1) for column in columns])
+        #: in which a triple is corrupted; as many queries come of it
+        self.ways = 1 if config.corrupt == "bernoulli" else len(self._sides)
         self._cumulated = self._degrees() if config.negatives == "degree" else None
         self._replace_head = self._bernoulli(num_relations) if config.corrupt == "bernoulli" else None
         self._block: tuple[tuple[int, int], Tensor] | None = None
@@ -259,8 +275,7 @@ class Sampler:
         return tails_a_head / (tails_a_head + heads_a_tail).clamp_min(1e-12)
 
     def _generator(self, *key: int) -> torch.Generator:
-        words = np.random.SeedSequence([self._seed, *key]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(words[0]))
+        return torch.Generator().manual_seed(seed_of(self._seed, *key))
 
     def size(self, step: int) -> int:
         """Return the triples (or queries) of a step over all ranks; the last step of an epoch may have fewer."""
@@ -289,8 +304,7 @@ class Sampler:
         """Return this rank's chunks of a step, those of equal size together; none if there are more ranks than chunks."""
         places, generator, size = self.places(epoch, step), self._generator(epoch, 2, step), self.config.chunk_size
         num_chunks = -(-len(places) // size)
-        ways = 1 if self.config.corrupt == "bernoulli" else len(self._sides)
-        drawn = self._draw((ways, num_chunks, self.config.num_negatives), generator)
+        drawn = self._draw((self.ways, num_chunks, self.config.num_negatives), generator)
         coins = None if self._replace_head is None else torch.rand(len(places), generator=generator)
         mine = torch.arange(num_chunks)[self._rank :: self._world_size]
         full = mine[mine < len(places) // size]
@@ -352,9 +366,8 @@ class Sampler:
             places = (replaced == (side == "head")).reshape(-1).nonzero().squeeze(1)
             entities = (tails if side == "head" else heads).reshape(-1)[places]
             kinds = relations.reshape(-1)[places]
-            ends = self._known.counts(side, entities, kinds).cumsum(0) // _PAIRS
-            cuts = [0, *(ends.diff().nonzero().squeeze(1) + 1).tolist(), len(places)]
-            for start, stop in pairwise(cuts):
+            cuts = self._known.cuts(side, entities, kinds, _PAIRS).tolist()
+            for start, stop in pairwise([0, *cuts, len(places)]):
                 query, answers = self._known.answers(side, entities[start:stop], kinds[start:stop])
                 yield places[start:stop][query], answers
 
@@ -371,11 +384,11 @@ class Sampler:
                 found.append(torch.stack([numbers[within], answers]))
             at, answers = torch.cat(found, dim=1).unique(dim=1)
             return Queries(entities, relations, head.bool(), at, answers, None)
-        heads, relations, tails = self.triples[places].long().unbind(1)
-        answers = torch.cat([heads if side == "head" else tails for side in self._sides])
+        parts = [columns_of(side, self.triples[places]) for side in self._sides]
+        entities, relations, answers = map(torch.cat, zip(*parts, strict=True))
         return Queries(
-            torch.cat([tails if side == "head" else heads for side in self._sides]),
-            relations.repeat(len(self._sides)),
+            entities,
+            relations,
             torch.cat([torch.full((len(places),), side == "head") for side in self._sides]),
             torch.arange(len(answers)),
             answers,

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,7 +24,7 @@ from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
-from shardemb.kge.sampling import Sampler, SamplingConfig
+from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
 from shardemb.kge.settings import at_least, one_of
 from shardemb.kge.triples import Triples
 from shardemb.manifest import CheckpointError
@@ -244,12 +243,12 @@ class _Job:
         self.saver: checkpoint.AsyncSaver | None = None
         self.best_saver: checkpoint.AsyncSaver | None = None
         if output is not None:
-            if not resume:
-                self._require_new(output)
             if resume:
                 _same_labels(output / "entities.arrow", data.entities)
                 _same_labels(output / "relations.arrow", data.relations)
                 self._resume(output / "checkpoints")
+            else:
+                self._require_new(output)
             checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], self.config.keep)
             self.saver = checkpoint.AsyncSaver(output / "checkpoints", self.config.keep, self.config.background_saves)
             if self.config.patience:
@@ -377,14 +376,12 @@ class _Job:
         """Return the loss of a step, to be added up over ranks, without regularizers, and its queries on all ranks."""
         precise, model = self.config.precision == "float32", self.settings.model
         if model.entity_dropout or model.relation_dropout:  # masks depend on the rank; otherwise a run is the same again
-            words = np.random.SeedSequence([self.config.seed, 3, epoch, step, self.rank]).generate_state(1, np.uint64)
-            torch.manual_seed(int(words[0]))
+            torch.manual_seed(seed_of(self.config.seed, 3, epoch, step, self.rank))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not precise):
             if self.against_all:
                 queries = self.sampler.queries(epoch, step)
                 return *self.model.loss_vs_all(queries, self.rank, self.world_size), len(queries.entities)
-            sides = 2 if self.settings.sampling.corrupt == "both" else 1
-            return *self.model.loss(self.sampler.batches(epoch, step)), sides * self.sampler.size(step)
+            return *self.model.loss(self.sampler.batches(epoch, step)), self.sampler.ways * self.sampler.size(step)
 
     def _validate(self) -> None:
         """Rank the validation triples; keep the best model, lower the rates on a plateau. A collective."""
@@ -489,8 +486,7 @@ class _Job:
             self.handler = None
 
     def _log(self, total: torch.Tensor, queries: int, triples: int, seconds: float) -> None:
-        if dist.is_initialized():
-            collectives.all_reduce(total, operation="the loss, for the log")
+        collectives.all_reduce(total, operation="the loss, for the log")
         loss = total.item() / max(1, queries)
         epoch = self.done / self.sampler.num_steps
         self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}")

@@ -68,8 +68,7 @@ def vs_all(
 
 
 def _reduce(tensor: Tensor, op: Any = collectives.SUM) -> Tensor:
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        collectives.all_reduce(tensor, op, operation="scores against all entities")
+    collectives.all_reduce(tensor, op, operation="scores against all entities")
     return tensor
 
 
