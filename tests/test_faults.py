@@ -207,7 +207,8 @@ for step in range(5):
         os.kill(os.getpid(), signal.SIGKILL)
     table(torch.arange(70)).sum().backward()
     coordinator.step()
-print("attempt", os.environ["TORCHELASTIC_RESTART_COUNT"], "rank", dist.get_rank(), "done", flush=True)
+# in one write: torchrun starts python without buffers, and the ranks end together
+sys.stdout.write(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']} rank {dist.get_rank()} done\\n")
 """
 
 
