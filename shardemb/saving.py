@@ -397,8 +397,12 @@ class AsyncSaver:
 
     def __init__(self, folder: Location, keep: int = 2, background: bool = True) -> None:
         self._folder, self._keep, self._background = folder, keep, background
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if several else None
+        self._group = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            with faults.guarded(None, "a saver's process group"):
+                self._group = dist.new_group(backend="gloo")
+            # new_group returns before its peers have connected: one that ends at once would break their connections
+            collectives.gather(None, group=self._group, operation="a saver's process group")
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None

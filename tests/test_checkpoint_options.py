@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -337,6 +338,28 @@ def test_a_failure_in_the_background_surfaces(run_ranks, tmp_path: Path, ranks: 
             )
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-0000000001", "step-0000000004"]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def _connect_late(rank: int, world_size: int, folder: Path) -> bool:
+    new_group = dist.new_group
+
+    def late(*args, **kwargs):
+        group = new_group(*args, **kwargs)
+        time.sleep(0.3)
+        (folder / str(rank)).touch()
+        return group
+
+    dist.new_group = late if rank == 0 else new_group
+    try:
+        AsyncSaver(folder)
+        return (folder / "0").exists()
+    finally:
+        dist.new_group = new_group
+
+
+def test_a_saver_stands_only_when_all_ranks_are_connected(run_ranks, tmp_path: Path) -> None:
+    """A rank that has nothing to do and ends would break the connections of those that are still being made."""
+    assert run_ranks(_connect_late, 3, tmp_path) == [True] * 3
 
 
 def test_where_there_is_no_memory_for_a_copy_it_is_saved_at_once(tmp_path: Path, monkeypatch) -> None:
