@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardemb import shm
 from shardemb.faults import Watch, watch
+from shardemb.shm import Neighbours, meet
 
 MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
 
@@ -25,6 +28,19 @@ class Pending:
     def wait(self) -> None:
         """Return when it is done; raises PeerFailureError, as all functions of this module."""
         self.watch.wait(self.work, self.operation)
+
+
+_near: WeakKeyDictionary[Watch, Neighbours | None] = WeakKeyDictionary()
+
+
+def _neighbours(group: Any, here: Watch, tensor: Tensor) -> Neighbours | None:
+    """Return a way through shared memory for this tensor, the same on all ranks, or None. The first call is a collective."""
+    if tensor.device.type != "cpu" or not here.slices:
+        return None
+    if here not in _near:
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        _near[here] = meet(rank, world_size, lambda value: gather(value, group=group, operation="do ranks share memory?"))
+    return _near[here]
 
 
 def all_to_all(
@@ -43,6 +59,14 @@ def all_to_all(
         With ``wait`` None, and it is done; otherwise what to wait for.
     """
     here = watch(group)
+    near = _neighbours(group, here, tensor) if wait else None
+    if near is not None:
+        equal = [len(tensor) // near.world_size] * near.world_size
+        message = near.send(tensor, sent or equal)
+        here.wait(message, operation)
+        if message.fits():
+            message.scatter(out, received or equal)
+            return None
     work = dist.all_to_all_single(out, tensor, received, sent, group=group, async_op=True)
     if not wait:
         return Pending(work, here, operation)
@@ -55,6 +79,13 @@ def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: s
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     here = watch(group)
+    near = _neighbours(group, here, tensor) if shm.reduces(op) else None
+    if near is not None:
+        message = near.send(tensor.contiguous())
+        here.wait(message, operation)
+        if message.fits():
+            message.reduce(tensor, op)
+            return
     here.wait(dist.all_reduce(tensor, op, group=group, async_op=True), operation)
 
 

@@ -91,6 +91,9 @@ def _library() -> ctypes.CDLL | str:
     library.merge.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer]
     library.merge.restype = number
     library.sum_rows.argtypes = [pointer, number, pointer, pointer, number, number, pointer]
+    library.raise_flag.argtypes = [pointer, number]
+    library.flags_raised.argtypes = [pointer, number, number, number, number]
+    library.flags_raised.restype = number
     library.make_units.argtypes = [pointer, number, pointer, number, number]
     library.count_better.argtypes = [pointer, number, number, pointer, number, number, number, pointer]
     library.distances.argtypes = [pointer, pointer, number, number, ctypes.c_int, number, number, pointer]
@@ -334,3 +337,35 @@ def nonfinite_rows(values: Tensor) -> Tensor:
     if not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values)):
         return torch.empty(0, dtype=torch.int64, device=values.device)  # NaN is the least and the most
     return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)
+
+
+class Flag:
+    """A number in memory that other processes see; :func:`why_not` must be None.
+
+    Args:
+        memory: its first 8 bytes are the flag.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.pointer = memory, memory.data_ptr()
+
+    def raise_to(self, value: int) -> None:
+        """Set it; who sees it also sees what this process wrote before."""
+        _library().raise_flag(self.pointer, value)  # type: ignore[union-attr]
+
+
+class Flags:
+    """Flags of other processes, to wait for."""
+
+    def __init__(self, flags: Sequence[Flag]) -> None:
+        self._flags = flags
+        self._pointers = (ctypes.c_void_p * len(flags))(*(flag.pointer for flag in flags))
+
+    def reached(self, value: int, awake: float = 0.0, limit: float = 0.0) -> int:
+        """Wait until all have reached a value, at most ``limit`` seconds, ``awake`` of them without sleep.
+
+        Returns:
+            How many of them have, in their order.
+        """
+        library: Any = _library()
+        return library.flags_raised(self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9))

@@ -4,9 +4,11 @@
  * each loop asks for the row AHEAD of the one it works on. */
 #include <float.h>
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define AHEAD 8  /* rows */
 #define DIGIT 11 /* bits sorted in a pass: 2048 counters stay in the first cache */
@@ -229,4 +231,26 @@ void distances(const float *query, const float *rows, int64_t dim, int64_t n, in
                         out[(i + a) * n + j + b] = absolute ? total : sqrtf(total);
                     }
             }
+}
+
+/* Flags in memory that several processes share: what was written before a flag was raised is there for who sees it raised. */
+void raise_flag(int64_t *flag, int64_t value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
+
+/* Waits, awake for the first part of the time, until all flags have reached a value; returns how many have, in order. */
+int64_t flags_raised(int64_t *const *flags, int64_t n, int64_t value, int64_t awake_ns, int64_t limit_ns) {
+    struct timespec start = {0}, now, nap = {0, 25000};
+    for (int64_t i = 0; i < n; i++)
+        while (__atomic_load_n(flags[i], __ATOMIC_ACQUIRE) < value) {
+            if (!limit_ns) return i;
+            clock_gettime(CLOCK_MONOTONIC, &now);
+            if (!start.tv_sec) start = now;
+            int64_t waited = (now.tv_sec - start.tv_sec) * 1000000000 + now.tv_nsec - start.tv_nsec;
+            if (waited > limit_ns) return i;
+            if (waited < awake_ns) sched_yield();
+            else {
+                nap.tv_nsec = waited < 10000000 ? 25000 : 1000000;
+                nanosleep(&nap, 0);
+            }
+        }
+    return n;
 }

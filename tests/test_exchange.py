@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 import shardemb
+from shardemb import collectives
+from shardemb.shm import Neighbours
 
 
 def _lookup(rank: int, world_size: int, rows: int, dim: int, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,19 +99,21 @@ COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_obje
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """Name the collectives as they are called."""
-    before, called = {name: getattr(dist, name) for name in COLLECTIVES}, []
+    """Name the collectives as they are called, through shared memory too."""
+    collectives.all_reduce(torch.zeros(1), operation="ranks meet in it first")
+    places = [(dist, name) for name in COLLECTIVES] + [(Neighbours, "send")]
+    before, called = [(place, name, getattr(place, name)) for place, name in places], []
     try:
-        for name, function in before.items():
+        for place, name, function in before:
             setattr(
-                dist,
+                place,
                 name,
                 lambda *args, name=name, function=function, **kwargs: called.append(name) or function(*args, **kwargs),
             )
         yield called
     finally:
-        for name, function in before.items():
-            setattr(dist, name, function)
+        for place, name, function in before:
+            setattr(place, name, function)
 
 
 def _collectives(rank: int, world_size: int, gradient: str, number: int) -> tuple[int, ...]:

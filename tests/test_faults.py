@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint, faults
+from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint, collectives, faults
 from shardemb.faults import PeerFailureError
 
 _context = multiprocessing.get_context("forkserver")
@@ -44,6 +44,12 @@ def in_lookup(rank: int, model: Model, coordinator: Coordinator, step: int, fail
     fail()
     model(step).backward()
     coordinator.step()
+
+
+def in_lookup_by_gloo(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path) -> None:
+    os.environ["SHARDEMB_SHARED_MEMORY"] = "0"  # as between machines
+    in_lookup(rank, model, coordinator, step, fail, folder)
+    assert not any(collectives._near.values())
 
 
 def in_backward(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable[[], None], folder: Path) -> None:
@@ -158,6 +164,8 @@ CASES = [
     (in_lookup, "stop", 2, "lookup 3 of table 'user': counts", "has stopped or died"),
     (in_lookup, "raise", 3, "lookup 3 of table 'user': counts", "raised ValueError: bad luck (step 3)"),
     (in_lookup, "end", 3, "lookup 3 of table 'user': counts", "has ended after step 2, while others go on"),
+    (in_lookup_by_gloo, "die", 3, "lookup 3 of table 'user': counts", "has died: it does not answer"),
+    (in_lookup_by_gloo, "stop", 2, "lookup 3 of table 'user': counts", "has stopped or died"),
     (in_backward, "die", 2, "lookup 3 of table 'user': gradients", "has died"),
     (in_backward, "raise", 3, "lookup 3 of table 'user': gradients", "raised ValueError: bad luck"),
     (in_step, "die", 3, "gradients of replicated parameters", "has died"),

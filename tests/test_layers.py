@@ -15,6 +15,7 @@ FLOORS = [
     {"storage", "tensorfile"},
     {"manifest"},
     {"metrics", "native", "faults"},
+    {"shm"},
     {"collectives"},
     {"plan", "transforms", "vocabulary", "optim"},
     {"initializers"},
