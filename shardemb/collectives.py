@@ -101,6 +101,23 @@ def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
     here.wait(dist.broadcast(tensor, 0, group=group, async_op=True), operation)
 
 
+def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Tensor:
+    """Return the rows ``(n, ...)`` of all ranks, in the order of the ranks, on the tensor's device; n may differ."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return tensor
+    sizes = gather(len(tensor), group=group, operation=operation)
+    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]), device=_device(group, tensor.device))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    all_gather(parts, padded, group=group, operation=operation)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(tensor.device)
+
+
+def _device(group: Any, device: torch.device) -> torch.device:
+    """Return where a group's collectives take a tensor of a device from."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else device
+
+
 def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
     """Return what each rank has given, in the order of the ranks: anything that JSON can hold, tuples as lists.
 
@@ -109,8 +126,7 @@ def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     world_size = dist.get_world_size(group)
-    cuda = dist.get_backend(group) == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = _device(group, torch.device("cpu"))
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     size = torch.tensor([len(mine)], device=device)
     sizes = [torch.empty_like(size) for _ in range(world_size)]

@@ -348,10 +348,12 @@ class Flag:
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.pointer = memory, memory.data_ptr()
+        library: Any = _library()
+        self._raise = library.raise_flag
 
     def raise_to(self, value: int) -> None:
         """Set it; who sees it also sees what this process wrote before."""
-        _library().raise_flag(self.pointer, value)  # type: ignore[union-attr]
+        self._raise(self.pointer, value)
 
 
 class Flags:
@@ -360,6 +362,8 @@ class Flags:
     def __init__(self, flags: Sequence[Flag]) -> None:
         self._flags = flags
         self._pointers = (ctypes.c_void_p * len(flags))(*(flag.pointer for flag in flags))
+        library: Any = _library()
+        self._raised = library.flags_raised
 
     def reached(self, value: int, awake: float = 0.0, limit: float = 0.0) -> int:
         """Wait until all have reached a value, at most ``limit`` seconds, ``awake`` of them without sleep.
@@ -367,5 +371,4 @@ class Flags:
         Returns:
             How many of them have, in their order.
         """
-        library: Any = _library()
-        return library.flags_raised(self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9))
+        return self._raised(self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9))

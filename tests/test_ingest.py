@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def same(ours: Triples, theirs: Triples) -> None:
     for one, other in ((ours.entities, theirs.entities), (ours.relations, theirs.relations)):
         assert one.labels == other.labels
         assert one.fingerprint == other.fingerprint == one.computed_fingerprint()
+    assert ours.fingerprint == theirs.fingerprint == replace(ours).fingerprint  # told by dataset.json, and computed
+    assert replace(ours, train=ours.train[1:]).fingerprint != ours.fingerprint
 
 
 def write(path: Path, rows: Rows) -> Path:

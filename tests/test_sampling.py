@@ -85,14 +85,32 @@ def test_known_answers_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_epochs_differ_and_each_covers_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_BLOCK", 30)  # 5 whole blocks, and 7 triples
+    monkeypatch.setattr(sampling, "_BLOCK", 120)
+    monkeypatch.setattr(sampling, "_LEAST_BLOCK", 1)
     sampler = make()
+    assert sampler._block_size == 30  # of 4 chunks; 5 whole blocks, and 7 triples
     orders = [torch.cat([sampler.places(epoch, step) for step in range(sampler.num_steps)]).tolist() for epoch in range(2)]
     assert [sorted(order) for order in orders] == [list(range(157))] * 2
     assert orders[0] != orders[1]
     assert [place // 30 for place in orders[0][::30]] != sorted(place // 30 for place in orders[0][::30])
     assert all(place >= 150 for place in orders[0][150:])
     assert make().places(0, 1).tolist() == orders[0][64:128]  # a resumed run begins anywhere
+
+
+def test_ranks_read_parts_of_the_triples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_BLOCK", 4 * 64)
+    monkeypatch.setattr(sampling, "_LEAST_BLOCK", 1)
+    config = SamplingConfig(batch_size=16, chunk_size=4, num_negatives=1)
+    triples = torch.zeros(100 * 64, 3, dtype=torch.int32)
+    for epoch in range(2):
+        read = []
+        for rank in range(2):
+            sampler = Sampler(triples, 1, 1, config, 0, rank, 2)
+            own = [sampler.places(epoch, step, chunk) for step in range(sampler.num_steps) for chunk in (rank, rank + 2)]
+            read.append(set((torch.cat(own) // 64).tolist()))
+        assert set.union(*read) == set(range(100))
+        assert len(set.intersection(*read)) <= 3  # where the parts of chunks meet
+        assert set(range(50)) - read[0]  # in random order
 
 
 def test_negatives_by_degree() -> None:
@@ -118,7 +136,7 @@ def test_subsampling_weights() -> None:
     found = subsampling_weights(TRIPLES, Known([TRIPLES], RELATIONS))
     torch.testing.assert_close(found, expected / expected.mean())
     batch = make(subsampling=True).batches(0, 0)[0]
-    place = make().places(0, 0)[0]
+    place = make().places(0, 0, 0)[0]
     assert batch.weights is not None
     assert batch.weights[0, 0] == found[place]
 

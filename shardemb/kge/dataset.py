@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,13 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_array(array: np.ndarray) -> str:
+    """Return the sha256 of the ``.npy`` file of an array."""
+    digest = hashlib.sha256()
+    np.lib.format.write_array(SimpleNamespace(write=digest.update), np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _description(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from shardemb import collectives
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.ranking import Comparison, with_all, with_drawn
 from shardemb.kge.sampling import SIDES, Known
@@ -94,7 +97,7 @@ def report(
     if not len(triples):
         raise ValueError("got no triples to rank, expected one at least")
     check_candidates(config, entities)
-    known = Known(splits, model.num_relations, only=triples) if config.filtered else None
+    known = _known(splits, model.num_relations, triples) if config.filtered else None
     training = model.training
     model.eval()
     parts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -119,6 +122,13 @@ def report(
     ranks, options = (torch.cat(columns) for columns in zip(*parts.values(), strict=True))
     parts = {"both": (ranks, options), **parts}
     return Report({name: metrics(ranks, options, config.hits) for name, (ranks, options) in parts.items()}, table)
+
+
+def _known(splits: Sequence[Tensor], num_relations: int, triples: Tensor) -> Known:
+    """Return what is true of the queries of triples; each rank reads a part of the splits. A collective."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = [split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size] for split in splits]
+    return Known(parts, num_relations, triples, partial(collectives.all_gather_rows, operation="known answers"))
 
 
 def _ranks(found: Comparison, ties: str) -> Tensor:

@@ -5,7 +5,7 @@ one rank and four see the same chunks, and add up the same loss. A triple is two
 and (?, relation, tail) for its head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, cast
@@ -21,6 +21,8 @@ SIDES: tuple[Side, Side] = ("tail", "head")
 
 #: triples that are shuffled at once: 12 to 24 MB of the file are read together
 _BLOCK = 1 << 20
+#: and in each of many chunks' parts
+_LEAST_BLOCK = 1 << 12
 #: pairs of a query and an answer that are looked at together
 _PAIRS = 1 << 22
 
@@ -150,18 +152,27 @@ class Known:
         splits: ``(T, 3)`` each: head, relation, tail.
         num_relations: of the graph.
         only: ``(B, 3)`` triples whose queries will be asked; memory and time go by these, not by the splits. None for any.
+        whole: brings pairs ``(n, 2)`` of all ranks together, if each has a part of the splits.
     """
 
-    def __init__(self, splits: Sequence[Tensor], num_relations: int, only: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        splits: Sequence[Tensor],
+        num_relations: int,
+        only: Tensor | None = None,
+        whole: Callable[[Tensor], Tensor] = lambda pairs: pairs,
+    ) -> None:
         self._num_relations = num_relations
-        self._index = {side: self._make(splits, side, only) for side in SIDES}
+        self._index = {side: self._make(splits, side, only, whole) for side in SIDES}
 
     def _key(self, entities: Tensor, relations: Tensor) -> Tensor:
         return entities.long() * self._num_relations + relations
 
-    def _make(self, splits: Sequence[Tensor], side: Side, only: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _make(
+        self, splits: Sequence[Tensor], side: Side, only: Tensor | None, whole: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         wanted = None if only is None else self._key(*columns_of(side, only)[:2]).unique()
-        keys, answers = [], []
+        pairs = [torch.empty(0, 2, dtype=torch.int64)]
         for triples in splits:
             for block in triples.split(_BLOCK):
                 entities, relations, found = columns_of(side, block)
@@ -170,11 +181,10 @@ class Known:
                     place = torch.searchsorted(wanted, key).clamp_max(len(wanted) - 1)
                     here = wanted[place] == key if len(wanted) else torch.zeros_like(key, dtype=torch.bool)
                     key, found = key[here], found[here]
-                keys.append(key)
-                answers.append(found)
-        none = torch.empty(0, dtype=torch.int64)
-        order = torch.cat(keys or [none]).sort()
-        return order.values, torch.cat(answers or [none])[order.indices]
+                pairs.append(torch.stack([key, found.long()], dim=1))
+        keys, answers = whole(torch.cat(pairs)).unbind(1)
+        order = keys.sort()
+        return order.values, answers[order.indices]
 
     def answers(self, side: Side, entities: Tensor, relations: Tensor) -> tuple[Tensor, Tensor]:
         """Return places ``(n,)`` in the queries ``(B,)``, ascending, and the known answers ``(n,)``, duplicates included."""
@@ -249,10 +259,14 @@ class Sampler:
         self.ways = 1 if config.corrupt == "bernoulli" else len(self._sides)
         self._cumulated = self._degrees() if config.negatives == "degree" else None
         self._replace_head = self._bernoulli(num_relations) if config.corrupt == "bernoulli" else None
-        self._block: tuple[tuple[int, int], Tensor] | None = None
         #: triples, or queries with "kvsall"
         self.num_samples = len(self._queries) if config.scheme == "kvsall" else len(triples)
         self.num_steps = -(-self.num_samples // config.batch_size)
+        # chunks read at places of their own, so that a rank holds a shuffled block for each of its chunks
+        streams = -(-config.batch_size // config.chunk_size) if config.scheme == "negatives" else 1
+        self._block_size = max(_LEAST_BLOCK, _BLOCK // streams)
+        self._order: tuple[int, Tensor] | None = None
+        self._blocks: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
     def _degrees(self) -> np.ndarray:
         degrees = np.zeros(self.num_entities, np.int64)
@@ -281,35 +295,55 @@ class Sampler:
         """Return the triples (or queries) of a step over all ranks; the last step of an epoch may have fewer."""
         return min(self.config.batch_size, self.num_samples - step * self.config.batch_size)
 
-    def places(self, epoch: int, step: int) -> Tensor:
-        """Return where the samples ``(B,)`` of a step stand: whole blocks in random order, each shuffled, the rest last."""
-        start = step * self.config.batch_size
-        stop, parts = start + self.size(step), []
-        whole = self.num_samples // _BLOCK
+    def places(self, epoch: int, step: int, chunk: int | None = None) -> Tensor:
+        """Return where samples of a step stand: all of them ``(B,)``, one after the other, or those of a chunk ``(c,)``.
+
+        An epoch goes over whole blocks in random order, each shuffled, the rest last. Each chunk of its whole steps has a part
+        of that order to itself, so that a rank reads no more of the triples than it trains.
+        """
+        batch, size = self.config.batch_size, self.config.chunk_size
+        whole = self.num_samples // batch
+        if chunk is None:
+            return self._ordered(epoch, step * batch, step * batch + self.size(step), 0)
+        first = chunk * size
+        size = min(size, self.size(step) - first)
+        start = whole * first + step * size if step < whole else whole * batch + first
+        return self._ordered(epoch, start, start + size, chunk)
+
+    def _ordered(self, epoch: int, start: int, stop: int, stream: int) -> Tensor:
+        """Return where the samples at ``[start, stop)`` of an epoch's order stand."""
+        parts, length = [], self._block_size
+        whole = self.num_samples // length
         while start < stop:
-            number = start // _BLOCK
-            key = (epoch, number)
-            if self._block is None or self._block[0] != key:
-                order = torch.randperm(whole, generator=self._generator(epoch, 0))
-                block = int(order[number]) if number < whole else whole
-                size = min(_BLOCK, self.num_samples - block * _BLOCK)
-                self._block = key, torch.randperm(size, generator=self._generator(epoch, 1, block)) + block * _BLOCK
-            within = start % _BLOCK
-            part = self._block[1][within : within + stop - start]
+            key = (epoch, start // length)
+            if stream not in self._blocks or self._blocks[stream][0] != key:
+                if self._order is None or self._order[0] != epoch:
+                    self._order = epoch, torch.randperm(whole, generator=self._generator(epoch, 0))
+                block = int(self._order[1][key[1]]) if key[1] < whole else whole
+                size = min(length, self.num_samples - block * length)
+                shuffled = torch.randperm(size, generator=self._generator(epoch, 1, block)) + block * length
+                self._blocks[stream] = key, shuffled
+            within = start % length
+            part = self._blocks[stream][1][within : within + stop - start]
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def batches(self, epoch: int, step: int) -> list[Batch]:
         """Return this rank's chunks of a step, those of equal size together; none if there are more ranks than chunks."""
-        places, generator, size = self.places(epoch, step), self._generator(epoch, 2, step), self.config.chunk_size
-        num_chunks = -(-len(places) // size)
+        samples, generator, size = self.size(step), self._generator(epoch, 2, step), self.config.chunk_size
+        num_chunks = -(-samples // size)
         drawn = self._draw((self.ways, num_chunks, self.config.num_negatives), generator)
-        coins = None if self._replace_head is None else torch.rand(len(places), generator=generator)
+        coins = None if self._replace_head is None else torch.rand(samples, generator=generator)
         mine = torch.arange(num_chunks)[self._rank :: self._world_size]
-        full = mine[mine < len(places) // size]
-        groups = [(full, size), (mine[len(full) :], len(places) % size)]
-        return [self._batch(places, chunks, size, drawn, coins) for chunks, size in groups if len(chunks)]
+        full = mine[mine < samples // size]
+        found = []
+        for chunks in (full, mine[len(full) :]):
+            if len(chunks):
+                rows = torch.stack([self.places(epoch, step, chunk) for chunk in chunks.tolist()])
+                at = (chunks * size).unsqueeze(1) + torch.arange(rows.shape[1])
+                found.append(self._batch(rows, drawn[:, chunks], None if coins is None else coins[at]))
+        return found
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self._cumulated is None:
@@ -317,16 +351,13 @@ class Sampler:
         at = torch.rand(shape, generator=generator, dtype=torch.float64).numpy() * self._cumulated[-1]
         return torch.from_numpy(self._cumulated.searchsorted(at, side="right"))
 
-    def _batch(self, places: Tensor, chunks: Tensor, size: int, drawn: Tensor, coins: Tensor | None) -> Batch:
-        at = (chunks * self.config.chunk_size).unsqueeze(1) + torch.arange(size)
-        rows = places[at]
+    def _batch(self, rows: Tensor, candidates: Tensor, coins: Tensor | None) -> Batch:
         heads, relations, tails = self.triples[rows.reshape(-1)].long().reshape(*rows.shape, 3).unbind(-1)
         if coins is not None and self._replace_head is not None:
-            replaced: tuple[Tensor | bool, ...] = (coins[at] < self._replace_head[relations],)
+            replaced: tuple[Tensor | bool, ...] = (coins < self._replace_head[relations],)
         else:
             replaced = tuple(side == "head" for side in self._sides)
         answers = torch.stack([_choose(head, heads, tails) for head in replaced])
-        candidates = drawn[:, chunks]
         if self.config.in_batch:
             candidates = torch.cat([candidates, answers], dim=2)
         hits = self._hits(replaced, heads, relations, tails, answers, candidates)
