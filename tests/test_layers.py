@@ -15,7 +15,7 @@ FLOORS = [
     {"storage", "tensorfile"},
     {"manifest"},
     {"metrics", "native", "faults"},
-    {"shm"},
+    {"shm", "cluster"},
     {"collectives"},
     {"plan", "transforms", "vocabulary", "optim"},
     {"initializers"},
@@ -44,7 +44,7 @@ FLOORS = [
 ONLY = {
     "torchrec": {"torchrec", "table", "exchange", "optim", "plan"},
     "fbgemm_gpu": {"table", "exchange", "optim", "plan"},
-    "ray": {"launch"},
+    "ray": {"cluster", "launch", "serving"},
     "pykeen": {"pykeen"},
 }
 #: rooms that work without a process group
