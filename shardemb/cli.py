@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import signal
 import sys
@@ -32,7 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument(
         "--dataset", help="wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a file of triples"
     )
-    train.add_argument("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
+    train.add_argument(
+        "--workers", metavar="N[:MOST]", help="ranks, one process each (default: 1); on Ray also a least and a most"
+    )
+    train.add_argument("--launcher", choices=("local", "torchrun", "ray"), help="what starts the ranks (default: local)")
+    train.add_argument(
+        "--address",
+        help="Ray: local, one of our own on this machine (default); auto, that of this node; or HOST:PORT of its head",
+    )
+    train.add_argument("--max-failures", type=int, metavar="N", help="Ray: start again after so many failures (default: 3)")
+    train.add_argument("--use-gpu", action="store_true", help="a GPU for each rank: training.device = cuda")
     train.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder, made anew")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
     train.add_argument(
@@ -90,6 +100,11 @@ def _add_evaluate(commands: Any) -> None:
     plot.add_argument("path", type=Path, metavar="RUN", help="run folder")
     plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
     plot.set_defaults(run=_plot)
+    top = commands.add_parser("top", help="show a run's progress, speed and memory by rank while it goes")
+    top.add_argument("path", type=Path, metavar="RUN", help="run folder")
+    top.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+    top.add_argument("--once", action="store_true", help="look once, and end")
+    top.set_defaults(run=_top)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -145,6 +160,25 @@ def _plot(arguments: argparse.Namespace) -> int:
     plot_metrics(read_metrics(source), output)
     print(output)
     return 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from shardemb.metrics import describe, read_metrics
+
+    source, clear = arguments.path / "metrics.jsonl", "\x1b[H\x1b[2J" * sys.stdout.isatty()
+    if not arguments.every > 0:
+        raise ValueError(f"--every: got {arguments.every} seconds, expected more than 0")
+    shown = None
+    while True:
+        if not source.is_file():
+            raise FileNotFoundError(f"{source}: no such file, expected a run folder that shardemb train has made")
+        records = read_metrics(source)
+        if clear or len(records) != shown:  # a log file gets what is new
+            print(f"{clear}{arguments.path}\n{describe(records, time.time()) or 'no record yet'}", flush=True)
+        shown = len(records)
+        if arguments.once or (records and records[-1]["kind"] == "test"):
+            return 0
+        time.sleep(arguments.every)
 
 
 def _add_ingest(commands: Any) -> None:
@@ -329,49 +363,96 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from shardemb.launch import run
+
+    config = _job(arguments)
+    launch, output = config.launch, arguments.output.resolve()
+    if launch.launcher == "torchrun":
+        call: tuple[Any, ...] = (_prepare_and_train, launch, arguments, config)
+    else:
+        _prepare(arguments, config)
+        # Ray starts again after a failure
+        call = (_train_rank, launch, config, output, arguments.resume or launch.launcher == "ray")
+    gpus = config.training.device == "cuda"
+    result = run(*call, gpus=gpus, timeout_s=arguments.timeout, storage=output / "ray")
+    if result is None:  # torchrun's other ranks
+        return 0
+    for name, value in result.items():
+        print(f"test {'filtered' if config.evaluation.filtered else 'raw'} {name:10} {value:.4f}")
+    print(f"run folder: {arguments.output} (loss and MRR: {arguments.output / 'metrics.png'})")
+    return 0
+
+
+def _holds_a_run(output: Path) -> bool:
+    return output.is_dir() and any(path.name not in ("config.toml", "run.json") for path in output.iterdir())
+
+
+def _job(arguments: argparse.Namespace) -> Any:
+    """Return the configuration of a run; ValueError if it is not that of the run that shall be resumed."""
     from shardemb.config import JobConfig
+
+    written = arguments.output / "config.toml"
+    resumed = arguments.resume and _holds_a_run(arguments.output) and written.exists()
+    base = arguments.config or (written if resumed else None)  # --resume alone keeps the run's settings
+    config = JobConfig.load(base, [*arguments.set, *_launch_overrides(arguments)], arguments.dataset)
+    if resumed and (changed := config.differences(JobConfig.load(written))):
+        raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
+    return config
+
+
+def _prepare(arguments: argparse.Namespace, config: Any) -> None:
+    """Make the run folder, or find it; FileExistsError if there is a run that shall not be resumed."""
     from shardemb.files import replacing
-    from shardemb.launch import run_local
     from shardemb.manifest import checkpoints
     from shardemb.storage import name_of
 
     output: Path = arguments.output
-    written = output / "config.toml"
-    started = output.is_dir() and any(path.name not in ("config.toml", "run.json") for path in output.iterdir())
+    started, written = _holds_a_run(output), output / "config.toml"
     if started and not arguments.resume:
         raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
-    resumed = started and written.exists()
-    base = arguments.config or (written if resumed else None)  # --resume alone keeps the run's settings
-    config = JobConfig.load(base, arguments.set, arguments.dataset)
-    if resumed and (changed := config.differences(JobConfig.load(written))):
-        raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
     _make_writable(output)
-    if not resumed:
+    if not (started and written.exists()):
         with replacing(written) as partial:
             partial.write_text(config.to_toml(), encoding="utf-8")
-    _write_run(output, arguments)
+    launch = config.launch
+    workers = f"{launch.workers} to {launch.max_workers}" if launch.max_workers else str(launch.workers)
+    if launch.launcher == "torchrun":
+        workers = os.environ["WORLD_SIZE"]
+    _write_run(output, arguments, workers)
     found = checkpoints(output / "checkpoints")
     how = f"resuming from {name_of(found[-1])}" if found else "no checkpoint to resume from, starting anew"
-    print(
-        f"training on {config.dataset}, {arguments.workers} worker(s), into {output}" + f": {how}" * arguments.resume,
-        file=sys.stderr,
-    )
-    result = run_local(
-        _train_rank,
-        arguments.workers,
-        config,
-        output,
-        arguments.resume,
-        timeout_s=arguments.timeout,
-        backend="nccl" if config.training.device == "cuda" else "gloo",
-    )
-    for name, value in result.items():
-        print(f"test {'filtered' if config.evaluation.filtered else 'raw'} {name:10} {value:.4f}")
-    print(f"run folder: {output} (loss and MRR: {output / 'metrics.png'})")
-    return 0
+    print(f"training on {config.dataset}, {workers} worker(s), into {output}" + f": {how}" * arguments.resume, file=sys.stderr)
 
 
-def _write_run(output: Path, arguments: argparse.Namespace) -> None:
+def _prepare_and_train(arguments: argparse.Namespace, config: Any) -> dict[str, float] | None:
+    """Train on a rank that torchrun has started; rank 0 makes the run folder, and alone returns the result."""
+    import torch.distributed as dist
+
+    from shardemb import collectives
+
+    arguments.resume = arguments.resume or int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    if dist.get_rank() == 0:
+        _prepare(arguments, config)
+    collectives.gather(None, operation="rank 0 makes the run folder")
+    result = _train_rank(config, arguments.output.resolve(), arguments.resume)
+    return result if dist.get_rank() == 0 else None
+
+
+def _launch_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the settings that the command line has options of their own for."""
+    least, separator, most = (arguments.workers or "").partition(":")
+    given = {
+        "launch.launcher": arguments.launcher,
+        "launch.workers": least or None,
+        "launch.max_workers": most if separator else None,
+        "launch.address": None if arguments.address is None else json.dumps(arguments.address),
+        "launch.max_failures": arguments.max_failures,
+        "training.device": "cuda" if arguments.use_gpu else None,
+    }
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
+
+
+def _write_run(output: Path, arguments: argparse.Namespace, workers: str) -> None:
     """Add to ``run.json`` how the run was started, and with what: beside ``config.toml``, all that reproduces it."""
     import platform
     import shlex
@@ -386,7 +467,7 @@ def _write_run(output: Path, arguments: argparse.Namespace) -> None:
     here = {"python": platform.python_version(), "platform": platform.platform(), **packages}
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     command = shlex.join(["shardemb", *arguments.argv])
-    starts.append({"started": started, "command": command, "workers": arguments.workers, "versions": here})
+    starts.append({"started": started, "command": command, "workers": workers, "versions": here})
     with replacing(path) as partial:
         partial.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
 

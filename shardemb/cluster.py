@@ -1,8 +1,41 @@
-"""Ray: who is connected to which cluster, and what it has. Ray is imported when it is asked for: the extra ``[ray]``."""
+"""Ray: who is connected to which cluster, what room it has, and one rank a worker on it.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Ray is imported when it is asked for: the extra ``[ray]``.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from shardemb import faults, metrics
+
+PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+#: of Ray Train's processes, unless the user has set them
+_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # between two looks at the workers; a report waits for one
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # for which a worker that has stopped is waited for
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths are relative to where the user is
+}
+#: what comes again in every attempt
+_FINAL = (
+    AttributeError,
+    FileExistsError,
+    FileNotFoundError,
+    FloatingPointError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    PermissionError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_ray() -> Any:
@@ -39,23 +72,39 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
             raise ValueError("got address None without a connection, expected 'local', 'auto' or HOST:PORT")
         yield ray
         return
-    _check(address)
+    check_address(address)
     if ray.is_initialized():
         raise ValueError(f"got address {address!r}, but this process is connected to Ray already: give None to use that")
+    environment = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     options: dict[str, Any] = {"address": address, "log_to_driver": log_to_driver, "configure_logging": False}
-    if address == "local":
-        options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        raise ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?") from error
-    try:
+    with ExitStack() as stack:
+        if address == "local":
+            stack.enter_context(_on_this_machine_alone(ray))
+            # workers find the modules that this process finds, as spawned processes do
+            environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+            options |= {"num_cpus": cpus, "include_dashboard": False}
+        try:
+            ray.init(**options, runtime_env={"env_vars": environment})
+        except ConnectionError as error:
+            raise ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?") from error
+        stack.callback(ray.shutdown)
         yield ray
-    finally:
-        ray.shutdown()
 
 
-def _check(address: str) -> None:
+@contextmanager
+def _on_this_machine_alone(ray: Any) -> Iterator[None]:
+    """Let a Ray that is started listen on 127.0.0.1; its servers would on all interfaces, whatever address it is given."""
+    constants, switch = ray._private.ray_constants, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before = constants.ENABLE_RAY_CLUSTER
+    with _environment({switch: "0"}):
+        constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
+        try:
+            yield
+        finally:
+            constants.ENABLE_RAY_CLUSTER = before
+
+
+def check_address(address: str) -> None:
     """Raise ValueError for an address that is neither "local", "auto" nor HOST:PORT."""
     if address in ("local", "auto"):
         return
@@ -65,3 +114,184 @@ def _check(address: str) -> None:
             f"got Ray address {address!r}, expected 'local', 'auto' on a node of the cluster, or HOST:PORT of its head; from "
             f"outside of the cluster use ray job submit"
         )
+
+
+def require_room(workers: int, resources: Mapping[str, float], placement: str, wait_s: float) -> None:
+    """Return when the cluster has room for so many workers of these resources each, busy or not.
+
+    Ray Train itself would try for ever, and not listen to Ctrl-C.
+
+    Raises:
+        ValueError: it has not, after ``wait_s`` seconds.
+    """
+    ray, deadline = load_ray(), time.monotonic() + wait_s
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fits = [int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in resources.items())) for node in nodes]
+        room = {"STRICT_PACK": max(fits, default=0), "STRICT_SPREAD": sum(map(bool, fits))}.get(placement, sum(fits))
+        if room >= workers:
+            return
+        if time.monotonic() >= deadline:
+            wanted = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+            have = "; ".join(", ".join(f"{node.get(name, 0.0):g} {name}" for name in resources) for node in nodes)
+            raise ValueError(
+                f"got {workers} workers of {wanted} each ({placement}), expected at most {room}: the cluster's {len(nodes)} "
+                f"nodes have {have}: ask for less, or add nodes (waited {wait_s:g} s)"
+            )
+        time.sleep(min(1.0, wait_s))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each rank does."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    timeout_s: float
+    threads: int
+    #: on this machine alone
+    local: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a job."""
+
+    rank: int
+    error: str
+    message: str
+    trace: str = ""
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> "Failure":
+        """Describe an exception that is being handled."""
+        return cls(rank, type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+
+
+def fit(
+    work: Work,
+    workers: int | tuple[int, int],
+    resources: Mapping[str, float],
+    placement: str,
+    max_failures: int,
+    storage: Path | None,
+) -> Any:
+    """Let Ray Train run a function on workers; return what rank 0 returned, or a Failure."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    use_gpu = "GPU" in resources
+    environment = {"GLOO_SOCKET_IFNAME": "lo"} if work.local else {}
+    settings = _SETTINGS | {
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(work.timeout_s),  # of a report; Ray Train has none
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(work.timeout_s + 30),
+    }
+    with _environment(settings):
+        trainer = TorchTrainer(
+            _rank_main,
+            train_loop_config={"work": work},
+            # the watch is first to give up, and says why
+            torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=round(work.timeout_s + 10)),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=use_gpu, resources_per_worker=dict(resources), placement_strategy=placement
+            ),
+            run_config=RunConfig(
+                name=f"shardemb-{time.time_ns()}",  # another name than before, or Ray Train would go on with its own records
+                storage_path=None if storage is None else str(Path(storage).resolve()),
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+                worker_runtime_env={"env_vars": environment},
+                logging_config=LoggingConfig(log_level="ERROR" if work.local else "WARNING"),
+            ),
+        )
+        try:
+            return _in_thread(trainer.fit).return_value
+        except WorkerGroupError as error:
+            failures = {rank: getattr(found, "_base_exc", found) for rank, found in error.worker_failures.items()}
+            # others lose their connection to one that failed, and may say so first
+            rank = min(failures, key=lambda rank: isinstance(failures[rank], faults.PeerFailureError))
+            return Failure(rank, type(failures[rank]).__name__, str(failures[rank]))
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Let Ray Train find settings that the user has not set."""
+    mine = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+
+
+def _in_thread(call: Callable[[], Any]) -> Any:
+    """Call in another thread, so that Ray Train leaves SIGINT to this one, and Ctrl-C is KeyboardInterrupt."""
+    done: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(call())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="shardemb-ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)  # without a time-out, a signal would wait too
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> metrics.Listener:
+    """Return what hands a rank's records to Ray: gauges for Prometheus, and Ray Train's report.
+
+    A report waits for all ranks and for the controller, so there is one for an epoch and one for a validation.
+    """
+    from ray.util.metrics import Gauge
+
+    gauges: dict[str, Any] = {}
+
+    def listener(kind: str, step: int, figures: dict[str, Any]) -> None:
+        mine = {name: value[rank] if isinstance(value, list) else value for name, value in figures.items()}
+        for name, value in {"step": step, **mine}.items():
+            full = f"shardemb_{name}" if kind == "train" else f"shardemb_{kind}_{name}"
+            if full not in gauges:
+                gauges[full] = Gauge(full, description=f"{name} of shardemb's {kind} records", tag_keys=("rank",))
+            gauges[full].set(value, tags={"rank": str(rank)})
+        if kind != "train" or figures["epoch"] % 1 == 0:
+            report({"kind": kind, "step": step, **figures})
+
+    return listener
+
+
+def _rank_main(config: dict[str, Any]) -> Any:
+    """Run on each worker, in Ray Train's thread."""
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    work: Work = config["work"]
+    rank = dist.get_rank()
+    torch.set_num_threads(max(1, work.threads))
+    faults.set_timeout(work.timeout_s)
+    metrics.listen(_listener(rank, ray.train.report))
+    try:
+        faults.watch(None)
+        result = work.fn(*work.args)
+        faults.finish()
+    except Exception as error:
+        elsewhere = faults.raised_elsewhere()
+        if elsewhere is not None:  # this rank has lost one that raised, whatever it was in
+            name, _, text = elsewhere[1].partition(": ")
+            if name in {kind.__name__ for kind in _FINAL}:
+                return Failure(elsewhere[0], name, text)
+        faults.report(error)
+        if type(error) in _FINAL:  # the others know its name alone
+            if dist.get_backend() == "gloo":
+                dist.destroy_process_group()  # so that they do not wait for this rank
+            return Failure.of(rank, error)
+        raise
+    return result

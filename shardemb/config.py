@@ -19,11 +19,12 @@ from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.splits import check_unseen
 from shardemb.kge.trainer import WHEN_TO_SAVE, Settings, TrainingConfig
 from shardemb.kge.triples import is_bundled
+from shardemb.launch import LaunchConfig
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """Everything that decides what a training job computes; the number of workers does not."""
+    """Everything that decides what a training job computes, and where (``launch``, which changes nothing of it)."""
 
     #: see :meth:`shardemb.kge.Triples.load`
     dataset: str = "wordnet"
@@ -35,6 +36,7 @@ class JobConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         check_unseen(self.unseen)
@@ -88,7 +90,7 @@ class JobConfig:
 
     def differences(self, other: "JobConfig") -> list[str]:
         """Return ``this against other`` for each setting that differs and changes what is computed."""
-        mine, theirs = self.to_toml().splitlines(), other.to_toml().splitlines()
+        mine, theirs = (dataclasses.replace(each, launch=LaunchConfig()).to_toml().splitlines() for each in (self, other))
         pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
         return [f"{a} against {b}" for a, b in pairs if a.split(" ")[0] not in WHEN_TO_SAVE]
 

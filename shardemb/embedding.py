@@ -546,6 +546,11 @@ class Embedding(Representation):
         if self._group is not None:
             raise ValueError(f"table {self.name!r} lies on a process group of its own, {who} takes the default group only")
 
+    @property
+    def exchanged_bytes(self) -> int:
+        """What this rank has sent to others in lookups and their backward so far; TorchRec's own exchange is not counted."""
+        return self._exchange.sent_bytes
+
     def local_rows(self, trainable: bool = False) -> Tensor:
         """Return this rank's rows ``(R, *shape)``, normalized as forward does; ``plan.local_ids()`` are their ids.
 

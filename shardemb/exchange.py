@@ -127,6 +127,8 @@ class Exchange:
         self._bounds: Tensor | None = None
         #: of this table, and the number of the lookup
         self._tag, self._lookup = zlib.crc32(plan.table.encode()) << 30, 0
+        #: that this rank has sent to others so far: ids, rows and gradients
+        self.sent_bytes = 0
         self._scale = 1.0 / plan.world_size if reduction == "mean" else 1.0
 
     def check(self, ids: Any) -> Exception | None:
@@ -178,6 +180,7 @@ class Exchange:
             merge = self._merge_few if self.deduplicate and small and len(slots) <= _FEW else self._merge_many
             message, sent, local, permutation, merged = merge(slots, room.ids)
         answer = torch.empty_like(message)
+        self.sent_bytes += message.numel() * message.itemsize * (world_size - 1) // world_size
         collectives.all_to_all(answer, message, group=self.group, operation=self._operation("counts"))
         few = small and room.ids == _FEW
         lines = answer.tolist() if few else answer[:, :_HEAD].tolist()
@@ -196,6 +199,7 @@ class Exchange:
                 rows = answer[:, _HEAD:][_first(answer[:, 0], answer.shape[1] - _HEAD)]
             return Route(rows, permutation, sent, received, merged)
         rows = local.new_empty(sum(received))
+        self.sent_bytes += (len(local) - sent[self.plan.rank]) * local.itemsize
         operation = self._operation("ids")
         work = collectives.all_to_all(rows, local, received, sent, group=self.group, operation=operation, wait=wait)
         return Route(rows, permutation, sent, received, merged, [] if wait else [work])
@@ -303,6 +307,7 @@ class Exchange:
         if not rows.shape[1]:
             return arriving, None
         rows, operation = rows.contiguous(), self._operation(what)
+        self.sent_bytes += (len(rows) - sent[self.plan.rank]) * rows.shape[1] * rows.itemsize
         work = collectives.all_to_all(arriving, rows, received, sent, group=self.group, operation=operation, wait=wait)
         return arriving, work
 

@@ -7,6 +7,7 @@ does not answer is dead or stopped. The ranks that wait look at the alarm too, s
 """
 
 import atexit
+import copyreg
 import ctypes
 import json
 import math
@@ -49,12 +50,16 @@ class PeerFailureError(RuntimeError):
         step: of this rank, when it waited.
         operation: what this rank waited in.
         seconds: that it waited.
+        raised: class and text of what the other rank has raised, if it has; or "".
     """
 
-    def __init__(self, rank: int, what: str, step: int, operation: str, seconds: float) -> None:
+    def __init__(self, rank: int, what: str, step: int, operation: str, seconds: float, raised: str = "") -> None:
         here = dist.get_rank() if dist.is_initialized() else 0
         super().__init__(f"rank {rank} {what}; rank {here} waited {seconds:.1f} s for it in step {step}, {operation}")
-        self.rank, self.step, self.operation, self.seconds = rank, step, operation, seconds
+        self.rank, self.step, self.operation, self.seconds, self.raised = rank, step, operation, seconds, raised
+
+    def __reduce__(self) -> Any:  # a launcher brings it from one process to another
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 def set_timeout(seconds: float) -> None:
@@ -228,7 +233,7 @@ class Watch:
             rank, what = differ[0], f"is elsewhere, in step {told['step']}, {told['operation'] or 'no collective'}"
         else:
             rank, what = self.others[0], f"is in the same operation, which failed: {why[:200]}"
-        return PeerFailureError(rank, what, here, operation, seconds)
+        return PeerFailureError(rank, what, here, operation, seconds, raised.get(rank, ""))
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> bool:
@@ -302,6 +307,15 @@ def report(error: BaseException) -> None:
         for each in _watches.values():
             each.notice("raised", f"{type(error).__name__}: {str(error)[:300]} (step {_step})", alarm=True)
     _watches.clear()
+
+
+def raised_elsewhere() -> tuple[int, str] | None:
+    """Return which other rank of the default group has raised, and class and text; for a launcher whose rank lost it."""
+    found = _watches.get(dist.group.WORLD) if dist.is_initialized() else None
+    heard: dict[int, str] = {}
+    if found is not None:
+        _within(_GRACE, lambda: heard.update(found._told("raised", found.others)))
+    return min(heard.items(), default=None)
 
 
 def _end() -> None:

@@ -1,17 +1,69 @@
-"""Starts one process a rank on this machine, and ends all of them when one fails."""
+"""Starts one process a rank, on this machine or on a Ray cluster, and ends all of them when one fails.
 
+:func:`run` calls the same function on every rank, whoever has started it: this module, torchrun, or Ray.
+"""
+
+import math
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from shardemb import cluster
+
+LAUNCHERS = ("local", "torchrun", "ray")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Where a job's ranks run; it does not change what the job computes."""
+
+    #: who starts the ranks: "local", this process on its machine; "torchrun", which has started this one; "ray"
+    launcher: str = "local"
+    #: ranks; with "torchrun" what that has started counts
+    workers: int = 1
+    #: Ray: take up to so many where the cluster has room for them, and go on with fewer; 0 for ``workers``, always
+    max_workers: int = 0
+    #: of the Ray cluster: "local", one of our own on this machine; "auto", that of this node; or HOST:PORT of its head
+    address: str = "local"
+    #: Ray: logical CPUs of a rank, which also has as many threads
+    cpus_per_worker: float = 1.0
+    #: Ray: other resources of a rank, by name
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    #: Ray: "PACK" ranks on few nodes, "SPREAD" them, or one of these "STRICT_"
+    placement: str = "PACK"
+    #: Ray: start again from the newest checkpoint after so many failures of workers or nodes
+    max_failures: int = 3
+    #: Ray: seconds to wait until the cluster has room for the ranks
+    wait_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.launcher not in LAUNCHERS:
+            raise ValueError(f"launch.launcher: got {self.launcher!r}, expected one of {', '.join(LAUNCHERS)}")
+        if self.placement not in cluster.PLACEMENTS:
+            raise ValueError(f"launch.placement: got {self.placement!r}, expected one of {', '.join(cluster.PLACEMENTS)}")
+        cluster.check_address(self.address)
+        for name, least in (("workers", 1), ("max_workers", 0), ("max_failures", 0), ("wait_seconds", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"launch.{name}: got {getattr(self, name)}, expected at least {least}")
+        if 0 < self.max_workers < self.workers:
+            raise ValueError(f"launch.max_workers: got {self.max_workers}, expected 0 or at least workers = {self.workers}")
+        if not self.cpus_per_worker > 0 or any(not amount > 0 for amount in self.resources_per_worker.values()):
+            raise ValueError(
+                f"launch.cpus_per_worker: got {self.cpus_per_worker}, others {self.resources_per_worker}: expected above 0"
+            )
+        if self.max_workers and self.launcher != "ray":
+            raise ValueError(f"launch.max_workers: got {self.max_workers} with launcher {self.launcher!r}, expected 'ray'")
 
 
 class WorkerError(RuntimeError):
@@ -27,6 +79,139 @@ class WorkerError(RuntimeError):
     def __init__(self, rank: int, error: str, message: str, trace: str = "") -> None:
         super().__init__(f"rank {rank}: {error}: {message}")
         self.rank, self.error, self.message, self.trace = rank, error, message, trace
+
+
+def run(
+    fn: Callable[..., Any],
+    config: LaunchConfig,
+    *args: Any,
+    gpus: bool = False,
+    timeout_s: float = 300,
+    storage: Path | None = None,
+) -> Any:
+    """Run ``fn(*args)`` on every rank, as configured; see :func:`run_local`, :func:`run_under_torchrun`, :func:`run_on_ray`."""
+    if config.launcher == "local":
+        return run_local(fn, config.workers, *args, timeout_s=timeout_s, backend="nccl" if gpus else "gloo")
+    if config.launcher == "torchrun":
+        return run_under_torchrun(fn, *args, timeout_s=timeout_s, backend="nccl" if gpus else "gloo")
+    workers = (config.workers, config.max_workers) if config.max_workers else config.workers
+    return run_on_ray(
+        fn,
+        workers,
+        *args,
+        address=config.address,
+        use_gpu=gpus,
+        cpus_per_worker=config.cpus_per_worker,
+        resources_per_worker=config.resources_per_worker,
+        placement=config.placement,
+        max_failures=config.max_failures,
+        wait_s=config.wait_seconds,
+        timeout_s=timeout_s,
+        storage=storage,
+    )
+
+
+def run_under_torchrun(fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo") -> Any:
+    """Run ``fn(*args)`` on this rank of those that torchrun has started: all of them call this.
+
+    Args:
+        fn: finds its rank with ``torch.distributed``.
+        args: of the function.
+        timeout_s: seconds after which a collective gives up on a rank that does not come.
+        backend: of the group.
+
+    Returns:
+        What ``fn`` returned here.
+
+    Raises:
+        ValueError: torchrun has not started this process; or the function's own exception.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from shardemb import faults
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ValueError(
+            "got launcher 'torchrun' in a process that torchrun has not started, expected "
+            "torchrun --nproc-per-node 2 -m shardemb train ..."
+        )
+    faults.set_timeout(timeout_s)
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + 10))
+    try:
+        faults.watch(None)
+        result = fn(*args)
+        faults.finish()
+    except BaseException as error:
+        faults.report(error)
+        raise
+    dist.destroy_process_group()
+    return result
+
+
+def run_on_ray(
+    fn: Callable[..., Any],
+    workers: int | tuple[int, int],
+    *args: Any,
+    address: str | None = "local",
+    use_gpu: bool = False,
+    cpus_per_worker: float = 1.0,
+    resources_per_worker: Mapping[str, float] | None = None,
+    placement: str = "PACK",
+    max_failures: int = 3,
+    wait_s: float = 60.0,
+    timeout_s: float = 300,
+    storage: Path | None = None,
+) -> Any:
+    """Run ``fn(*args)`` on every rank of a process group of a Ray cluster's workers, by Ray Train's TorchTrainer.
+
+    When a worker or its node dies, all ranks start again, in fresh processes and a fresh process group: ``fn`` goes on from
+    its newest checkpoint, or from the beginning. An error that would come again (ValueError, TypeError, FileNotFoundError,
+    FloatingPointError and the like) ends the job at once.
+
+    Args:
+        fn: picklable; it finds its rank with ``torch.distributed``.
+        workers: number of ranks; or the least and the most, of which Ray takes as many as the cluster has room for. When it
+            gets room for more, all ranks start again.
+        args: picklable.
+        address: see :func:`shardemb.cluster.connected`.
+        use_gpu: give each rank a GPU, and the group NCCL instead of gloo.
+        cpus_per_worker: logical CPUs of a rank; torch takes as many threads, one at least.
+        resources_per_worker: others, by name ("memory" in bytes).
+        placement: "PACK", "SPREAD", "STRICT_PACK" or "STRICT_SPREAD".
+        max_failures: how often ranks may start again.
+        wait_s: seconds to wait until the cluster has room for the ranks.
+        timeout_s: seconds after which a collective gives up on a rank that does not come.
+        storage: folder for Ray Train's own records, that all nodes see; None for ``~/ray_results``.
+
+    Returns:
+        What rank 0 returned (picklable).
+
+    Raises:
+        WorkerError: a rank raised what would come again, or workers have failed too often.
+        ValueError: the cluster has no room for the ranks.
+        ModuleNotFoundError, ConnectionError: see :func:`shardemb.cluster.connected`.
+    """
+    least, most = (workers, workers) if isinstance(workers, int) else workers
+    if not 1 <= least <= most:
+        raise ValueError(f"got {workers} workers, expected at least 1, or (least, most)")
+    resources = {**(resources_per_worker or {}), "CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    logical = math.ceil(most * cpus_per_worker) if address == "local" else None
+    with cluster.connected(address, cpus=logical):
+        cluster.require_room(least, resources, placement, wait_s)
+        outcome = cluster.fit(
+            cluster.Work(fn, args, timeout_s, math.floor(cpus_per_worker), address == "local"),
+            workers,
+            resources,
+            placement,
+            max_failures,
+            storage,
+        )
+    if isinstance(outcome, cluster.Failure):
+        raise WorkerError(outcome.rank, outcome.error, outcome.message, outcome.trace)
+    return outcome
 
 
 def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300, backend: str = "gloo") -> Any:

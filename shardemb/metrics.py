@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,8 +47,9 @@ class MetricsFile:
         self._file.flush()
         if self._events is not None:
             for name, figure in figures.items():
-                if isinstance(figure, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", figure, step)
+                for place, value in enumerate(figure) if isinstance(figure, list) else [("", figure)]:
+                    if isinstance(value, int | float):
+                        self._events.add_scalar(f"{kind}/{name}{place}", value, step)
             self._events.flush()
 
     def close(self) -> None:
@@ -58,6 +59,22 @@ class MetricsFile:
             self._events.close()
 
 
+#: (kind, step, figures), on every rank: see :func:`listen`
+Listener = Callable[[str, int, dict[str, Any]], None]
+_listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> None:
+    """Let a function hear of the records of this process's jobs, on every rank: for a launcher that passes them on."""
+    _listeners.append(listener)
+
+
+def tell(kind: str, step: int, figures: dict[str, Any]) -> None:
+    """Let all listeners hear of a record."""
+    for listener in _listeners:
+        listener(kind, step, figures)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file; a last line that was cut off by a kill is left out."""
     records = []
@@ -65,6 +82,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if line.endswith("\n"):
             records.append(json.loads(line))
     return records
+
+
+def describe(records: Sequence[dict[str, Any]], now: float) -> str:
+    """Return the state of a run in a few lines: where it is, how fast, what each rank holds, and how good it was.
+
+    Args:
+        records: of the metrics file.
+        now: seconds since 1970.
+    """
+    lines = []
+    train = next((record for record in reversed(records) if record["kind"] == "train"), None)
+    if train is not None:
+        memory = " ".join(f"{size / 2**30:.2f}" for size in train["memory_bytes"])
+        lines = [
+            f"epoch {train['epoch']:.2f}  step {train['step']:,}  loss {train['loss']:.4f}  ({now - train['time']:.0f} s ago)",
+            f"{train['triples_per_second']:,} triples/s  {1000 * train['step_seconds']:.2f} ms a step",
+            f"a step: {train['touched_rows']:,} rows updated, {train['exchange_bytes'] / 2**20:.2f} MiB sent between ranks",
+            f"the busiest rank updates {train['imbalance']:.2f} times the mean; GiB of memory by rank: {memory}",
+        ]
+    for kind in ("valid", "test"):
+        found = [record for record in records if record["kind"] == kind]
+        if found:
+            best = max(found, key=lambda record: record["mrr"])
+            last = f"{kind} MRR {found[-1]['mrr']:.4f} after epoch {found[-1]['epoch']:g}"
+            lines.append(last + (f", best {best['mrr']:.4f} after epoch {best['epoch']:g}" if len(found) > 1 else ""))
+    return "\n".join(lines)
 
 
 def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
@@ -125,6 +168,12 @@ def free_bytes(device: "torch.device") -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     free = available_bytes() if device.type == "cpu" else None
     return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process has; 0 where it cannot be known."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if status.exists() else 0
 
 
 def available_bytes() -> int | None:

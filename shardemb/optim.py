@@ -11,6 +11,7 @@ could not be imported any more.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -38,16 +39,21 @@ class RowWiseOptimizer(torch.optim.Optimizer):
 
     #: what is kept: name, and whether it is one number a row, or one for each of the row's
     state_per_row: ClassVar[dict[str, bool]] = {}
+    #: rows of each parameter that steps have gone over so far, in this process
+    rows_updated: Counter[Tensor]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take more parameters, with hyper-parameters of their own; ValueError for what is out of range, or complex."""
         check_hyperparameters(type(self).__name__, {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if not hasattr(self, "rows_updated"):
+            self.rows_updated = Counter()
         if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
             raise ValueError(f"{type(self).__name__}: got a complex parameter, expected real ones: use torch.view_as_real")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.rows_updated = Counter()
         for group in self.param_groups:  # a state dict of torch.optim, or of an older version, may lack some
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -92,6 +98,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         if parameter.grad.is_sparse:
             rows, values = _rows_and_values(parameter.grad)
             merged = native.merge(rows, len(parameter))
+            self.rows_updated[parameter] += len(merged.unique)
             rule = _RULES.get(type(self))
             if rule is not None and native.can_update(tensors[0], values, merged, tensors[1:]):
                 rate, decay = self.rate(group, state["step"]), group["weight_decay"] * group["lr"]
@@ -100,6 +107,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             else:
                 self._update(tensors, merged.unique, merged.sum(values), group, state["step"], constrain)
         else:
+            self.rows_updated[parameter] += len(parameter)
             self._update(tensors, None, _as_rows(parameter.grad.contiguous()), group, state["step"], constrain)
         if weights is not data:  # not contiguous
             data.copy_(weights)

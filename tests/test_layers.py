@@ -15,8 +15,8 @@ FLOORS = [
     {"storage", "tensorfile"},
     {"manifest"},
     {"metrics", "native", "faults"},
-    {"shm", "cluster"},
-    {"collectives"},
+    {"shm"},
+    {"collectives", "cluster"},
     {"plan", "transforms", "vocabulary", "optim"},
     {"initializers"},
     {"exchange", "table"},
@@ -36,8 +36,8 @@ FLOORS = [
     {"kge.ranking", "kge.optimizers", "kge.query"},
     {"kge.evaluation"},
     {"kge.trainer"},
-    {"config"},
     {"launch"},
+    {"config"},
     {"cli"},
 ]
 #: third-party packages that only some rooms may know

@@ -28,7 +28,7 @@ from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
 from shardemb.kge.settings import at_least, one_of
 from shardemb.kge.triples import Triples
 from shardemb.manifest import CheckpointError
-from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics
+from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics, resident_bytes, tell
 from shardemb.storage import name_of
 from shardemb.types import few
 from shardemb.vocabulary import Vocabulary
@@ -270,6 +270,8 @@ class _Job:
             disable=self.rank > 0 or not progress,
         )
         self.saved_at = time.monotonic()
+        #: bytes exchanged and rows updated until the last record
+        self.counted = (0, 0)
         self.asked_to_end = threading.Event()
         self.handler: Any = None
         if threading.current_thread() is threading.main_thread():  # Python allows no other to take signals
@@ -338,7 +340,7 @@ class _Job:
         self.model.train()
         at, num_steps = self.at, self.sampler.num_steps
         seen, total, start, ends = 0, self._zero(), time.perf_counter(), False
-        triples = 0
+        triples, steps = 0, 0
         while at.step < num_steps:
             self.settings.optimizer.set_rates(self.optimizer, self.done, self.steps, at.plateau)
             size = self.sampler.size(at.step)
@@ -350,14 +352,14 @@ class _Job:
                 seen, triples, total = seen + queries, triples + size, total + plain
             else:
                 self.coordinator.forget()
-            at.step += 1
+            at.step, steps = at.step + 1, steps + 1
             if (due or ends) and at.step < num_steps:
                 self._save()
                 if ends:
                     self._end()
             if at.step % LOG_STEPS == 0 or at.step == num_steps:
-                self._log(total, seen, triples, time.perf_counter() - start)
-                seen, triples, total, start = 0, 0, self._zero(), time.perf_counter()
+                self._log(total, seen, triples, steps, time.perf_counter() - start)
+                seen, triples, steps, total, start = 0, 0, 0, self._zero(), time.perf_counter()
             if self.saver is not None:
                 self.saver.check()
             self.bar.update(size)
@@ -485,14 +487,38 @@ class _Job:
             signal.signal(signal.SIGTERM, self.handler)
             self.handler = None
 
-    def _log(self, total: torch.Tensor, queries: int, triples: int, seconds: float) -> None:
-        collectives.all_reduce(total, operation="the loss, for the log")
-        loss = total.item() / max(1, queries)
-        epoch = self.done / self.sampler.num_steps
+    def _log(self, total: torch.Tensor, queries: int, triples: int, steps: int, seconds: float) -> None:
+        entity = self.model.entity
+        counts = (entity.exchanged_bytes, self.optimizer.rows_updated[next(entity.parameters())])
+        here = [total.item(), *(now - before for now, before in zip(counts, self.counted, strict=True)), self._memory()]
+        self.counted = counts
+        each = torch.zeros(self.world_size, len(here), dtype=torch.float64, device=self.device)
+        each[self.rank] = torch.tensor(here, dtype=torch.float64)
+        collectives.all_reduce(each, operation="figures for the log")
+        losses, exchanged, touched, memory = each.T.tolist()
+        loss = sum(losses) / max(1, queries)
         self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}")
+        self._record(
+            "train",
+            epoch=self.done / self.sampler.num_steps,
+            loss=loss,
+            triples_per_second=round(triples / seconds),
+            entity_lr=self.optimizer.param_groups[0]["lr"],
+            step_seconds=round(seconds / steps, 6),
+            exchange_bytes=round(sum(exchanged) / steps),
+            touched_rows=round(sum(touched) / steps),
+            imbalance=round(max(touched) * self.world_size / max(1.0, sum(touched)), 4),
+            memory_bytes=[round(size) for size in memory],
+        )
+
+    def _memory(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else resident_bytes()
+
+    def _record(self, kind: str, **figures: Any) -> None:
+        """Write a record down (rank 0), and let this process's listeners hear of it."""
         if self.file is not None:
-            rate, lr = round(triples / seconds), self.optimizer.param_groups[0]["lr"]
-            self.file.write("train", self.done, epoch=epoch, loss=loss, triples_per_second=rate, entity_lr=lr)
+            self.file.write(kind, self.done, **figures)
+        tell(kind, self.done, figures)
 
     def evaluate(self, split: str, triples: torch.Tensor) -> dict[str, float]:
         """Rank a split, record and draw the result. A collective."""
@@ -504,8 +530,8 @@ class _Job:
         config = replace(self.settings.evaluation, per_relation=False)
         result = evaluate(self.model, triples, self.data.splits, config, self.config.seed)
         figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}
+        self._record(split, epoch=self.at.epoch, **figures)
         if self.file is not None and self.output is not None:
-            self.file.write(split, self.done, epoch=self.at.epoch, **figures)
             plot_metrics(read_metrics(self.output / "metrics.jsonl"), self.output / "metrics.png")
         self.bar.set_postfix_str(f"{split} MRR {result['mrr']:.3f}")
         return result
