@@ -173,6 +173,7 @@ def fit(
     workers: int | tuple[int, int],
     resources: Mapping[str, float],
     placement: str,
+    resize_s: float,
     max_failures: int,
     storage: Path | None,
 ) -> Any:
@@ -194,7 +195,11 @@ def fit(
             # the watch is first to give up, and says why
             torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=round(work.timeout_s + 10)),
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=use_gpu, resources_per_worker=dict(resources), placement_strategy=placement
+                num_workers=workers,
+                use_gpu=use_gpu,
+                resources_per_worker=dict(resources),
+                placement_strategy=placement,
+                elastic_resize_monitor_interval_s=resize_s,
             ),
             run_config=RunConfig(
                 name=f"shardemb-{time.time_ns()}",  # another name than before, or Ray Train would go on with its own records

@@ -42,6 +42,8 @@ class LaunchConfig:
     resources_per_worker: dict[str, float] = field(default_factory=dict)
     #: Ray: "PACK" ranks on few nodes, "SPREAD" them, or one of these "STRICT_"
     placement: str = "PACK"
+    #: Ray: seconds between two looks whether there is room for more ranks, up to ``max_workers``
+    resize_seconds: float = 60.0
     #: Ray: start again from the newest checkpoint after so many failures of workers or nodes
     max_failures: int = 3
     #: Ray: seconds to wait until the cluster has room for the ranks
@@ -53,7 +55,13 @@ class LaunchConfig:
         if self.placement not in cluster.PLACEMENTS:
             raise ValueError(f"launch.placement: got {self.placement!r}, expected one of {', '.join(cluster.PLACEMENTS)}")
         cluster.check_address(self.address)
-        for name, least in (("workers", 1), ("max_workers", 0), ("max_failures", 0), ("wait_seconds", 0)):
+        for name, least in (
+            ("workers", 1),
+            ("max_workers", 0),
+            ("max_failures", 0),
+            ("wait_seconds", 0),
+            ("resize_seconds", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"launch.{name}: got {getattr(self, name)}, expected at least {least}")
         if 0 < self.max_workers < self.workers:
@@ -106,6 +114,7 @@ def run(
         placement=config.placement,
         max_failures=config.max_failures,
         wait_s=config.wait_seconds,
+        resize_s=config.resize_seconds,
         timeout_s=timeout_s,
         storage=storage,
     )
@@ -139,7 +148,11 @@ def run_under_torchrun(fn: Callable[..., Any], *args: Any, timeout_s: float = 30
     faults.set_timeout(timeout_s)
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + 10))
+    limit = timedelta(seconds=timeout_s + 10)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun's store keeps the addresses of an attempt that failed
+    attempt = dist.PrefixStore(f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
     try:
         faults.watch(None)
         result = fn(*args)
@@ -162,6 +175,7 @@ def run_on_ray(
     placement: str = "PACK",
     max_failures: int = 3,
     wait_s: float = 60.0,
+    resize_s: float = 60.0,
     timeout_s: float = 300,
     storage: Path | None = None,
 ) -> Any:
@@ -183,6 +197,7 @@ def run_on_ray(
         placement: "PACK", "SPREAD", "STRICT_PACK" or "STRICT_SPREAD".
         max_failures: how often ranks may start again.
         wait_s: seconds to wait until the cluster has room for the ranks.
+        resize_s: seconds between two looks whether there is room for more ranks.
         timeout_s: seconds after which a collective gives up on a rank that does not come.
         storage: folder for Ray Train's own records, that all nodes see; None for ``~/ray_results``.
 
@@ -206,6 +221,7 @@ def run_on_ray(
             workers,
             resources,
             placement,
+            resize_s,
             max_failures,
             storage,
         )

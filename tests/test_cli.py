@@ -15,6 +15,7 @@ import torch
 
 from shardemb.cli import main
 from shardemb.config import JobConfig
+from shardemb.metrics import read_metrics
 from shardemb.vocabulary import Vocabulary
 
 NATIONS = ["train", "--dataset", "pykeen:nations", "--set", "training.epochs=2", "--set", "sampling.batch_size=512"]
@@ -65,6 +66,65 @@ def test_a_run_folder_knows_where_its_dataset_is(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir("/")
     assert JobConfig.load(tmp_path / "run/config.toml").dataset == str(tmp_path / "graph")
     assert main(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from shardemb import metrics
+from shardemb.cli import main
+
+def listener(kind, step, figures):
+    if figures["epoch"] >= 1 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+metrics.listen(listener)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ranks_that_torchrun_has_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same job and result; one that is killed goes on where it was."""
+    pytest.importorskip("pykeen")
+    (tmp_path / "job.py").write_text(KILL)
+    assert main([*NATIONS, *SMALL, "--workers", "2", "--output", str(tmp_path / "local")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += [str(tmp_path / "job.py"), *NATIONS, *SMALL, "--launcher", "torchrun", "--output", str(tmp_path / "run")]
+    capfd.readouterr()
+    done = subprocess.run(command, env=HERE | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test filtered mrr") == 1
+    assert [start["workers"] for start in json.loads((tmp_path / "run/run.json").read_text())] == ["2", "2"]
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "local"))
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    assert ours[-1]["mrr"] == pytest.approx(theirs[-1]["mrr"], abs=1e-6)
+    assert main([*NATIONS, *SMALL, "--launcher", "torchrun", "--output", str(tmp_path / "other")]) == 1
+    assert "that torchrun has not started, expected torchrun --nproc-per-node 2 -m shardemb train" in one_error(capfd)
+
+
+def test_top_shows_where_a_run_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pykeen")
+    run = tmp_path / "run"
+    assert main([*NATIONS, *SMALL, "--workers", "2", "--output", str(run)]) == 0
+    records = read_metrics(run / "metrics.jsonl")
+    train = [record for record in records if record["kind"] == "train"][-1]
+    assert len(train["memory_bytes"]) == 2
+    assert all(1e8 < size < 4e9 for size in train["memory_bytes"])
+    assert 1 <= train["imbalance"] < 1.5
+    assert 0 < train["touched_rows"] <= 14  # all of the entities
+    assert train["exchange_bytes"] > train["touched_rows"] * 16 * 4  # their rows, at least
+    assert 0 < train["step_seconds"] < 10
+    capfd.readouterr()
+    assert main(["top", str(run)]) == 0  # it has ended
+    out = capfd.readouterr().out
+    assert out.startswith(f"{run}\nepoch 2.00  step {train['step']:,}  loss {train['loss']:.4f}")
+    assert f"a step: {train['touched_rows']} rows updated" in out
+    assert f"test MRR {records[-1]['mrr']:.4f} after epoch 2" in out
+    cut = [json.dumps(record) + "\n" for record in records[:-1]]
+    (run / "metrics.jsonl").write_text("".join(cut) + cut[0][:20])  # as it is while a line is being written
+    assert main(["top", str(run), "--once"]) == 0
+    assert main(["top", str(tmp_path)]) == 1
+    assert "metrics.jsonl: no such file, expected a run folder" in one_error(capfd)
 
 
 def one_error(capfd: pytest.CaptureFixture[str]) -> str:
