@@ -415,3 +415,22 @@ def test_a_stranger_who_submits_a_job_gets_401(file: str) -> None:
             assert address in ("0100007F", "0000000000000000FFFF00000100007F"), command
             seen.add(name)
         assert {"gcs_server", "raylet", "dashboard.py"} <= seen
+
+
+@pytest.mark.ray
+def test_from_the_images_no_ray_starts_without_a_token(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (line,) = re.findall("^ENV (.*)", (DEPLOY / "docker/Dockerfile.cpu").read_text(), re.MULTILINE)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | dict(word.split("=") for word in line.split())
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        f"--temp-dir={tmp_path}/r",
+        f"--port={free_port()}",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "no authentication token was found" in done.stderr
