@@ -23,8 +23,8 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; ``run`` of what it parses is the function that does it."""
     parser = argparse.ArgumentParser(prog="shardemb", description="Embedding tables, row-sharded over processes.")
     parser.add_argument("--version", action="version", version=f"shardemb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -58,7 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     _add_ingest(commands)
     _add_query(commands)
     _add_checkpoint(commands)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
+    arguments = parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         return arguments.run(arguments)
