@@ -1,6 +1,7 @@
 """What deploy/ and docs/ say is valid, fits what is installed here, and lets no stranger in."""
 
 import http.client
+import json
 import os
 import re
 import shlex
@@ -415,6 +416,30 @@ def test_a_stranger_who_submits_a_job_gets_401(file: str) -> None:
             assert address in ("0100007F", "0000000000000000FFFF00000100007F"), command
             seen.add(name)
         assert {"gcs_server", "raylet", "dashboard.py"} <= seen
+
+
+@pytest.mark.ray
+def test_a_job_that_is_submitted_trains_on_the_cluster(tmp_path: Path) -> None:
+    """From a folder that Ray brings to the cluster; what it writes lies where all nodes see it."""
+    pytest.importorskip("ray")
+    job, run = tmp_path / "job", tmp_path / "run"
+    (job / "graph").mkdir(parents=True)
+    ring = [f"e{i}\tr{k}\te{(i + k + 1) % 83}\n" for i in range(83) for k in range(3)]
+    for split, lines in (("train", ring), ("valid", ring[::9]), ("test", ring[5::9])):
+        (job / f"graph/{split}.tsv").write_text("".join(lines))
+    (job / "job.toml").write_text('dataset = "graph"\n[model]\ndim = 12\n[training]\nepochs = 2\n[launch]\nworkers = 2\n')
+    with head("on-prem.yaml") as (port, token, _):
+        post(port, token)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", f"http://127.0.0.1:{port}"]
+        command += ["--working-dir", str(job), "--", sys.executable, "-m", "shardemb", "train", "job.toml"]
+        command += ["--output", str(run), "--launcher", "ray", "--address", "auto"]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test filtered mrr" in done.stdout
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["kind"] == "test"
+    assert len(records[0]["memory_bytes"]) == 2
 
 
 @pytest.mark.ray
