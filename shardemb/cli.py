@@ -526,8 +526,12 @@ def _load(config: Any) -> Any:
 
 
 def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
+    from shardemb import cluster
     from shardemb.kge.trainer import Settings, train
 
+    data = _load(config)
+    if source := config.launch.ray_data:
+        data = data.with_share(*cluster.share(), source)
     sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
-    _, result = train(_load(config), **sections, output=output, resume=resume)
+    _, result = train(data, **sections, output=output, resume=resume)
     return result

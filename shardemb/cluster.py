@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ _SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # for which a worker that has stopped is waited for
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths are relative to where the user is
 }
+#: what Ray Train says again and again, to all who have no dashboard
+_NOISE = "Failed to query Ray Train Controller actor state|Reporting training result"
 #: what comes again in every attempt
 _FINAL = (
     AttributeError,
@@ -40,6 +42,7 @@ _FINAL = (
 
 def load_ray() -> Any:
     """Return the module; ModuleNotFoundError that says how to install it."""
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOISE)  # read when it is imported
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -82,6 +85,7 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
             stack.enter_context(_on_this_machine_alone(ray))
             # workers find the modules that this process finds, as spawned processes do
             environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+            environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # it asks the dashboard
             options |= {"num_cpus": cpus, "include_dashboard": False}
         try:
             ray.init(**options, runtime_env={"env_vars": environment})
@@ -151,6 +155,9 @@ class Work:
     threads: int
     #: on this machine alone
     local: bool
+    #: that each rank gets a share of, and its rows
+    parquet: str = ""
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,13 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    use_gpu = "GPU" in resources
+    use_gpu, datasets = "GPU" in resources, {}
+    if work.parquet:
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        datasets["share"] = ray.data.read_parquet(work.parquet)
+        work = replace(work, rows=datasets["share"].count())
     environment = {"GLOO_SOCKET_IFNAME": "lo"} if work.local else {}
     settings = _SETTINGS | {
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(work.timeout_s),  # of a report; Ray Train has none
@@ -192,6 +205,7 @@ def fit(
         trainer = TorchTrainer(
             _rank_main,
             train_loop_config={"work": work},
+            datasets=datasets,
             # the watch is first to give up, and says why
             torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=round(work.timeout_s + 10)),
             scaling_config=ScalingConfig(
@@ -250,6 +264,22 @@ def _in_thread(call: Callable[[], Any]) -> Any:
     return done[0]
 
 
+#: of this process, if it is a rank
+_work: Work | None = None
+
+
+def share(batch_rows: int = 1 << 17) -> tuple[Iterator[Any], int]:
+    """Return this rank's share of the job's Parquet as Arrow tables, and how many rows all shares have together.
+
+    Ray Data deals the rows to the ranks, as many to each: a few that are left over come to nobody, and who gets which may be
+    another one in each attempt.
+    """
+    import ray.train
+
+    assert _work is not None, "not on a worker of run_on_ray(parquet=...)"
+    return ray.train.get_dataset_shard("share").iter_batches(batch_size=batch_rows, batch_format="pyarrow"), _work.rows
+
+
 def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> metrics.Listener:
     """Return what hands a rank's records to Ray: gauges for Prometheus, and Ray Train's report.
 
@@ -278,7 +308,8 @@ def _rank_main(config: dict[str, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
-    work: Work = config["work"]
+    global _work
+    work = _work = config["work"]
     rank = dist.get_rank()
     torch.set_num_threads(max(1, work.threads))
     faults.set_timeout(work.timeout_s)

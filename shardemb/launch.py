@@ -26,7 +26,7 @@ LAUNCHERS = ("local", "torchrun", "ray")
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Where a job's ranks run; it does not change what the job computes."""
+    """Where a job's ranks run; nothing but ``ray_data`` changes what the job computes."""
 
     #: who starts the ranks: "local", this process on its machine; "torchrun", which has started this one; "ray"
     launcher: str = "local"
@@ -46,6 +46,9 @@ class LaunchConfig:
     resize_seconds: float = 60.0
     #: Ray: start again from the newest checkpoint after so many failures of workers or nodes
     max_failures: int = 3
+    #: Ray: Parquet of training triples instead of the dataset's: columns head, relation and tail, of labels that it has too.
+    #: Each rank gets a share of them through Ray Data, so that batches depend on the number of ranks; "" for none
+    ray_data: str = ""
     #: Ray: seconds to wait until the cluster has room for the ranks
     wait_seconds: float = 60.0
 
@@ -70,8 +73,10 @@ class LaunchConfig:
             raise ValueError(
                 f"launch.cpus_per_worker: got {self.cpus_per_worker}, others {self.resources_per_worker}: expected above 0"
             )
-        if self.max_workers and self.launcher != "ray":
-            raise ValueError(f"launch.max_workers: got {self.max_workers} with launcher {self.launcher!r}, expected 'ray'")
+        for name in ("max_workers", "ray_data"):
+            if getattr(self, name) and self.launcher != "ray":
+                got = f"{getattr(self, name)!r} with launcher {self.launcher!r}"
+                raise ValueError(f"launch.{name}: got {got}, expected launcher 'ray'")
 
 
 class WorkerError(RuntimeError):
@@ -115,6 +120,7 @@ def run(
         max_failures=config.max_failures,
         wait_s=config.wait_seconds,
         resize_s=config.resize_seconds,
+        parquet=config.ray_data,
         timeout_s=timeout_s,
         storage=storage,
     )
@@ -176,6 +182,7 @@ def run_on_ray(
     max_failures: int = 3,
     wait_s: float = 60.0,
     resize_s: float = 60.0,
+    parquet: str = "",
     timeout_s: float = 300,
     storage: Path | None = None,
 ) -> Any:
@@ -198,6 +205,7 @@ def run_on_ray(
         max_failures: how often ranks may start again.
         wait_s: seconds to wait until the cluster has room for the ranks.
         resize_s: seconds between two looks whether there is room for more ranks.
+        parquet: what ranks get shares of, see :func:`shardemb.cluster.share`; "" for nothing.
         timeout_s: seconds after which a collective gives up on a rank that does not come.
         storage: folder for Ray Train's own records, that all nodes see; None for ``~/ray_results``.
 
@@ -217,7 +225,7 @@ def run_on_ray(
     with cluster.connected(address, cpus=logical):
         cluster.require_room(least, resources, placement, wait_s)
         outcome = cluster.fit(
-            cluster.Work(fn, args, timeout_s, math.floor(cpus_per_worker), address == "local"),
+            cluster.Work(fn, args, timeout_s, math.floor(cpus_per_worker), address == "local", parquet),
             workers,
             resources,
             placement,

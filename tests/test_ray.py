@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 from test_trainer import SAMPLING, graph
 
-from shardemb import cluster, metrics
+from shardemb import cluster, collectives, metrics
 from shardemb.kge import ModelConfig, TrainingConfig, train
 from shardemb.launch import LaunchConfig, WorkerError, run_local, run_on_ray
 
@@ -97,6 +99,34 @@ def test_the_same_job_on_ray_and_on_local_ranks(ray: Any, whole: tuple[Path, dic
     ):
         assert f"ray_shardemb_{name}{{" in text
     assert 'rank="1"' in text
+
+
+def _train_on_shares(output: Path, source: str) -> dict[str, float]:
+    batches, total = cluster.share()
+    data = graph().with_share(batches, total, source)
+    counts = collectives.gather(data.train.tolist(), operation="a test")
+    (output / f"shares-{dist.get_rank()}.json").write_text(json.dumps(counts))
+    training = TrainingConfig(epochs=EPOCHS, validate_every=2)
+    _, result = train(data, ModelConfig(dim=12, init_std=0.1), sampling=SAMPLING, training=training, progress=False)
+    return result
+
+
+def test_shares_of_parquet_through_ray_data(ray: Any, whole: tuple[Path, dict], tmp_path: Path) -> None:
+    data, source = graph(), str(tmp_path / "train.parquet")
+    heads, relations, tails = data.train.numpy().T
+    labels = (
+        [data.entities.labels[i] for i in heads],
+        [data.relations.labels[i] for i in relations],
+        [data.entities.labels[i] for i in tails],
+    )
+    pq.write_table(pa.table(dict(zip(("head", "relation", "tail"), labels, strict=True))), source, row_group_size=30)
+    got = run_on_ray(_train_on_shares, 2, tmp_path, source, address=None, storage=tmp_path / "storage", parquet=source)
+    first, second = json.loads((tmp_path / "shares-0.json").read_text())
+    assert len(first) == len(second) == len(data.train) // 2
+    together = [tuple(triple) for triple in first + second]
+    assert len(set(together)) == len(together)
+    assert set(together) <= {tuple(triple) for triple in data.train.tolist()}
+    assert got["mrr"] > 0.4  # other batches of the same triples; by chance it would be 0.06
 
 
 def _raise(kind: str, folder: Path) -> None:

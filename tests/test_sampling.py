@@ -113,6 +113,29 @@ def test_ranks_read_parts_of_the_triples(monkeypatch: pytest.MonkeyPatch) -> Non
         assert set(range(50)) - read[0]  # in random order
 
 
+def test_shares_of_ranks_make_batches_together() -> None:
+    config = SamplingConfig(batch_size=64, chunk_size=16, num_negatives=3)
+    shares = [TRIPLES[rank::2][:78] for rank in range(2)]
+    samplers = [Sampler(share, ENTITIES, RELATIONS, config, 0, rank, 2, shared=157) for rank, share in enumerate(shares)]
+    assert [sampler.num_steps for sampler in samplers] == [3, 3]
+    for epoch in range(2):
+        seen = [[], []]
+        for step, sizes in enumerate(([32, 32], [32, 32], [16, 13])):
+            batches = [sampler.batches(epoch, step) for sampler in samplers]
+            assert [sum(batch.heads.numel() for batch in mine) for mine in batches] == sizes
+            for rank, mine in enumerate(batches):
+                for batch in mine:
+                    columns = torch.stack([batch.heads, batch.relations, batch.tails], dim=-1)
+                    seen[rank] += [tuple(triple) for triple in columns.reshape(-1, 3).tolist()]
+        for rank, share in enumerate(shares):
+            known = Counter(tuple(triple) for triple in share.tolist())
+            assert not Counter(seen[rank]) - Counter({triple: 2 * count for triple, count in known.items()})
+            assert len(set(seen[rank])) > 0.8 * len(known)
+    for options in ({"filtered": True}, {"scheme": "1vsall"}, {"negatives": "degree"}, {"corrupt": "bernoulli"}):
+        with pytest.raises(ValueError, match="needs all training triples, but each rank has a share of them alone"):
+            Sampler(TRIPLES, ENTITIES, RELATIONS, SamplingConfig(**options), 0, shared=157)  # type: ignore[arg-type]
+
+
 def test_negatives_by_degree() -> None:
     config = SamplingConfig(batch_size=157, chunk_size=1, num_negatives=200, negatives="degree", degree_power=0.5)
     drawn = Sampler(TRIPLES, ENTITIES, RELATIONS, config, 0).batches(0, 0)[0].candidates.flatten()

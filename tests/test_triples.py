@@ -566,3 +566,28 @@ def test_the_order_of_training_triples_depends_on_their_number_alone(tmp_path: P
         assert [int(data.entities.label(i)[1:]) for i in data.valid[:, 0].tolist()] == [*range(100)]
     assert order[0] == order[1] == np.argsort(mixed(np.arange(100))).tolist() != [*range(100)]
     assert int(mixed(np.arange(1))[0]) == 0xE220A8397B1DCDAF  # splitmix64's first number for the seed 0
+
+
+def test_a_share_of_other_training_triples() -> None:
+    data = Triples.from_columns("a", (["a", "b", "c"], ["r"] * 3, ["b", "c", "a"]), (["a"], ["r"], ["c"]), ([], [], []))
+    names = ("head", "relation", "tail")
+    columns = [pa.chunked_array([part]) for part in (["c", "a"], ["r", "r"], ["b", "b"])]
+    batches = [pa.table(columns, names=names), pa.table([column[:1] for column in columns], names=names)]
+    share = data.with_share(batches, 7, "s3://bucket/train")
+    labels = data.entities.labels
+    assert [(labels[h], labels[t]) for h, _, t in share.train.tolist()] == [("c", "b"), ("a", "b"), ("c", "b")]
+    assert (share.shared, share.train.dtype, share.valid is data.valid) == (7, torch.int32, True)
+    assert share.fingerprint == data.with_share(batches[:1], 7, "s3://bucket/train").fingerprint != data.fingerprint
+    for table, error, text in (
+        (pa.table({"head": ["x"], "relation": ["r"], "tail": ["a"]}), KeyError, "'x'"),
+        (
+            pa.table({"head": ["a"], "relation": ["r"], "tail": pa.array([None], pa.string())}),
+            ValueError,
+            "1 rows without a tail",
+        ),
+        (pa.table({"h": ["a"]}), ValueError, "got columns \\['h'\\], expected head, relation, tail"),
+    ):
+        with pytest.raises(error, match=text):
+            data.with_share([table], 1, "here")
+    with pytest.raises(ValueError, match="here: got no triples for this rank, expected some: take fewer ranks"):
+        data.with_share([], 1, "here")

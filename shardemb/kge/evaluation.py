@@ -65,10 +65,15 @@ def check_candidates(config: EvaluationConfig, entities: int) -> None:
 
 
 def evaluate(
-    model: KnowledgeGraphModel, triples: Tensor, splits: Sequence[Tensor], config: EvaluationConfig, seed: int = 0
+    model: KnowledgeGraphModel,
+    triples: Tensor,
+    splits: Sequence[Tensor],
+    config: EvaluationConfig,
+    seed: int = 0,
+    share: Tensor | None = None,
 ) -> dict[str, float]:
     """Return the metrics of both sides alone; see :func:`report`. A collective."""
-    return report(model, triples, splits, config, seed).metrics
+    return report(model, triples, splits, config, seed, share=share).metrics
 
 
 def report(
@@ -78,6 +83,7 @@ def report(
     config: EvaluationConfig,
     seed: int = 0,
     shown: bool = False,
+    share: Tensor | None = None,
 ) -> Report:
     """Rank heads and tails of triples. A collective.
 
@@ -88,6 +94,7 @@ def report(
         config: how.
         seed: of drawn candidates.
         shown: whether there is a progress bar, on this rank.
+        share: more triples that are true answers, other ones on each rank.
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
@@ -97,7 +104,7 @@ def report(
     if not len(triples):
         raise ValueError("got no triples to rank, expected one at least")
     check_candidates(config, entities)
-    known = _known(splits, model.num_relations, triples) if config.filtered else None
+    known = _known(splits, share, model.num_relations, triples) if config.filtered else None
     training = model.training
     model.eval()
     parts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -124,10 +131,11 @@ def report(
     return Report({name: metrics(ranks, options, config.hits) for name, (ranks, options) in parts.items()}, table)
 
 
-def _known(splits: Sequence[Tensor], num_relations: int, triples: Tensor) -> Known:
+def _known(splits: Sequence[Tensor], share: Tensor | None, num_relations: int, triples: Tensor) -> Known:
     """Return what is true of the queries of triples; each rank reads a part of the splits. A collective."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = [split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size] for split in splits]
+    parts += [] if share is None else [share]
     return Known(parts, num_relations, triples, partial(collectives.all_gather_rows, operation="known answers"))
 
 

@@ -231,6 +231,11 @@ class Sampler:
         rank: of this process.
         world_size: number of processes.
         subsampling: weigh triples, see :func:`subsampling_weights`.
+        shared: triples of all ranks, if ``triples`` are this rank's share of them: then it takes its chunks from these, so that
+            batches depend on the number of ranks. 0 if they are all.
+
+    Raises:
+        ValueError: a share with settings that need all triples.
     """
 
     def __init__(
@@ -243,7 +248,11 @@ class Sampler:
         rank: int = 0,
         world_size: int = 1,
         subsampling: bool = False,
+        shared: int = 0,
     ) -> None:
+        if shared:
+            _check_shared(config, subsampling)
+        self._shared = shared
         self.triples, self.num_entities, self.config = triples, num_entities, config
         self._seed, self._rank, self._world_size = seed, rank, world_size
         stays = config.filtered or config.scheme == "kvsall"
@@ -260,7 +269,7 @@ class Sampler:
         self._cumulated = self._degrees() if config.negatives == "degree" else None
         self._replace_head = self._bernoulli(num_relations) if config.corrupt == "bernoulli" else None
         #: triples, or queries with "kvsall"
-        self.num_samples = len(self._queries) if config.scheme == "kvsall" else len(triples)
+        self.num_samples = len(self._queries) if config.scheme == "kvsall" else shared or len(triples)
         self.num_steps = -(-self.num_samples // config.batch_size)
         # chunks read at places of their own, so that a rank holds a shuffled block for each of its chunks
         streams = -(-config.batch_size // config.chunk_size) if config.scheme == "negatives" else 1
@@ -307,20 +316,30 @@ class Sampler:
             return self._ordered(epoch, step * batch, step * batch + self.size(step), 0)
         first = chunk * size
         size = min(size, self.size(step) - first)
+        if self._shared:  # its chunks in turn, over and over
+            mine = len(range(self._rank, -(-batch // self.config.chunk_size), self._world_size))
+            start = (step * mine + chunk // self._world_size) * self.config.chunk_size % len(self.triples)
+            parts = []
+            while size:
+                stop = min(start + size, len(self.triples))
+                parts.append(self._ordered(epoch, start, stop, 0))
+                start, size = 0, size - (stop - start)
+            return torch.cat(parts)
         start = whole * first + step * size if step < whole else whole * batch + first
         return self._ordered(epoch, start, start + size, chunk)
 
     def _ordered(self, epoch: int, start: int, stop: int, stream: int) -> Tensor:
         """Return where the samples at ``[start, stop)`` of an epoch's order stand."""
         parts, length = [], self._block_size
-        whole = self.num_samples // length
+        samples = len(self.triples) if self._shared else self.num_samples
+        whole = samples // length
         while start < stop:
             key = (epoch, start // length)
             if stream not in self._blocks or self._blocks[stream][0] != key:
                 if self._order is None or self._order[0] != epoch:
                     self._order = epoch, torch.randperm(whole, generator=self._generator(epoch, 0))
                 block = int(self._order[1][key[1]]) if key[1] < whole else whole
-                size = min(length, self.num_samples - block * length)
+                size = min(length, samples - block * length)
                 shuffled = torch.randperm(size, generator=self._generator(epoch, 1, block)) + block * length
                 self._blocks[stream] = key, shuffled
             within = start % length
@@ -425,6 +444,21 @@ class Sampler:
             answers,
             None if self._weights is None else self._weights[places].repeat(len(self._sides)),
         )
+
+
+def _check_shared(config: SamplingConfig, subsampling: bool) -> None:
+    whole = {
+        "sampling.scheme": config.scheme != "negatives" and config.scheme,
+        "sampling.negatives": config.negatives == "degree" and config.negatives,
+        "sampling.corrupt": config.corrupt == "bernoulli" and config.corrupt,
+        "sampling.filtered": config.filtered,
+        "loss.subsampling": subsampling,
+    }
+    for name, value in whole.items():
+        if value:
+            raise ValueError(
+                f"{name}: got {value!r}, which needs all training triples, but each rank has a share of them alone"
+            )
 
 
 def _choose(head: Tensor | bool, heads: Tensor, tails: Tensor) -> Tensor:

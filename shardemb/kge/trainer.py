@@ -235,6 +235,7 @@ class _Job:
             self.rank,
             self.world_size,
             settings.loss.subsampling,
+            data.shared,
         )
         sample = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(self.config.seed))
         self.validation = data.valid[sample[: self.config.validation_triples or None]]
@@ -497,7 +498,7 @@ class _Job:
         collectives.all_reduce(each, operation="figures for the log")
         losses, exchanged, touched, memory = each.T.tolist()
         loss = sum(losses) / max(1, queries)
-        self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}")
+        self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}", refresh=False)
         self._record(
             "train",
             epoch=self.done / self.sampler.num_steps,
@@ -528,7 +529,9 @@ class _Job:
         self.bar.set_description(f"ranking {len(triples):,} {split} triples")
         start = time.perf_counter()
         config = replace(self.settings.evaluation, per_relation=False)
-        result = evaluate(self.model, triples, self.data.splits, config, self.config.seed)
+        data = self.data
+        splits, share = ((data.valid, data.test), data.train) if data.shared else (data.splits, None)
+        result = evaluate(self.model, triples, splits, config, self.config.seed, share)
         figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}
         self._record(split, epoch=self.at.epoch, **figures)
         if self.file is not None and self.output is not None:

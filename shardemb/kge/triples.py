@@ -1,9 +1,10 @@
 """Head-relation-tail triples, numbered densely."""
 
 import hashlib
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +46,8 @@ class Triples:
     test: Tensor
     entities: Vocabulary
     relations: Vocabulary
+    #: training triples on all ranks, if ``train`` is this rank's share of them; 0 if it is all of them
+    shared: int = 0
 
     @classmethod
     def load(cls, dataset: str | Path, unseen: str = "keep", literals: str = "error", verify: bool = False) -> "Triples":
@@ -148,6 +151,41 @@ class Triples:
             arrays.append(torch.from_numpy(array))
         return cls(name, arrays[0], arrays[1], arrays[2], vocabularies["entities"], vocabularies["relations"])
 
+    def with_share(self, batches: Iterable[pa.Table], total: int, source: str) -> "Triples":
+        """Return the graph with other training triples, of which this rank has a share; they lie in an unlinked file.
+
+        Args:
+            batches: this rank's: columns head, relation and tail, of labels.
+            total: triples of all ranks.
+            source: where they come from; it stands for them in the fingerprint.
+
+        Raises:
+            KeyError: a label that the graph has not.
+            ValueError: other columns, a missing label, or no triple at all.
+        """
+        dtype = np.dtype(dataset_folder.dtype_of(len(self.entities), len(self.relations)))
+        with tempfile.TemporaryFile(prefix="shardemb-share-") as file:
+            for batch in batches:
+                if not {*SCHEMA.names} <= {*batch.column_names}:
+                    raise ValueError(f"{source}: got columns {batch.column_names}, expected {', '.join(SCHEMA.names)}")
+                columns = [self._ids(batch.column(name), name, source) for name in SCHEMA.names]
+                np.stack(columns, axis=1).astype(dtype).tofile(file)
+            file.flush()
+            if not file.tell():
+                raise ValueError(f"{source}: got no triples for this rank, expected some: take fewer ranks")
+            train = torch.from_numpy(np.memmap(file, dtype=dtype, mode="c").reshape(-1, 3))
+        data = replace(self, train=train, shared=total)
+        held = (dataset_folder.sha256_of_array(split.numpy()) for split in (self.valid, self.test))
+        data.__dict__["fingerprint"] = _fingerprint([source, str(total), *held])
+        return data
+
+    def _ids(self, column: pa.ChunkedArray, name: str, source: str) -> np.ndarray:
+        if column.null_count:
+            raise ValueError(f"{source}: got {column.null_count} rows without a {name}, expected a label in each")
+        encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
+        vocabulary = self.relations if name == "relation" else self.entities
+        return vocabulary.ids(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
+
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of the triples' ids in all splits, in order: of the hashes of the files that ingest would make of them."""
@@ -155,7 +193,7 @@ class Triples:
 
     @property
     def splits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Train, valid and test: what filtered ranking leaves out."""
+        """Train (a share of it, if ``shared``), valid and test: what filtered ranking leaves out."""
         return self.train, self.valid, self.test
 
 
