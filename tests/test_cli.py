@@ -333,7 +333,7 @@ def test_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert main(["train", *output, "--workers", "2", "--set", f"model.constrainer={constrainer}"]) == 1
         assert re.search(f"model.constrainer, model.constrainer_kwargs: .*({text})", capfd.readouterr().err)
     assert main(["train", *output, "--workers", "0"]) == 1
-    assert "got 0 workers" in capfd.readouterr().err
+    assert "launch.workers: got 0, expected at least 1" in capfd.readouterr().err
     assert main(["train", str(tmp_path / "none.toml"), *output]) == 1
     with pytest.raises(SystemExit):
         main(["train"])

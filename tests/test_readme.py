@@ -37,7 +37,8 @@ def test_the_two_commands_are_the_ones_that_ci_runs() -> None:
 def test_python_blocks_run(block: str, tmp_path: Path) -> None:
     if "pykeen" in block:
         pytest.importorskip("pykeen")
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
+    (tmp_path / "block.py").write_text(block)
+    done = subprocess.run([sys.executable, "block.py"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -71,7 +72,7 @@ def test_the_pykeen_loop_gives_the_same_on_any_number_of_ranks(run_ranks) -> Non
 
 def test_every_shardemb_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for command in ("_train", "_evaluate", "_plot", "_ingest", "_query", "_list", "_verify", "_export", "_import"):
+    for command in ("_train", "_evaluate", "_plot", "_ingest", "_query", "_list", "_verify", "_export", "_import", "_top", "_serve"):
         monkeypatch.setattr(cli, command, lambda arguments: seen.append(arguments) or 0)
     for block in BLOCKS["bash"]:
         for line in block.replace("\\\n", " ").splitlines():

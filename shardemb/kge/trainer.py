@@ -498,7 +498,8 @@ class _Job:
         collectives.all_reduce(each, operation="figures for the log")
         losses, exchanged, touched, memory = each.T.tolist()
         loss = sum(losses) / max(1, queries)
-        self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}", refresh=False)
+        ends = self.at.step == self.sampler.num_steps  # otherwise the bar goes by its own clock
+        self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}", refresh=ends)
         self._record(
             "train",
             epoch=self.done / self.sampler.num_steps,
