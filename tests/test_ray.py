@@ -3,24 +3,22 @@
 import json
 import os
 import signal
-import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
 from test_trainer import SAMPLING, graph
 
 from shardemb import cluster, collectives, metrics
 from shardemb.kge import ModelConfig, TrainingConfig, train
-from shardemb.launch import LaunchConfig, WorkerError, run_local, run_on_ray
+from shardemb.launch import LaunchConfig, WorkerError, run, run_local, run_on_ray
 
 pytestmark = pytest.mark.ray
 
@@ -175,66 +173,12 @@ def test_nobody_attaches_to_a_strange_cluster(ray: Any, monkeypatch: pytest.Monk
             LaunchConfig(address=address)
 
 
-class _Slow:
-    """A listener that lets the test take part: rank 0 tells where it is, and waits there for another number of ranks."""
-
-    def __init__(self, output: Path) -> None:
-        self.output, self.ranks = output, dist.get_world_size()
-        if dist.get_rank() == 0:
-            with (output / "ranks").open("a") as file:
-                file.write(f"{self.ranks}\n")
-
-    def __call__(self, kind: str, step: int, figures: dict[str, Any]) -> None:
-        attempts = len((self.output / "ranks").read_text().splitlines())
-        if attempts < 3 and figures["epoch"] >= 2 * attempts:
-            (self.output / f"waits-{attempts}").touch()
-            time.sleep(120)  # until Ray Train ends this process
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_rank_with_a_gpu(tmp_path: Path) -> None:
+    """NCCL, one rank; a Ray of its own, which knows of GPUs."""
+    assert run(_backend, LaunchConfig(launcher="ray"), gpus=True, storage=tmp_path) == ["nccl", "cuda:0"]
 
 
-def _train_slowly(output: Path) -> dict[str, float]:
-    metrics.listen(_Slow(output))
-    return _train(output)
-
-
-def _into(done: list, call: Callable[[], Any]) -> None:
-    try:
-        done.append(call())
-    except BaseException as error:
-        done.append(error)
-
-
-def _wait_for(path: Path, thread: threading.Thread, done: list, seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert thread.is_alive(), f"the job has ended: {done}"
-        assert time.monotonic() < deadline, f"no {path.name} after {seconds} s"
-        time.sleep(0.1)
-
-
-def test_a_job_goes_on_with_fewer_nodes_and_with_more(
-    whole: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two raylets, one of them is lost, and another one comes; the rows go from 2 ranks to 1 and back."""
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the nodes' workers to find this module
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        second, done = nodes.add_node(num_cpus=1), []
-        with cluster.connected(nodes.address, log_to_driver=False):
-            options = {"storage": tmp_path / "storage", "timeout_s": 20, "resize_s": 1.0}
-            call = partial(run_on_ray, _train_slowly, (1, 2), tmp_path, address=None, **options)
-            thread = threading.Thread(target=_into, args=(done, call), daemon=True)
-            thread.start()
-            _wait_for(tmp_path / "waits-1", thread, done)
-            nodes.remove_node(second, allow_graceful=False)
-            _wait_for(tmp_path / "waits-2", thread, done)
-            nodes.add_node(num_cpus=1)  # which works in the main thread alone
-            thread.join(100)
-            assert not thread.is_alive()
-    finally:
-        nodes.shutdown()
-    assert (tmp_path / "ranks").read_text().split() == ["2", "1", "2"]
-    assert done[0] == pytest.approx(whole[1], abs=1e-4)
-    assert [record["step"] for record in _records(tmp_path)] == [record["step"] for record in _records(whole[0])]
+def _backend() -> list[str]:
+    return [dist.get_backend(), str(torch.zeros(1, device="cuda").device)]
