@@ -68,9 +68,6 @@ def test_a_job_goes_on_with_fewer_nodes_and_with_more(
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         second, done = nodes.add_node(num_cpus=1), []
-        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-        with cluster.connected("local", cpus=1) as own:  # it is not taken by accident
-            assert own.get_runtime_context().gcs_address != nodes.address
         with cluster.connected(nodes.address, log_to_driver=False):
             options = {"storage": tmp_path / "storage", "timeout_s": 20, "resize_s": 1.0}
             call = partial(run_on_ray, _train_slowly, (1, 2), tmp_path, address=None, **options)
@@ -82,6 +79,9 @@ def test_a_job_goes_on_with_fewer_nodes_and_with_more(
             nodes.add_node(num_cpus=1)  # which works in the main thread alone
             thread.join(100)
             assert not thread.is_alive()
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        with cluster.connected("local", cpus=1) as own:  # it is not taken by accident
+            assert own.get_runtime_context().gcs_address != nodes.address
     finally:
         nodes.shutdown()
     assert (tmp_path / "ranks").read_text().split() == ["2", "1", "2"]
