@@ -266,12 +266,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from shardemb.cluster import connected
     from shardemb.serving import serve
+    from shardemb.store import newest
 
+    path = newest(arguments.path)  # before Ray is started for nothing
     cpus = max(os.cpu_count() or 1, arguments.shards) if arguments.address == "local" else None
     with connected(arguments.address, cpus=cpus, log_to_driver=False) as ray:
         before = signal.signal(signal.SIGTERM, _end)  # after Ray has set its own
         try:
-            with serve(arguments.path, arguments.shards, arguments.name, max_pending=arguments.max_pending) as service:
+            with serve(path, arguments.shards, arguments.name, max_pending=arguments.max_pending) as service:
                 tables = ", ".join(f"{prefix or t.name} ({t.max_id:,} rows)" for prefix, t in service.info.tables.items())
                 address = ray.get_runtime_context().gcs_address
                 print(f"serving {service.info.path} as {arguments.name!r} from {arguments.shards} shard(s): {tables}")

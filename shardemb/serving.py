@@ -237,7 +237,7 @@ class ServedTable(Table):
         self.path = client.info.path
         self._client, self._prefix, self._info = client, prefix, info
         ends = [client.info.rows(shard)[prefix][1] for shard in range(client.info.shards)]
-        self._ends = torch.tensor(ends[:-1], dtype=torch.int64)
+        self._ends = np.array(ends[:-1], dtype=np.int64)
 
     @property
     def labelled(self) -> bool:
@@ -254,15 +254,16 @@ class ServedTable(Table):
         return [line for part in parts for line in part]
 
     def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
-        order = Spread(self.max_id).slots(ids) if self._info.sharded else ids
-        owner = torch.bucketize(order, self._ends, right=True)
-        owned = [(owner == shard).nonzero().squeeze(1) for shard in range(self._client.info.shards)]
+        # numpy: torch's threads would wait for cores that the shards of this node have
+        order = (Spread(self.max_id).slots(ids) if self._info.sharded else ids).numpy()
+        owner = np.searchsorted(self._ends, order, side="right")
+        owned, sent = [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)], ids.numpy()
         width = math.prod(self.shape)
         step = max(1, _REQUEST // max(1, width * self.dtype.itemsize))
         out = torch.empty(len(ids), width, dtype=self.dtype)
         for start in range(0, max(map(len, owned)), step):
             parts = {shard: where[start : start + step] for shard, where in enumerate(owned) if start < len(where)}
-            asked = {shard: ("lookup", self._prefix, ids[where].numpy(), raw) for shard, where in parts.items()}
+            asked = {shard: ("lookup", self._prefix, sent[where], raw) for shard, where in parts.items()}
             for shard, (memory, dtype) in self._client._ask(asked).items():
                 if dtype != out.dtype:  # a normalizer of one's own
                     out = out.to(dtype)
@@ -283,12 +284,12 @@ class ServedTable(Table):
         return scores, ids
 
 
-def _place(out: Tensor, where: Tensor, memory: np.ndarray) -> None:
+def _place(out: Tensor, where: np.ndarray, memory: np.ndarray) -> None:
     """Set ``out[where]`` to rows that came as memory."""
     if not memory.size:
         return
     row = np.dtype((np.void, out.shape[1] * out.itemsize))  # one copy a row
-    out.view(torch.uint8).numpy().view(row)[:, 0][where.numpy()] = memory.view(row)
+    out.view(torch.uint8).numpy().view(row)[:, 0][where] = memory.view(row)
 
 
 class Client(Tables[ServedTable]):
@@ -522,7 +523,11 @@ def serve(
                 f"{info.who(shard, None)}: did not start within {timeout_s:g} s ({len(ready)} of {shards} did): it asks for "
                 f"{dict(resources or {'num_cpus': 1})}, free in the cluster is {ray.available_resources()}"
             )
-        for health in ray.get(ready):
+        for shard, answer in enumerate(asked):
+            try:
+                health = ray.get(answer)
+            except ray.exceptions.RayError as error:  # a node without this package, or with another version of it
+                raise ShardUnavailableError(f"{info.who(shard, None)}: did not start: {error}") from error
             if not health.ok:
                 raise ShardUnavailableError(health.error)
     except BaseException:

@@ -71,7 +71,7 @@ def test_the_pykeen_loop_gives_the_same_on_any_number_of_ranks(run_ranks) -> Non
 
 def test_every_shardemb_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for command in ("_train", "_evaluate", "_plot", "_ingest", "_query", "_list", "_verify", "_export", "_import"):
+    for command in ("_train", "_evaluate", "_plot", "_ingest", "_query", "_serve", "_list", "_verify", "_export", "_import"):
         monkeypatch.setattr(cli, command, lambda arguments: seen.append(arguments) or 0)
     for block in BLOCKS["bash"]:
         for line in block.replace("\\\n", " ").splitlines():

@@ -334,6 +334,9 @@ def test_the_command_line_serves_until_it_is_told_to_end(small: Path) -> None:
 
 
 def test_the_command_line_names_what_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path)]) == 1
+    assert f"shardemb: error: {tmp_path}: got no finished checkpoint" in capfd.readouterr().err
+    checkpoint.save(tmp_path, 1, Embedding(3, shape=2))
     assert main(["serve", str(tmp_path), "--address", "nowhere"]) == 1
     assert "shardemb: error: got Ray address 'nowhere', expected 'local', 'auto'" in capfd.readouterr().err
 
