@@ -195,15 +195,14 @@ def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ids: ``(q, n)``, or ``(n,)`` for all lines.
         k: how many; fewer if there are fewer.
     """
-    ids, k = ids.expand(scores.shape), min(k, scores.shape[1])
-    best, found = scores.topk(k, dim=1)
-    found = ids.gather(1, found)
-    if k:
-        worst = best[:, -1:]
-        for line in ((~(scores < worst)).sum(1) > k).nonzero().squeeze(1).tolist():  # more of one score than there is room for
-            tied = (scores[line] == worst[line]).nonzero().squeeze(1)
-            room = int((best[line] == worst[line]).sum())
-            found[line, k - room :] = ids[line, tied].topk(room, largest=False).values
+    ids, n, k = ids.expand(scores.shape), scores.shape[1], min(k, scores.shape[1])
+    best, found = scores.topk(min(k + 1, n), dim=1)  # one more, which tells whether there are more of the last score
+    tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1).tolist() if 0 < k < n else []
+    best, found = best[:, :k], ids.gather(1, found[:, :k])
+    for line in tied:
+        equal = (scores[line] == best[line, -1]).nonzero().squeeze(1)
+        room = int((best[line] == best[line, -1]).sum())
+        found[line, k - room :] = ids[line, equal].topk(room, largest=False).values
     order = found.argsort(dim=1)
     found, best = found.gather(1, order), best.gather(1, order)
     best, order = best.sort(dim=1, descending=True, stable=True)
