@@ -297,7 +297,7 @@ class Client(Tables[ServedTable]):
 
     Attributes:
         info: what is served.
-        timeout_s: seconds that a call may take.
+        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round, or two with labels.
         wait_s: seconds that a call waits for a shard that is away or full; 0 to raise at once.
     """
 
@@ -388,7 +388,7 @@ def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 
 
     Args:
         name: of the service.
-        timeout_s: seconds that a call of the client may take.
+        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round, or two with labels.
         wait_s: seconds that it waits for a shard that is away or full; 0 to raise at once.
 
     Raises:
