@@ -19,7 +19,8 @@ from shardemb import __version__
 #: errors of the user's input or machine: their message is enough
 _PLAIN = (
     "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "IndexError", "IsADirectoryError",
-    "KeyError", "MemoryError", "NotADirectoryError", "OSError", "PeerFailureError", "PermissionError", "ValueError", "died",
+    "ConnectionError", "KeyError", "MemoryError", "ModuleNotFoundError", "NotADirectoryError", "OSError", "PeerFailureError",
+    "PermissionError", "ShardUnavailableError", "ValueError", "died",
 )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_ingest(commands)
     _add_query(commands)
+    _add_serve(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -284,6 +286,60 @@ def _query(arguments: argparse.Namespace) -> int:
     for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
         print(f"{score:12.6g}  {table.label(row)}")
     return 0
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM")
+    serve.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint, which every node must see")
+    serve.add_argument("--shards", type=int, default=1, metavar="N", help="processes that share the rows (default: 1)")
+    serve.add_argument("--name", default="shardemb", help="by which clients find it (default: shardemb)")
+    text = "of Ray: local starts one for this machine, auto is the cluster that it is a node of (default: local)"
+    serve.add_argument("--address", default="local", metavar="local|auto|HOST:PORT", help=text)
+    text = "requests that may wait at a shard; more are refused, and asked again (default: 64)"
+    serve.add_argument("--max-pending", type=int, default=64, metavar="K", help=text)
+    serve.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import os
+
+    from shardemb.cluster import connected
+    from shardemb.serving import serve
+    from shardemb.store import newest
+
+    path = newest(arguments.path)  # before Ray is started for nothing
+    cpus = max(os.cpu_count() or 1, arguments.shards) if arguments.address == "local" else None
+    with connected(arguments.address, cpus=cpus, log_to_driver=False) as ray:
+        before = signal.signal(signal.SIGTERM, _end)  # after Ray has set its own
+        try:
+            with serve(path, arguments.shards, arguments.name, max_pending=arguments.max_pending) as service:
+                tables = ", ".join(f"{prefix or t.name} ({t.max_id:,} rows)" for prefix, t in service.info.tables.items())
+                address = ray.get_runtime_context().gcs_address
+                print(f"serving {service.info.path} as {arguments.name!r} from {arguments.shards} shard(s): {tables}")
+                print(f"on Ray at {address}; until Ctrl-C or SIGTERM")
+                print(f"in a job of it: client = shardemb.serving.connect({arguments.name!r}); client.lookup([0, 1])")
+                print(f"elsewhere on its nodes: with shardemb.cluster.connected({address!r}): ...", flush=True)
+                _watch(service)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _watch(service: Any) -> None:
+    """Print a line whenever a shard goes or comes back."""
+    client = service.client()
+    last = client.health()
+    while True:
+        time.sleep(1)
+        for old, new in zip(last, now := client.health(), strict=True):
+            if (old.ok, old.pid) != (new.ok, new.pid):
+                told = (
+                    f"serves on node {new.node}, process {new.pid}, restart {new.restarts}"
+                    if new.ok
+                    else f"is away: {new.error}"
+                )
+                print(f"{time.strftime('%H:%M:%S')} shard {new.shard} {told}", flush=True)
+        last = now
 
 
 def _add_checkpoint(commands: Any) -> None:

@@ -2,17 +2,17 @@
 
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shardemb import native
+from shardemb.lookup import Metric, Nearest, Table, Tables, best_of, scores_of
 from shardemb.manifest import CheckpointError, Manifest, Part, Verify, checkpoints
 from shardemb.manifest import verify as verify_all
 from shardemb.metrics import progress
@@ -23,25 +23,10 @@ from shardemb.transforms import resolve_normalizer
 from shardemb.types import RowFunction
 from shardemb.vocabulary import Vocabulary
 
-Metric = Literal["cosine", "dot", "l2"]
-#: ids or labels, one or many
-Keys = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
 #: numbers that a chunk of rows, or of scores, may have
 _CHUNK = 1 << 22
 #: a run folder's labels, by the table that they name
 _LABELS = {"entity": "entities.arrow", "relation": "relations.arrow"}
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The best rows for each of q queries, best first."""
-
-    #: (q, k) int64
-    ids: Tensor
-    #: (q, k): cosine or dot product, which fall, or distances, which rise
-    scores: Tensor
-    #: q lists of k labels; None without a vocabulary
-    labels: list[list[str]] | None
 
 
 def open(
@@ -86,65 +71,33 @@ def newest(path: Path) -> Path:
     return Path(found[-1])
 
 
-class Store:
+class Store(Tables["StoredTable"]):
     """The tables of one checkpoint, read-only; see :func:`open`. It maps table names to :class:`StoredTable`."""
 
     def __init__(self, path: Path, normalizers: Mapping[str, RowFunction | None], verify: Verify | None) -> None:
         self.path = path
         self.manifest = Manifest(path) if verify is None else verify_all(path, verify)
         values = self.manifest.values
-        #: optimizer step of the checkpoint
-        self.step: int = values["step"]
+        self.step = values["step"]
         #: what the checkpoint keeps besides tensors
         self.state: dict[str, Any] = values["state"]
         unknown = normalizers.keys() - values["tables"].keys()
         if unknown:
             raise CheckpointError(f"{path}: got a normalizer for {sorted(unknown)}, expected one of {sorted(values['tables'])}")
-        #: by their names in the model
         self.tables = {
             prefix: StoredTable(self, prefix, told, normalizers.get(prefix, _SAVED))
             for prefix, told in values["tables"].items()
         }
 
-    def __getitem__(self, name: str) -> "StoredTable":
-        try:
-            return self.tables[name]
-        except KeyError:
-            raise KeyError(f"{self.path}: got table {name!r}, expected one of {sorted(self.tables)}") from None
-
-    @property
-    def table(self) -> "StoredTable":
-        """The table with the most rows: the entities' of a knowledge graph, or the only one."""
-        if not self.tables:
-            raise CheckpointError(f"{self.path}: has no table")
-        return max(self.tables.values(), key=lambda table: table.max_id)
-
-    def lookup(self, keys: Keys) -> Tensor:
-        """Look rows of :attr:`table` up, see :meth:`StoredTable.lookup`."""
-        return self.table.lookup(keys)
-
-    def nearest(self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True) -> Nearest:
-        """Find the nearest rows of :attr:`table`, see :meth:`StoredTable.nearest`."""
-        return self.table.nearest(query, k, metric, exclude_query)
-
 
 _SAVED: Any = object()
 
 
-class StoredTable:
-    """A table of a checkpoint.
-
-    Attributes:
-        name: the table's own.
-        max_id: its rows.
-        shape: of one.
-        dtype: of what :meth:`lookup` returns.
-    """
+class StoredTable(Table):
+    """A table of a checkpoint, its files mapped into memory."""
 
     def __init__(self, store: Store, prefix: str, told: Mapping[str, Any], normalizer: Any) -> None:
-        self.name: str = told["name"]
-        self.max_id: int = told["max_id"]
-        self.shape: tuple[int, ...] = tuple(told["shape"])
+        self.name, self.max_id, self.shape, self.path = told["name"], told["max_id"], tuple(told["shape"]), store.path
         self.is_complex: bool = told["complex"]
         self._store, self._prefix = store, prefix
         self._saved_normalizer, self._normalizer = told["normalizer"], normalizer
@@ -153,7 +106,8 @@ class StoredTable:
         if parts:
             manifest.check_covered(tensor)
         parts = sorted((part for part in parts if part.length), key=lambda part: part.first)
-        self._sharded = any(part.sharded for part in parts)
+        #: whether the files are in the order of slots, or of ids
+        self.sharded = any(part.sharded for part in parts)
         self._firsts = torch.tensor([part.first for part in parts] or [0])
         self._rows = [_mapped(manifest, part, tensor) for part in parts]
         stored = self._rows[0].dtype if self._rows else torch.float32
@@ -196,36 +150,25 @@ class StoredTable:
             return str(row)
         return vocabulary.label(row) if row < known else f"inverse of {vocabulary.label(row - known)}"
 
-    def ids(self, keys: Keys) -> Tensor:
-        """Return int64 ids for ids or labels of any shape.
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a vocabulary."""
+        return self.vocabulary is not None
 
-        Raises:
-            KeyError: an unknown label, or a label where there is no vocabulary.
-            IndexError: an id out of range.
-            TypeError: neither integers nor labels.
-        """
-        where = f"{self._store.path}: table {self.name!r}"
-        labels = [keys] if isinstance(keys, str) else keys
-        if isinstance(labels, Sequence) and labels and all(isinstance(label, str) for label in labels):
-            if self.vocabulary is None:
-                raise KeyError(f"{where}: got a label, but there is no vocabulary beside the checkpoint: give ids")
-            try:
-                found = torch.from_numpy(self.vocabulary.ids([str(label) for label in labels]))
-            except KeyError as error:
-                raise KeyError(f"{where}: {error.args[0]}") from None
-            return found[0] if isinstance(keys, str) else found
-        ids = torch.as_tensor(keys)
-        if ids.dtype not in (torch.int32, torch.int64) and ids.numel():
-            raise TypeError(f"{where}: got keys of {ids.dtype}, expected integers or labels")
-        ids = ids.long()
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.max_id):
-            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise IndexError(f"{where}: got id {bad}, expected 0 <= id < {self.max_id}")
-        return ids
+    def _ids_of(self, labels: list[str]) -> np.ndarray:
+        assert self.vocabulary is not None
+        return self.vocabulary.ids(labels)
+
+    def _labels_of(self, ids: Tensor) -> list[list[str]]:
+        return [[self.label(row) for row in line] for line in ids.tolist()]
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Return where the rows of ids ``(n,)`` lie in the order of the files."""
+        return Spread(self.max_id).slots(ids) if self.sharded else ids
 
     def stored(self, ids: Tensor) -> Tensor:
         """Return rows ``(n, D)`` as they are stored, for ids ``(n,)`` in range."""
-        order = Spread(self.max_id).slots(ids) if self._sharded else ids
+        order = self.places(ids)
         if len(self._rows) == 1:
             return native.take(self._rows[0], order.contiguous())
         out = torch.empty(
@@ -243,22 +186,8 @@ class StoredTable:
             x = torch.view_as_complex(x)
         return x if raw or self.normalizer is None else self.normalizer(x)
 
-    @torch.no_grad()
-    def lookup(self, keys: Keys, raw: bool = False) -> Tensor:
-        """Look rows up by ids or labels.
-
-        Args:
-            keys: an id, a label, or many of one kind, of any shape ``s``.
-            raw: leave the normalizer out.
-
-        Returns:
-            ``(*s, *shape)``, normalized as the table's forward does; a copy.
-
-        Raises:
-            KeyError, IndexError, TypeError: as :meth:`ids`.
-        """
-        ids = self.ids(keys)
-        return self._as_seen(self.stored(ids.reshape(-1)), raw).reshape(*ids.shape, *self.shape)
+    def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
+        return self._as_seen(self.stored(ids), raw)
 
     def chunks(self, raw: bool = False, shown: str = "") -> Iterator[tuple[Tensor, Tensor]]:
         """Go over ids ``(n,)`` and rows ``(n, *shape)`` in the order of the ids; ``shown`` names a progress bar."""
@@ -283,69 +212,40 @@ class StoredTable:
             exclude: ``(q,)`` ids to leave out, -1 for none.
             queries: ``q``, for the size of the chunks.
         """
+        return self._named(*self.best_among(0, self.max_id, scores, k, exclude, queries))
+
+    @torch.no_grad()
+    def best_among(
+        self,
+        first: int,
+        last: int,
+        scores: Callable[[Tensor], Tensor],
+        k: int,
+        exclude: Tensor | None = None,
+        queries: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`best` among rows ``[first, last)`` in the order of the files; what is left out has the score -inf.
+
+        Returns:
+            Scores and ids ``(q, k)``, as :func:`shardemb.lookup.best_of`.
+        """
         best, found = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
         step = max(1, _CHUNK // max(1, self._width, queries))
-        for first, rows in zip(self._firsts.tolist(), self._rows, strict=False):
-            for start in range(0, len(rows), step):
-                chunk = rows[start : start + step]
-                ids = torch.arange(first + start, first + start + len(chunk))
-                ids = Spread(self.max_id).ids(ids) if self._sharded else ids
+        for begin, rows in zip(self._firsts.tolist(), self._rows, strict=False):
+            end = min(last - begin, len(rows))
+            for start in range(max(first - begin, 0), end, step):
+                chunk = rows[start : min(start + step, end)]
+                ids = torch.arange(begin + start, begin + start + len(chunk))
+                ids = Spread(self.max_id).ids(ids) if self.sharded else ids
                 new = scores(self._as_seen(chunk)).float()
                 if exclude is not None:
                     new = new.masked_fill(ids == exclude.unsqueeze(1), -torch.inf)
-                top = new.topk(min(k, new.shape[1]), dim=1)
-                best, found = torch.cat([best, top.values], 1), torch.cat([found, ids[top.indices]], 1)
-                best, order = best.topk(min(k, best.shape[1]), dim=1)
-                found = found.gather(1, order)
-        # those that are left out come last, if there are not k others
-        kept = int((best > -torch.inf).sum(1).min()) if best.numel() else 0
-        best, found = best[:, :kept], found[:, :kept]
-        labels = None if self.vocabulary is None else [[self.label(row) for row in line] for line in found.tolist()]
-        return Nearest(found, best, labels)
+                new, ids = best_of(new, ids, k)
+                best, found = best_of(torch.cat([best, new], 1), torch.cat([found, ids], 1), k)
+        return best, found
 
-    @torch.no_grad()
-    def nearest(self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True) -> Nearest:
-        """Find the nearest rows exactly, by comparing with all of them.
-
-        Args:
-            query: ids or labels, one or ``(q,)``; or a floating point or complex tensor ``(q, *shape)`` of vectors.
-            k: how many.
-            metric: "cosine" (0 for a zero row), "dot" (complex: the real part of the Hermitian product), or "l2", the distance.
-            exclude_query: leave the rows that were asked for out.
-
-        Raises:
-            ValueError: another metric, vectors of another shape, k below 1.
-            KeyError, IndexError, TypeError: as :meth:`ids`.
-        """
-        if metric not in ("cosine", "dot", "l2") or k < 1:
-            raise ValueError(f"got metric={metric!r}, k={k}, expected 'cosine', 'dot' or 'l2', and at least 1")
-        exclude = None
-        if isinstance(query, Tensor) and (query.is_floating_point() or query.is_complex()):
-            vectors = query
-            if tuple(vectors.shape[1:]) != self.shape or not vectors.dim():
-                raise ValueError(f"table {self.name!r}: got vectors of shape {tuple(query.shape)}, expected (q, *{self.shape})")
-        else:
-            ids = self.ids(query).reshape(-1)
-            vectors, exclude = self.lookup(ids), ids if exclude_query else None
-        flat = _real(vectors)
-
-        def scores(rows: Tensor) -> Tensor:
-            other = _real(rows)
-            if metric == "l2":  # without the matmul, whose rounding is as large as small distances
-                return -torch.cdist(flat, other, compute_mode="donot_use_mm_for_euclid_dist")
-            product = flat @ other.T
-            if metric == "dot":
-                return product
-            return product / (flat.norm(dim=1, keepdim=True) * other.norm(dim=1)).clamp_min(torch.finfo(flat.dtype).tiny)
-
-        found = self.best(scores, k, exclude, len(flat))
-        return found if metric != "l2" else Nearest(found.ids, -found.scores, found.labels)
-
-
-def _real(x: Tensor) -> Tensor:
-    """Flatten rows into real numbers, float32 at least."""
-    x = torch.view_as_real(x) if x.is_complex() else x
-    return x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))
+    def _search(self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.best_among(0, self.max_id, scores_of(vectors, metric), k, exclude, len(vectors))
 
 
 def _mapped(manifest: Manifest, part: Part, tensor: str) -> Tensor:

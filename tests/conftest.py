@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import secrets
 import tempfile
 import time
 import traceback
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Ray reads these when it is imported: a token of the session's own, none in the home folder; no worker is killed when the
+# machine is full of something else
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0")
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
 
 # Children are forked from one server that has imported the slow packages already: the first test of a session pays
 # their import (torch.optim imports torch._dynamo when it is first used), later ones start ranks in milliseconds.

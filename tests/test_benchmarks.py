@@ -78,6 +78,7 @@ def test_an_unknown_section_is_refused() -> None:
             f"--work {{tmp_path}} --source {ROOT / 'shardemb' / 'data' / 'wordnet'} --memory 1GiB",
             {"entities", "triples", "input_bytes", "seconds", "cpu_seconds", "peak_rss_mib", "open"},
         ),
+        pytest.param("serving", "--rows 1000 --dim 8 --ids 64 --rounds 3", {"lookup", "ray"}, marks=pytest.mark.ray),
     ],
 )
 def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: str, keys: set[str]) -> None:

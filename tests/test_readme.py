@@ -72,20 +72,8 @@ def test_the_pykeen_loop_gives_the_same_on_any_number_of_ranks(run_ranks) -> Non
 
 def test_every_shardemb_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for command in (
-        "_train",
-        "_evaluate",
-        "_plot",
-        "_ingest",
-        "_query",
-        "_list",
-        "_verify",
-        "_export",
-        "_import",
-        "_top",
-        "_serve",
-    ):
-        monkeypatch.setattr(cli, command, lambda arguments: seen.append(arguments) or 0)
+    for command in ["train", "evaluate", "plot", "top", "ingest", "query", "serve", "list", "verify", "export", "import"]:
+        monkeypatch.setattr(cli, f"_{command}", lambda arguments: seen.append(arguments) or 0)
     for block in BLOCKS["bash"]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from shardemb.kge.scorers import SCORERS
-from shardemb.store import Keys, Nearest, Store
+from shardemb.lookup import Keys, Nearest
+from shardemb.store import Store
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def best_tails(store: Store, heads: Keys, relations: Keys, k: int = 10, inverse:
 
     Raises:
         ValueError: the checkpoint holds no knowledge-graph model, or there are not as many heads as relations.
-        KeyError, IndexError, TypeError: as :meth:`shardemb.store.StoredTable.ids`.
+        KeyError, IndexError, TypeError: as :meth:`shardemb.lookup.Table.ids`.
     """
     told = store.state.get("model")
     if told is None or told["scorer"] not in SCORERS:
