@@ -4,6 +4,7 @@ Ray is imported when it is asked for: the extra ``[ray]``.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -78,6 +79,8 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
     check_address(address)
     if ray.is_initialized():
         raise ValueError(f"got address {address!r}, but this process is connected to Ray already: give None to use that")
+    if address not in ("local", "auto"):
+        _require_answer(address)
     environment = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     options: dict[str, Any] = {"address": address, "log_to_driver": log_to_driver, "configure_logging": False}
     with ExitStack() as stack:
@@ -106,6 +109,15 @@ def _on_this_machine_alone(ray: Any) -> Iterator[None]:
             yield
         finally:
             constants.ENABLE_RAY_CLUSTER = before
+
+
+def _require_answer(address: str) -> None:
+    """Raise ConnectionError if nobody listens there: Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?") from error
 
 
 def check_address(address: str) -> None:

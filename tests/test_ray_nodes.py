@@ -1,6 +1,7 @@
 """Ray's workers on nodes that go and come, and clusters that nobody has asked for."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -33,6 +34,16 @@ class _Slow:
         if attempts < 3 and figures["epoch"] >= 2 * attempts:
             (self.output / f"waits-{attempts}").touch()
             time.sleep(120)  # until Ray Train ends this process
+
+
+def test_a_cluster_that_is_not_there_is_missed_at_once() -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"  # nobody listens
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=f"Ray at '{address}': .*refused: is the cluster up"), cluster.connected(address):
+        pass
+    assert time.monotonic() - start < 30  # Ray tries for minutes
 
 
 def _train_slowly(output: Path) -> dict[str, float]:
