@@ -5,7 +5,8 @@ be woken on both sides. Here a rank copies its message into memory that all of t
 
 Each rank has a file in ``/dev/shm``, unlinked as soon as all have opened it, with room for two messages. A rank writes the
 message of its next collective but one over this one's only when all others have raised their flags for the next, and so
-have read this one's. It holds a lock on its file, which ends with the process: so others learn of its end.
+have read this one's. It holds a lock on a second file, which ends with the process: so others learn of its end. (A process
+loses its lock on a file as soon as it closes any descriptor of it, and a mapping that goes closes one.)
 """
 
 import fcntl
@@ -48,8 +49,8 @@ _REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
 class _Memory:
     """One rank's file: flags, headers, and room for messages."""
 
-    def __init__(self, file: IO[bytes], world_size: int) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], lock: IO[bytes], world_size: int) -> None:
+        self._file, self._lock = file, lock
         self._map()
         numbers = self._bytes[:_HEAD_BYTES].view(torch.int64)
         self.flags = [native.Flag(numbers[0:1]), native.Flag(numbers[8:9])]
@@ -84,10 +85,10 @@ class _Memory:
     def is_alive(self) -> bool:
         """Return whether the owner, another process, still holds its lock."""
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return True
-        fcntl.lockf(self._file, fcntl.LOCK_UN)
+        fcntl.lockf(self._lock, fcntl.LOCK_UN)
         return False
 
 
@@ -96,12 +97,12 @@ class Neighbours:
 
     Args:
         rank: this one.
-        files: of all ranks, open.
+        files: of all ranks, open: memory and lock.
     """
 
-    def __init__(self, rank: int, files: Sequence[IO[bytes]]) -> None:
+    def __init__(self, rank: int, files: Sequence[tuple[IO[bytes], IO[bytes]]]) -> None:
         self.rank, self.world_size = rank, len(files)
-        self.memories = [_Memory(file, self.world_size) for file in files]
+        self.memories = [_Memory(file, lock, self.world_size) for file, lock in files]
         self.others = [other for other in range(self.world_size) if other != rank]
         self.flags = [native.Flags([self.memories[other].flags[half] for other in self.others]) for half in (0, 1)]
         self._number = 0
@@ -204,16 +205,17 @@ def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Neig
         gather: brings a value of each rank to all.
     """
     path = _FOLDER / f"shardemb-{secrets.token_hex(16)}"
-    files: list[IO[bytes]] = []
+    files: list[tuple[IO[bytes], IO[bytes]]] = []
     try:
         mine = _make(path) if _is_usable(world_size) else None
         names = gather(None if mine is None else path.name)
         if mine is not None and None not in names:
             with suppress(OSError):
-                files.extend(mine if other == rank else (_FOLDER / names[other]).open("r+b") for other in range(world_size))
+                files.extend(mine if other == rank else _open(_FOLDER / names[other]) for other in range(world_size))
         met = all(gather(len(files) == world_size))
     finally:
         path.unlink(missing_ok=True)
+        _lock_of(path).unlink(missing_ok=True)
     return Neighbours(rank, files) if met else None
 
 
@@ -222,17 +224,25 @@ def _is_usable(world_size: int) -> bool:
     return wanted and native.why_not() is None and _FOLDER.is_dir() and world_size <= MOST_RANKS
 
 
-def _make(path: Path) -> IO[bytes] | None:
-    """Make this rank's file, and lock it; None where there is no room."""
-    path.touch(0o600, exist_ok=False)
-    file = path.open("r+b")
+def _lock_of(path: Path) -> Path:
+    return path.with_suffix(".lock")
+
+
+def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
+    return path.open("r+b"), _lock_of(path).open("r+b")
+
+
+def _make(path: Path) -> tuple[IO[bytes], IO[bytes]] | None:
+    """Make this rank's files, and lock the second; None where there is no room."""
     try:
+        for each in (path, _lock_of(path)):
+            each.touch(0o600, exist_ok=False)
+        file, lock = _open(path)
         _reserve(file, _HEAD_BYTES + 2 * FIRST_BYTES)
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
     except OSError:
-        file.close()
         return None
-    return file
+    return file, lock
 
 
 def _reserve(file: IO[bytes], size: int) -> None:

@@ -1,6 +1,7 @@
 """Collectives through shared memory: what gloo gives, also where there is no room. How ranks end is in test_faults.py."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,16 @@ def test_messages_of_other_sizes_are_refused(run_ranks) -> None:
     first, second = run_ranks(_disagree, 2)
     assert first == ["rank 1 of this group sent 12 bytes, expected 8", "rank 0 of this group sent 8 bytes, expected 16"]
     assert second[0] == "rank 0 of this group sent 8 bytes, expected 12"
+
+
+def _wait_after_growth(rank: int, world_size: int) -> None:
+    for rows in (1, 60_000, 150_000, 400_000):  # room is made three times, and older mappings go
+        assert torch.equal(*_exchanged(rank, world_size, torch.float32, rows))
+    if rank == 0:
+        time.sleep(1.5)  # so that the others ask whether it is alive
+    assert torch.equal(*_exchanged(rank, world_size, torch.float32, 5))
+    assert _way() is not None
+
+
+def test_a_rank_that_is_late_is_alive(run_ranks) -> None:
+    run_ranks(_wait_after_growth, 2)
