@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 from shardemb import faults, metrics
 
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+#: which failure is the cause: others lose their connection to one that failed, and may say so first
+CAUSES = {"died": 0, "PeerFailureError": 2}
 #: of Ray Train's processes, unless the user has set them
 _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # between two looks at the workers; a report waits for one
@@ -79,13 +81,17 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
     check_address(address)
     if ray.is_initialized():
         raise ValueError(f"got address {address!r}, but this process is connected to Ray already: give None to use that")
+    alone = address == "local"
     if address not in ("local", "auto"):
         _require_answer(address)
+        # of those that listen on 127.0.0.1 alone Ray would ask another address of this machine
+        alone = _is_loopback(address) and not _answers(ray.util.get_node_ip_address(), address)
     environment = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     options: dict[str, Any] = {"address": address, "log_to_driver": log_to_driver, "configure_logging": False}
     with ExitStack() as stack:
-        if address == "local":
+        if alone:
             stack.enter_context(_on_this_machine_alone(ray))
+        if address == "local":
             # workers find the modules that this process finds, as spawned processes do
             environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
             environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # it asks the dashboard
@@ -100,7 +106,7 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
 
 @contextmanager
 def _on_this_machine_alone(ray: Any) -> Iterator[None]:
-    """Let a Ray that is started listen on 127.0.0.1; its servers would on all interfaces, whatever address it is given."""
+    """Let Ray start or find one that listens on 127.0.0.1; it would on all interfaces, whatever address it is given."""
     constants, switch = ray._private.ray_constants, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     before = constants.ENABLE_RAY_CLUSTER
     with _environment({switch: "0"}):
@@ -118,6 +124,18 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
         raise ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?") from error
+
+
+def _is_loopback(address: str) -> bool:
+    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
+
+
+def _answers(host: str, address: str) -> bool:
+    """Return whether somebody listens on the port of an address at another host."""
+    with suppress(ConnectionError):
+        _require_answer(f"{host}:{address.rpartition(':')[2]}")
+        return True
+    return False
 
 
 def check_address(address: str) -> None:
@@ -238,10 +256,13 @@ def fit(
         try:
             return _in_thread(trainer.fit).return_value
         except WorkerGroupError as error:
-            failures = {rank: getattr(found, "_base_exc", found) for rank, found in error.worker_failures.items()}
-            # others lose their connection to one that failed, and may say so first
-            rank = min(failures, key=lambda rank: isinstance(failures[rank], faults.PeerFailureError))
-            return Failure(rank, type(failures[rank]).__name__, str(failures[rank]))
+            failures = [Failure(rank, _name_of(found), str(found)) for rank, found in error.worker_failures.items()]
+            return min(failures, key=lambda failure: CAUSES.get(failure.error, 1))
+
+
+def _name_of(error: BaseException) -> str:
+    """Return an exception's class; or "died", which is what Ray's own exceptions of a worker mean."""
+    return "died" if type(error).__module__.startswith("ray.") else type(error).__name__
 
 
 @contextmanager

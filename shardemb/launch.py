@@ -321,9 +321,8 @@ def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
             results[rank] = value
             if not ok:
                 failures.append(WorkerError(rank, *value))
-    if failures:  # the others lose their connection to one that failed, and may say so first
-        rank_of_cause = {"died": 0, "PeerFailureError": 2}
-        raise min(failures, key=lambda failure: rank_of_cause.get(failure.error, 1))
+    if failures:
+        raise min(failures, key=lambda failure: cluster.CAUSES.get(failure.error, 1))
     return results[0]
 
 

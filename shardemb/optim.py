@@ -107,7 +107,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             else:
                 self._update(tensors, merged.unique, merged.sum(values), group, state["step"], constrain)
         else:
-            self.rows_updated[parameter] += len(parameter)
+            self.rows_updated[parameter] += len(tensors[0])
             self._update(tensors, None, _as_rows(parameter.grad.contiguous()), group, state["step"], constrain)
         if weights is not data:  # not contiguous
             data.copy_(weights)

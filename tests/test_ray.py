@@ -154,6 +154,18 @@ def test_a_job_goes_on_without_loss_when_a_worker_is_killed_or_stops(
     assert [record.get("loss") for record in records] == pytest.approx([record.get("loss") for record in expected], abs=1e-5)
 
 
+def _die() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_a_worker_that_dies_too_often_ends_the_job(ray: Any, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="rank 1: died: ") as caught:
+        run_on_ray(_die, 2, address=None, storage=tmp_path / "storage", max_failures=0, timeout_s=20)
+    assert (caught.value.rank, caught.value.error) == (1, "died")
+
+
 def test_a_cluster_without_room_is_said_so(ray: Any) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"got 5 workers of 1 CPU each \(PACK\), expected at most 4: .* 1 nodes have 4 CPU"):
