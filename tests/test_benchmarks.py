@@ -120,3 +120,7 @@ def test_the_readme_tells_what_the_results_say() -> None:
     for name, found in quality.items():
         if isinstance(found, dict) and "runs" in found:
             assert f"{found['runs'][0]['test']['mrr']:.4f}" in readme, name
+    (recovery,) = (json.loads(path.read_text()) for path in results.glob("ray_recovery_*.json") if path.name in readme)
+    seconds, count = recovery["seconds"], len(recovery["kills"])
+    assert f"within {seconds['median']} s (median of {count}; {seconds['most']} at most)" in readme
+    assert recovery["last_loss"]["killed"] == recovery["last_loss"]["whole"]
