@@ -19,6 +19,8 @@ import pytest
 # machine is full of something else
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0")
 os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
+# a report waits for the one, the end of a worker that has stopped for the other
+os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="1")
 
 # Children are forked from one server that has imported the slow packages already: the first test of a session pays
 # their import (torch.optim imports torch._dynamo when it is first used), later ones start ranks in milliseconds.

@@ -1,11 +1,15 @@
 """The same function on Ray's workers: real clusters on this machine, workers that are killed or stopped, nodes that go."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,6 @@ from shardemb.launch import LaunchConfig, WorkerError, run, run_local, run_on_ra
 
 pytestmark = pytest.mark.ray
 
-#: the memory monitor would kill workers because this machine is full of something else
-os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -36,11 +37,17 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 EPOCHS = 6
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """The run folder and the result of local ranks that nothing happened to."""
-    folder = tmp_path_factory.mktemp("local")
+@cache
+def _whole() -> tuple[Path, dict[str, float]]:
+    folder = Path(tempfile.mkdtemp(prefix="shardemb-whole-"))
+    atexit.register(shutil.rmtree, folder)
     return folder, run_local(_train, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[Path, dict[str, float]]:
+    """The run folder and the result of local ranks that nothing happened to."""
+    return _whole()
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
@@ -146,7 +153,7 @@ def test_what_would_come_again_ends_the_job_at_once(ray: Any, tmp_path: Path) ->
 def test_a_job_goes_on_without_loss_when_a_worker_is_killed_or_stops(
     ray: Any, whole: tuple[Path, dict], tmp_path: Path, how: str
 ) -> None:
-    got = run_on_ray(_train, 2, tmp_path / "run", how, address=None, storage=tmp_path / "storage", timeout_s=8)
+    got = run_on_ray(_train, 2, tmp_path / "run", how, address=None, storage=tmp_path / "storage", timeout_s=5)
     assert (tmp_path / "run/trouble").exists()
     assert got == pytest.approx(whole[1], abs=1e-6)
     records, expected = _records(tmp_path / "run"), _records(whole[0])
