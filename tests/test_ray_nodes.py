@@ -75,6 +75,7 @@ def test_a_job_goes_on_with_fewer_nodes_and_with_more(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "18")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # by which a lost node is missed
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the nodes' workers to find this module
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
