@@ -121,9 +121,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from shardemb.store import newest
 
     run: Path = arguments.path
-    written = run / "config.toml"
-    if not written.is_file():
-        raise FileNotFoundError(f"{written}: no such file, expected a run folder that shardemb train has made")
+    written = _of_run(run, "config.toml")
     for override in arguments.set:
         if not override.strip().startswith("evaluation."):
             raise ValueError(f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was trained")
@@ -152,6 +150,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _of_run(run: Path, name: str) -> Path:
+    """Return a file of a run folder; FileNotFoundError if it is not there."""
+    if not (run / name).is_file():
+        raise FileNotFoundError(f"{run / name}: no such file, expected a run folder that shardemb train has made")
+    return run / name
+
+
 def _print_figures(title: str, figures: Any, queries: int, names: list[str], header: bool) -> None:
     if header:
         print(" ".join([*(f"{name:>11}" for name in names), f"{'queries':>9}"]))
@@ -161,10 +166,8 @@ def _print_figures(title: str, figures: Any, queries: int, names: list[str], hea
 def _plot(arguments: argparse.Namespace) -> int:
     from shardemb.metrics import plot_metrics, read_metrics
 
-    source, output = arguments.path / "metrics.jsonl", arguments.output or arguments.path / "metrics.png"
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file, expected a run folder that shardemb train has made")
-    plot_metrics(read_metrics(source), output)
+    output = arguments.output or arguments.path / "metrics.png"
+    plot_metrics(read_metrics(_of_run(arguments.path, "metrics.jsonl")), output)
     print(output)
     return 0
 
@@ -172,14 +175,12 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _top(arguments: argparse.Namespace) -> int:
     from shardemb.metrics import describe, read_metrics
 
-    source, clear = arguments.path / "metrics.jsonl", "\x1b[H\x1b[2J" * sys.stdout.isatty()
+    clear = "\x1b[H\x1b[2J" * sys.stdout.isatty()
     if not arguments.every > 0:
         raise ValueError(f"--every: got {arguments.every} seconds, expected more than 0")
     shown = None
     while True:
-        if not source.is_file():
-            raise FileNotFoundError(f"{source}: no such file, expected a run folder that shardemb train has made")
-        records = read_metrics(source)
+        records = read_metrics(_of_run(arguments.path, "metrics.jsonl"))
         if clear or len(records) != shown:  # a log file gets what is new
             print(f"{clear}{arguments.path}\n{describe(records, time.time()) or 'no record yet'}", flush=True)
         shown = len(records)
@@ -301,8 +302,6 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    import os
-
     from shardemb.cluster import connected
     from shardemb.serving import serve
     from shardemb.store import newest

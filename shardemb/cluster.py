@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,11 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
         raise ValueError(f"got address {address!r}, but this process is connected to Ray already: give None to use that")
     alone = address == "local"
     if address not in ("local", "auto"):
-        _require_answer(address)
+        host, _, port = address.rpartition(":")
+        if error := _refusal(host, port):  # Ray itself would try for a quarter of an hour
+            raise _missing(address, error) from error
         # of those that listen on 127.0.0.1 alone Ray would ask another address of this machine
-        alone = _is_loopback(address) and not _answers(ray.util.get_node_ip_address(), address)
+        alone = host in ("127.0.0.1", "localhost", "[::1]") and _refusal(ray.util.get_node_ip_address(), port) is not None
     environment = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     options: dict[str, Any] = {"address": address, "log_to_driver": log_to_driver, "configure_logging": False}
     with ExitStack() as stack:
@@ -99,7 +101,7 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
         try:
             ray.init(**options, runtime_env={"env_vars": environment})
         except ConnectionError as error:
-            raise ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?") from error
+            raise _missing(address, error) from error
         stack.callback(ray.shutdown)
         yield ray
 
@@ -117,25 +119,17 @@ def _on_this_machine_alone(ray: Any) -> Iterator[None]:
             constants.ENABLE_RAY_CLUSTER = before
 
 
-def _require_answer(address: str) -> None:
-    """Raise ConnectionError if nobody listens there: Ray itself would try for a quarter of an hour."""
-    host, _, port = address.rpartition(":")
+def _missing(address: str, error: OSError) -> ConnectionError:
+    return ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?")
+
+
+def _refusal(host: str, port: str) -> OSError | None:
+    """Return why nobody answers there; None if somebody does."""
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?") from error
-
-
-def _is_loopback(address: str) -> bool:
-    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
-
-
-def _answers(host: str, address: str) -> bool:
-    """Return whether somebody listens on the port of an address at another host."""
-    with suppress(ConnectionError):
-        _require_answer(f"{host}:{address.rpartition(':')[2]}")
-        return True
-    return False
+        return error
+    return None
 
 
 def check_address(address: str) -> None:
@@ -348,9 +342,7 @@ def _rank_main(config: dict[str, Any]) -> Any:
     faults.set_timeout(work.timeout_s)
     metrics.listen(_listener(rank, ray.train.report))
     try:
-        faults.watch(None)
-        result = work.fn(*work.args)
-        faults.finish()
+        return faults.attend(work.fn, *work.args)
     except Exception as error:
         elsewhere = faults.raised_elsewhere()
         if elsewhere is not None:  # this rank has lost one that raised, whatever it was in
@@ -363,4 +355,3 @@ def _rank_main(config: dict[str, Any]) -> Any:
                 dist.destroy_process_group()  # so that they do not wait for this rank
             return Failure.of(rank, error)
         raise
-    return result

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardemb import shm
 from shardemb.faults import Watch, watch
-from shardemb.shm import Neighbours, meet
+from shardemb.shm import Message, Neighbours, meet
 
 MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
 
@@ -33,14 +33,21 @@ class Pending:
 _near: WeakKeyDictionary[Watch, Neighbours | None] = WeakKeyDictionary()
 
 
-def _neighbours(group: Any, here: Watch, tensor: Tensor) -> Neighbours | None:
-    """Return a way through shared memory for this tensor, the same on all ranks, or None. The first call is a collective."""
+def _through_memory(
+    group: Any, here: Watch, tensor: Tensor, operation: str, sent: Sequence[int] | None = None
+) -> Message | None:
+    """Exchange contiguous tensors through shared memory; return all ranks' messages, or on all ranks None if they cannot."""
     if tensor.device.type != "cpu" or not here.slices:
         return None
     if here not in _near:
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         _near[here] = meet(rank, world_size, lambda value: gather(value, group=group, operation="do ranks share memory?"))
-    return _near[here]
+    near = _near[here]
+    if near is None:
+        return None
+    message = near.send(tensor, sent)
+    here.wait(message, operation)
+    return message if message.fits() else None
 
 
 def all_to_all(
@@ -59,14 +66,11 @@ def all_to_all(
         With ``wait`` None, and it is done; otherwise what to wait for.
     """
     here = watch(group)
-    near = _neighbours(group, here, tensor) if wait else None
-    if near is not None:
-        equal = [len(tensor) // near.world_size] * near.world_size
-        message = near.send(tensor, sent or equal)
-        here.wait(message, operation)
-        if message.fits():
-            message.scatter(out, received or equal)
-            return None
+    equal = [len(tensor) // len(here.ranks)] * len(here.ranks)
+    message = _through_memory(group, here, tensor, operation, sent or equal) if wait else None
+    if message is not None:
+        message.scatter(out, received or equal)
+        return None
     work = dist.all_to_all_single(out, tensor, received, sent, group=group, async_op=True)
     if not wait:
         return Pending(work, here, operation)
@@ -79,13 +83,10 @@ def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: s
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     here = watch(group)
-    near = _neighbours(group, here, tensor) if shm.reduces(op) else None
-    if near is not None:
-        message = near.send(tensor.contiguous())
-        here.wait(message, operation)
-        if message.fits():
-            message.reduce(tensor, op)
-            return
+    message = _through_memory(group, here, tensor.contiguous(), operation) if shm.reduces(op) else None
+    if message is not None:
+        message.reduce(tensor, op)
+        return
     here.wait(dist.all_reduce(tensor, op, group=group, async_op=True), operation)
 
 
@@ -93,6 +94,11 @@ def all_gather(out: list[Tensor], tensor: Tensor, *, group: Any = None, operatio
     """Put each rank's tensor into ``out``."""
     here = watch(group)
     here.wait(dist.all_gather(out, tensor, group=group, async_op=True), operation)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks of the default group; 0 and 1 without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:

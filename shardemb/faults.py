@@ -50,13 +50,12 @@ class PeerFailureError(RuntimeError):
         step: of this rank, when it waited.
         operation: what this rank waited in.
         seconds: that it waited.
-        raised: class and text of what the other rank has raised, if it has; or "".
     """
 
-    def __init__(self, rank: int, what: str, step: int, operation: str, seconds: float, raised: str = "") -> None:
+    def __init__(self, rank: int, what: str, step: int, operation: str, seconds: float) -> None:
         here = dist.get_rank() if dist.is_initialized() else 0
         super().__init__(f"rank {rank} {what}; rank {here} waited {seconds:.1f} s for it in step {step}, {operation}")
-        self.rank, self.step, self.operation, self.seconds, self.raised = rank, step, operation, seconds, raised
+        self.rank, self.step, self.operation, self.seconds = rank, step, operation, seconds
 
     def __reduce__(self) -> Any:  # a launcher brings it from one process to another
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
@@ -233,7 +232,7 @@ class Watch:
             rank, what = differ[0], f"is elsewhere, in step {told['step']}, {told['operation'] or 'no collective'}"
         else:
             rank, what = self.others[0], f"is in the same operation, which failed: {why[:200]}"
-        return PeerFailureError(rank, what, here, operation, seconds, raised.get(rank, ""))
+        return PeerFailureError(rank, what, here, operation, seconds)
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> bool:
@@ -343,6 +342,18 @@ def finish() -> None:
         if found.alarmed or time.monotonic() - found.since > _timeout:
             raise found.failure("others have not ended", lost=False)
         time.sleep(0.02)
+
+
+def attend(fn: Callable[..., Any], *args: Any) -> Any:
+    """Return what a rank's function returns, watched from its beginning until all ranks have ended; for a launcher.
+
+    Raises:
+        PeerFailureError: another rank has failed meanwhile.
+    """
+    watch(None)
+    result = fn(*args)
+    finish()
+    return result
 
 
 @contextmanager

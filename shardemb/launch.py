@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from shardemb import cluster
+from shardemb.settings import at_least, one_of
 
 LAUNCHERS = ("local", "torchrun", "ray")
 
@@ -53,20 +54,9 @@ class LaunchConfig:
     wait_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.launcher not in LAUNCHERS:
-            raise ValueError(f"launch.launcher: got {self.launcher!r}, expected one of {', '.join(LAUNCHERS)}")
-        if self.placement not in cluster.PLACEMENTS:
-            raise ValueError(f"launch.placement: got {self.placement!r}, expected one of {', '.join(cluster.PLACEMENTS)}")
+        one_of("launch", self, {"launcher": LAUNCHERS, "placement": cluster.PLACEMENTS})
         cluster.check_address(self.address)
-        for name, least in (
-            ("workers", 1),
-            ("max_workers", 0),
-            ("max_failures", 0),
-            ("wait_seconds", 0),
-            ("resize_seconds", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"launch.{name}: got {getattr(self, name)}, expected at least {least}")
+        at_least("launch", self, workers=1, max_workers=0, max_failures=0, wait_seconds=0, resize_seconds=0)
         if 0 < self.max_workers < self.workers:
             raise ValueError(f"launch.max_workers: got {self.max_workers}, expected 0 or at least workers = {self.workers}")
         if not self.cpus_per_worker > 0 or any(not amount > 0 for amount in self.resources_per_worker.values()):
@@ -160,9 +150,7 @@ def run_under_torchrun(fn: Callable[..., Any], *args: Any, timeout_s: float = 30
     attempt = dist.PrefixStore(f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
     try:
-        faults.watch(None)
-        result = fn(*args)
-        faults.finish()
+        result = faults.attend(fn, *args)
     except BaseException as error:
         faults.report(error)
         raise
@@ -354,9 +342,7 @@ def _rank_main(
         if backend == "nccl":  # which binds a rank to the current GPU
             torch.cuda.set_device(rank % torch.cuda.device_count())
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
-        faults.watch(None)
-        result = fn(*args)
-        faults.finish()
+        result = faults.attend(fn, *args)
         dist.destroy_process_group()
         channel.send((True, result if rank == 0 else None))
     except KeyboardInterrupt:

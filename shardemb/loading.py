@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardemb import collectives, tensorfile
@@ -234,7 +233,7 @@ class _Load:
         """Check this rank's share of the files that any rank reads."""
         read = {part.file for name, _ in self.wanted for part in self.manifest.parts[name]}
         files = [file for file in self.manifest.files if file in read]
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world_size = collectives.rank_and_size()
         mine = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
         with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:  # neither disk nor hashing holds the interpreter
             list(pool.map(lambda file: self.manifest.check_file(file, verify), mine))
@@ -276,7 +275,7 @@ class _Load:
                         _put_back(group, saved)
         for scheduler, told in zip(self.schedulers, values["schedulers"], strict=False):
             scheduler.load_state_dict(told["state"])
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world_size = collectives.rank_and_size()
         if (self.optimizers or self.schedulers) and values["rng"][0] and world_size == values["world_size"]:
             set_rng_state(values["rng"][rank])
         return values["state"]

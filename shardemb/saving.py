@@ -112,7 +112,7 @@ def _snapshot(
             f"got step={step}, keep={keep}, nonfinite={nonfinite!r}, expected step at least 0, keep at least 1 and nonfinite "
             f"'error', 'warn' or 'ignore'"
         )
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = collectives.rank_and_size()
     tables = tables_of(model)
     for table in tables.values():
         table.require_default_group("a checkpoint")

@@ -1,7 +1,6 @@
 """What deploy/ and docs/ say is valid, fits what is installed here, and lets no stranger in."""
 
 import http.client
-import json
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ import yaml
 
 import shardemb
 from shardemb import cli
+from shardemb.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -437,7 +437,7 @@ def test_a_job_that_is_submitted_trains_on_the_cluster(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test filtered mrr" in done.stdout
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(run / "metrics.jsonl")
     assert records[-1]["kind"] == "test"
     assert len(records[0]["memory_bytes"]) == 2
 

@@ -11,7 +11,7 @@ import shardemb.kge
 PACKAGE = Path(shardemb.__file__).parent
 
 FLOORS = [
-    {"types", "files"},
+    {"types", "files", "settings"},
     {"storage", "tensorfile"},
     {"manifest"},
     {"metrics", "native", "faults", "lookup"},
@@ -27,7 +27,6 @@ FLOORS = [
     {"saving", "loading", "serving"},
     {"checkpoint"},
     {"formats"},
-    {"kge.settings"},
     {"kge.reading", "kge.scorers", "kge.losses", "kge.sampling", "kge.vs_all"},
     {"kge.splits"},
     {"kge.dataset"},
@@ -51,6 +50,7 @@ ONLY = {
 NO_DISTRIBUTED = {
     "types",
     "files",
+    "settings",
     "lookup",
     "storage",
     "tensorfile",

@@ -51,7 +51,7 @@ def whole() -> tuple[Path, dict[str, float]]:
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return metrics.read_metrics(run / "metrics.jsonl")
 
 
 def _train(output: Path, trouble: str = "") -> dict[str, float]:

@@ -6,15 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardemb import collectives
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.ranking import Comparison, with_all, with_drawn
 from shardemb.kge.sampling import SIDES, Known
-from shardemb.kge.settings import at_least, one_of
 from shardemb.metrics import progress_bar
+from shardemb.settings import at_least, one_of
 
 TIES = ("realistic", "optimistic", "pessimistic")
 
@@ -133,7 +132,7 @@ def report(
 
 def _known(splits: Sequence[Tensor], share: Tensor | None, num_relations: int, triples: Tensor) -> Known:
     """Return what is true of the queries of triples; each rank reads a part of the splits. A collective."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = collectives.rank_and_size()
     parts = [split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size] for split in splits]
     parts += [] if share is None else [share]
     return Known(parts, num_relations, triples, partial(collectives.all_gather_rows, operation="known answers"))

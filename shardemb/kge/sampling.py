@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardemb.kge.settings import at_least, one_of, within
+from shardemb.settings import at_least, one_of, within
 
 Side = Literal["head", "tail"]
 SIDES: tuple[Side, Side] = ("tail", "head")
@@ -181,7 +181,7 @@ class Known:
                     place = torch.searchsorted(wanted, key).clamp_max(len(wanted) - 1)
                     here = wanted[place] == key if len(wanted) else torch.zeros_like(key, dtype=torch.bool)
                     key, found = key[here], found[here]
-                pairs.append(torch.stack([key, found.long()], dim=1))
+                pairs.append(torch.stack([key, found], dim=1))
         keys, answers = whole(torch.cat(pairs)).unbind(1)
         order = keys.sort()
         return order.values, answers[order.indices]

@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shardemb import checkpoint, collectives, faults, native
 from shardemb.coordinator import Coordinator
@@ -25,10 +24,10 @@ from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
-from shardemb.kge.settings import at_least, one_of
 from shardemb.kge.triples import Triples
 from shardemb.manifest import CheckpointError
 from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics, resident_bytes, tell
+from shardemb.settings import at_least, one_of
 from shardemb.storage import name_of
 from shardemb.types import few
 from shardemb.vocabulary import Vocabulary
@@ -189,7 +188,7 @@ class _Job:
     """The state of one run on one rank."""
 
     def __init__(self, data: Triples, settings: Settings, output: Path | None, resume: bool, progress: bool) -> None:
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = collectives.rank_and_size()
         self.data, self.settings, self.config, self.output = data, settings, settings.training, output
         sampling = settings.sampling
         self.device = resolve_device(self.config.device)
