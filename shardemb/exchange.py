@@ -196,7 +196,7 @@ class Exchange:
             if few:
                 rows = torch.tensor([row for line in lines for row in line[_HEAD : _HEAD + line[0]]], dtype=torch.int64)
             else:
-                rows = answer[:, _HEAD:][_first(answer[:, 0], answer.shape[1] - _HEAD)]
+                rows = torch.cat([line[_HEAD : _HEAD + count] for line, count in zip(answer, received, strict=True)])
             return Route(rows, permutation, sent, received, merged)
         rows = local.new_empty(sum(received))
         self.sent_bytes += (len(local) - sent[self.plan.rank]) * local.itemsize
@@ -237,10 +237,14 @@ class Exchange:
     def _merge_many(self, slots: Tensor, room: int) -> _ToSend:
         counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
         sent = counts.tolist()
+        most = max(sent)
+        heads = torch.tensor([[count, most, self._mark] for count in sent], device=slots.device)
+        if most > room:
+            return F.pad(heads, (0, room), value=-1), sent, local, permutation, merged
         message = torch.full((len(sent), _HEAD + room), -1, device=slots.device)
-        message[:, 0], message[:, 1], message[:, 2] = counts, max(sent), self._mark
-        if max(sent) <= room:
-            message[:, _HEAD:].masked_scatter_(_first(counts, room), local)
+        message[:, :_HEAD] = heads
+        for line, part in zip(message, local.split(sent), strict=True):
+            line[_HEAD : _HEAD + len(part)] = part
         return message, sent, local, permutation, merged
 
     def check_everywhere(self, ids: Any, device: torch.device) -> None:
@@ -317,11 +321,6 @@ class Exchange:
         if self.wire_dtype is None or arriving.dtype == dtype:
             return arriving
         return arriving.view(self.wire_dtype).to(dtype)
-
-
-def _first(counts: Tensor, room: int) -> Tensor:
-    """Return ``(W, room)``, true at the first ``counts`` ``(W,)`` places of each row."""
-    return torch.arange(room, device=counts.device) < counts.unsqueeze(1)
 
 
 class _ReturnRows(torch.autograd.Function):

@@ -55,7 +55,7 @@ class _Memory:
         numbers = self._bytes[:_HEAD_BYTES].view(torch.int64)
         self.flags = [native.Flag(numbers[0:1]), native.Flag(numbers[8:9])]
         #: ``(2, ...)``: bytes, begin, where the part for each rank begins, and the last one ends
-        self.heads = numbers[_FLAGS : _FLAGS + 2 * (_HEAD + world_size + 1)].view(2, -1)
+        self.heads = numbers[_FLAGS : _FLAGS + 2 * (_HEAD + world_size + 1)].view(2, -1).numpy()  # a number in 0.1 us
         #: of each of two messages, in the owner's process
         self._begins, self._room = [_HEAD_BYTES, _HEAD_BYTES + FIRST_BYTES], FIRST_BYTES
 
@@ -126,7 +126,7 @@ class Neighbours:
                     if rank != self.rank and end > begin:
                         room[begin:end].copy_(data[begin:end])
                     ends.append(end)
-            mine.heads[half, _HEAD : _HEAD + len(ends)] = torch.tensor(ends)
+            mine.heads[half, _HEAD : _HEAD + len(ends)] = ends
         mine.flags[half].raise_to(self._number)
         return Message(self, self._number, tensor)
 
@@ -163,7 +163,7 @@ class Message:
 
     def fits(self) -> bool:
         """Return whether there was room for all ranks' messages, so that they can be read."""
-        return all(int(memory.heads[self._half, 0]) >= 0 for memory in self._near.memories)
+        return all(memory.heads[self._half, 0] >= 0 for memory in self._near.memories)
 
     def scatter(self, out: Tensor, received: Sequence[int]) -> None:
         """Put the rows that each rank has sent to this one into ``out``; RuntimeError if they are not as many as expected."""

@@ -350,18 +350,22 @@ class Sampler:
 
     def batches(self, epoch: int, step: int) -> list[Batch]:
         """Return this rank's chunks of a step, those of equal size together; none if there are more ranks than chunks."""
-        samples, generator, size = self.size(step), self._generator(epoch, 2, step), self.config.chunk_size
-        num_chunks = -(-samples // size)
-        drawn = self._draw((self.ways, num_chunks, self.config.num_negatives), generator)
-        coins = None if self._replace_head is None else torch.rand(samples, generator=generator)
-        mine = torch.arange(num_chunks)[self._rank :: self._world_size]
-        full = mine[mine < samples // size]
+        samples, size = self.size(step), self.config.chunk_size
+        mine = list(range(-(-samples // size)))[self._rank :: self._world_size]
+        full = [chunk for chunk in mine if chunk < samples // size]
+        # a seed for each chunk: a rank draws for its own alone, however many others there are
+        seed, generator = seed_of(self._seed, epoch, 2, step), torch.Generator()
         found = []
         for chunks in (full, mine[len(full) :]):
-            if len(chunks):
-                rows = torch.stack([self.places(epoch, step, chunk) for chunk in chunks.tolist()])
-                at = (chunks * size).unsqueeze(1) + torch.arange(rows.shape[1])
-                found.append(self._batch(rows, drawn[:, chunks], None if coins is None else coins[at]))
+            drawn, coins = [], []
+            for chunk in chunks:
+                generator.manual_seed((seed + chunk) % (1 << 63))
+                drawn.append(self._draw((self.ways, self.config.num_negatives), generator))
+                if self._replace_head is not None:
+                    coins.append(torch.rand(min(size, samples - chunk * size), generator=generator))
+            if chunks:
+                rows = torch.stack([self.places(epoch, step, chunk) for chunk in chunks])
+                found.append(self._batch(rows, torch.stack(drawn, dim=1), torch.stack(coins) if coins else None))
         return found
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
