@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     _add_query(commands)
     _add_serve(commands)
     _add_checkpoint(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -419,6 +420,98 @@ def _import(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{arguments.source}: no such file")
     labels = read_text(arguments.labels).splitlines() if arguments.labels else None
     print(import_table(arguments.source, arguments.out, arguments.table, labels, arguments.key))
+    return 0
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="estimate memory, exchange and time of a job, and the fewest workers that hold it")
+    plan.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings of the job; without it the defaults"
+    )
+    plan.add_argument("--entities", type=_count, required=True, metavar="N", help="rows of the sharded table, e.g. 1e9")
+    plan.add_argument("--relations", type=_count, default=1000, metavar="N", help="of the graph (default: 1000)")
+    plan.add_argument("--triples", type=_count, default=0, metavar="N", help="of an epoch, to tell how long it takes")
+    for option, key, text in _PLANNED:
+        plan.add_argument(f"--{option}", metavar="N" if option != "optimizer" else "NAME", help=f"{text}: {key}")
+    plan.add_argument("--batch-size", type=_count, metavar="N", help="triples of a step of all ranks (default: a chunk a rank)")
+    plan.add_argument("--workers", type=_count, metavar="N", help="ranks (default: the fewest that fit)")
+    plan.add_argument("--zipf", type=float, default=0.8, metavar="A", help="exponent of entities' frequency (default: 0.8)")
+    text = (
+        "cpu, the machine that bench calibrate has measured last (default); its FILE.json; or h100 or h200 by their data sheets"
+    )
+    plan.add_argument("--device", default="cpu", metavar="cpu|h100|h200|FILE.json", help=text)
+    plan.add_argument("--memory", metavar="SIZE", help="another memory of a GPU, or of a host, e.g. 80GiB")
+    plan.add_argument("--ranks-per-host", type=_count, metavar="N", help="another number of ranks that share a host")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable")
+    plan.add_argument("--torchrec", action="store_true", help="let TorchRec's planner place the same table too")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the estimate there too")
+    plan.set_defaults(run=_plan)
+    bench = commands.add_parser("bench", help="measure this machine")
+    actions = bench.add_subparsers(dest="action", required=True)
+    calibrate = actions.add_parser("calibrate", help="measure the rates that plan needs, half a minute on an idle machine")
+    calibrate.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that rows lie on (default: cpu)")
+    calibrate.add_argument("--threads", type=int, default=1, metavar="N", help="of a rank (default: 1)")
+    calibrate.add_argument("--output", type=Path, metavar="FILE.json", help="default: where plan --device cpu looks")
+    calibrate.set_defaults(run=_calibrate)
+
+
+#: options of plan that are settings too
+_PLANNED = (
+    ("dim", "model.dim", "columns of a row"),
+    ("optimizer", "optimizer.name", "of the rows"),
+    ("negatives", "sampling.num_negatives", "of a chunk and a side"),
+    ("chunk-size", "sampling.chunk_size", "triples that share negatives"),
+)
+
+
+def _count(text: str) -> int:
+    """Read a whole number, also as 1e9."""
+    try:
+        number = float(text)
+        if number != int(number):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number such as 1000000 or 1e6") from None
+    return int(number)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from shardemb import planning
+    from shardemb.config import JobConfig
+
+    overrides = list(arguments.set)
+    for option, key, _ in _PLANNED:
+        if (value := getattr(arguments, option.replace("-", "_"))) is not None:
+            overrides.append(f"{key}={value if option == 'optimizer' else _count(value)}")
+    machine = planning.machine_of(arguments.device, arguments.memory, arguments.ranks_per_host)
+    plan = planning.plan(
+        JobConfig.load(arguments.config, overrides),
+        machine,
+        entities=arguments.entities,
+        relations=arguments.relations,
+        triples=arguments.triples,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        zipf=arguments.zipf,
+        torchrec=arguments.torchrec,
+    )
+    print(plan.text())
+    if arguments.json is not None:
+        plan.save(arguments.json)
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from shardemb.calibrate import calibrate
+    from shardemb.planning import calibrated
+
+    path = arguments.output or calibrated()
+    machine = calibrate(arguments.device, arguments.threads)
+    machine.save(path, shardemb=__version__)
+    for field in dataclasses.fields(machine):
+        value = getattr(machine, field.name)
+        print(f"{field.name:>26}: {value:,.4g}" if isinstance(value, float) else f"{field.name:>26}: {value}")
+    print(path)
     return 0
 
 

@@ -12,6 +12,7 @@ With one rank nothing is communicated. With several, a forward makes three colle
 Every rank takes part in every lookup, with an empty batch if it has no ids, and in every backward.
 """
 
+import math
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -321,6 +322,14 @@ class Exchange:
         if self.wire_dtype is None or arriving.dtype == dtype:
             return arriving
         return arriving.view(self.wire_dtype).to(dtype)
+
+
+def message_bytes(world_size: int, ids: float) -> float:
+    """Return what a rank sends to others to ask for distinct ids, spread evenly: at most so many, where their number varies."""
+    each = ids / world_size
+    most = each + 3 * math.sqrt(each)
+    numbers = _HEAD + max(_FEW, most * 9 / 8) if most <= _MANY else _HEAD + _FEW + each
+    return 8 * (world_size - 1) * numbers
 
 
 class _ReturnRows(torch.autograd.Function):

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,6 +68,16 @@ _listeners: list[Listener] = []
 def listen(listener: Listener) -> None:
     """Let a function hear of the records of this process's jobs, on every rank: for a launcher that passes them on."""
     _listeners.append(listener)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Let a function hear of them within the block alone."""
+    listen(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def tell(kind: str, step: int, figures: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Checks of a setting's value; each error names the key."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,3 +29,12 @@ def within(section: str, settings: Any, **ranges: tuple[float, float]) -> None:
         value = getattr(settings, name)
         if not low <= value <= high:
             raise ValueError(f"{section}.{name}: got {value}, expected {low} to {high}")
+
+
+def bytes_of(name: str, text: str | int, least: int = 1) -> int:
+    """Read a size such as 512MiB, 4GiB or 80GB; ValueError, which names the setting, for anything else and for less."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(text).strip().lower())
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) if match else 0
+    if size < least:
+        raise ValueError(f"{name}: got {text!r}, expected at least {least >> 20}MiB, such as 4GiB or 512MiB")
+    return size

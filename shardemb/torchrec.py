@@ -12,6 +12,7 @@ fails on two of TorchRec's that have the same one.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -220,7 +221,6 @@ class TorchRecTable(FusedTable):
         Raises:
             MemoryError: the plan does not fit.
         """
-        import torchrec
         from torch.distributed.remote_device import _remote_device
         from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
         from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -241,8 +241,7 @@ class TorchRecTable(FusedTable):
         if need > allowed:  # the planner takes the state of half precision rows for half precision too
             raise refusal
         (parameter,) = collection.parameters()
-        classes = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": torchrec.optim.RowWiseAdagrad}
-        parameter._optimizer_classes = [classes[name]]  # so that the planner counts the state
+        parameter._optimizer_classes = [_optimizer_classes()[name]]  # so that the planner counts the state
         local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
         constraints = ParameterConstraints(
             sharding_types=["row_wise"],
@@ -406,3 +405,89 @@ class _Reduce(torch.autograd.Function):
         divided = get_gradient_division() if ctx.divided is None else ctx.divided
         scale = ctx.scale * (ctx.world_size if divided else 1)
         return (grad if scale == 1 else grad * scale), None, None
+
+
+def place(
+    plan: RowPlan, optimizer: str, device: str, memory_bytes: int, ranks_per_host: int, rates: Mapping[str, float], ids: int
+) -> dict[str, Any]:
+    """Let TorchRec's planner place a table that is not there, on ranks that are not there; it need not take rows.
+
+    Args:
+        plan: rows, columns and ranks.
+        optimizer: that updates the rows in backward.
+        device: that they lie on, "cpu" or "cuda".
+        memory_bytes: of a rank.
+        ranks_per_host: on hosts that are full.
+        rates: bytes a second of "memory", of "host", between a host's ranks, and of "network", between hosts.
+        ids: that a rank looks up in a step.
+
+    Returns:
+        The planner's "sharding_type", "compute_kernel", "ranks" with rows, "memory_bytes" of the fullest rank, and the
+        "seconds" that it expects a rank's lookup, exchange and update to take.
+
+    Raises:
+        ValueError: an optimizer that the planner does not know.
+        MemoryError: it finds no room.
+    """
+    import torchrec
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, PlannerError, TopologyFactory, TrainerConfig
+
+    classes = _optimizer_classes()
+    if optimizer not in classes:
+        raise ValueError(f"TorchRec's planner: got optimizer {optimizer!r}, expected one of {', '.join(sorted(classes))}")
+    gpu = device == "cuda"
+    config = torchrec.EmbeddingConfig(
+        name=plan.table, num_embeddings=plan.num_rows, embedding_dim=plan.dim, feature_names=[_IDS]
+    )
+    collection = torchrec.EmbeddingCollection(tables=[config], device=torch.device("meta"))
+    (parameter,) = collection.parameters()
+    parameter._optimizer_classes = [classes[optimizer]]  # so that the planner counts the state
+    local = ranks_per_host if plan.world_size % ranks_per_host == 0 else plan.world_size
+    memory, near, far = (rates[name] / 1000 for name in ("memory", "host", "network"))  # bytes a millisecond
+    planner = EmbeddingShardingPlanner(
+        topology=TopologyFactory.create_topology(
+            TrainerConfig(
+                world_size=plan.world_size,
+                local_world_size=local,
+                hbm_cap_bytes=memory_bytes if gpu else 0,
+                ddr_cap_bytes=0 if gpu else memory_bytes,
+            ),
+            HardwareConfig(intra_host_bw=near, inter_host_bw=far, hbm_mem_bw=memory, ddr_mem_bw=memory),
+            KernelConfig(compute_device=device),
+        ),
+        batch_size=ids,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        constraints={plan.table: ParameterConstraints(pooling_factors=[1.0])},
+        stats=[],
+        debug=False,
+    )
+    try:
+        found = planner.plan(collection, [EmbeddingCollectionSharder()]).plan[""][plan.table]
+    except PlannerError as error:
+        raise MemoryError(
+            f"TorchRec's planner finds no room for {plan.num_rows:,} rows x {plan.dim} columns and their state on "
+            f"{plan.world_size:,} ranks with {memory_bytes:,} bytes each: use more ranks"
+        ) from error
+    (option,) = planner._best_plan
+    shards = option.shards
+    return {
+        "sharding_type": found.sharding_type,
+        "compute_kernel": found.compute_kernel,
+        "ranks": len({shard.rank for shard in shards}),
+        "memory_bytes": max(shard.storage.hbm if gpu else shard.storage.ddr for shard in shards),
+        "seconds": max(shard.perf.total for shard in shards) / 1000,
+    }
+
+
+def _optimizer_classes() -> dict[str, Any]:
+    import torchrec
+
+    return {
+        "sgd": torch.optim.SGD,
+        "adagrad": torch.optim.Adagrad,
+        "adam": torch.optim.Adam,
+        "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
+    }

@@ -35,8 +35,9 @@ FLOORS = [
     {"kge.ranking", "kge.optimizers", "kge.query"},
     {"kge.evaluation"},
     {"kge.trainer"},
-    {"launch"},
-    {"config"},
+    {"launch", "estimate"},
+    {"config", "calibrate"},
+    {"planning"},
     {"cli"},
 ]
 #: third-party packages that only some rooms may know

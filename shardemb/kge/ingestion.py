@@ -28,6 +28,7 @@ from shardemb.kge.dataset import DESCRIPTION, FORMAT, dtype_of, sha256_of
 from shardemb.kge.reading import BLOCK, COLUMNS, blocks
 from shardemb.kge.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
 from shardemb.metrics import available_bytes, progress_bar
+from shardemb.settings import bytes_of
 from shardemb.vocabulary import column_of, numbers
 
 #: rows that are taken out of DuckDB at once
@@ -38,7 +39,6 @@ COUNTED = 10_000
 _KINDS = {"entities": ("head", "tail"), "relations": ("relation",)}
 #: DuckDB's function of a label that orders ids
 KEY = "md5_number"
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 #: what allocators keep for later, measured
 _ASIDE = 64 << 20
 #: least memory with which a run is tried
@@ -111,11 +111,7 @@ def ingest(
 
 
 def _memory(text: str | int) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", str(text).strip().lower())
-    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
-    if size < _LEAST:
-        raise ValueError(f"memory: got {text!r}, expected at least {_LEAST >> 20}MiB, such as 4GiB or 512MiB")
-    free = available_bytes()
+    size, free = bytes_of("memory", text, _LEAST), available_bytes()
     return size if free is None else min(size, free * 3 // 4)
 
 
