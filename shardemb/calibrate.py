@@ -85,7 +85,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         gpu=gpu,
         matmul=alone["matmul"],
         rows=alone["rows"],
-        crowding=math.sqrt(alone["matmul"] / pair["matmul"] * alone["rows"] / pair["rows"]) if several and not gpu else 1.0,
+        crowding=max(1.0, math.sqrt(alone["matmul"] * alone["rows"] / pair["matmul"] / pair["rows"])) if several else 1.0,
         overhead_seconds=0.0,
         exchange_overhead_seconds=0.0,
         query_seconds=0.0,

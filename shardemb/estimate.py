@@ -69,7 +69,7 @@ class Machine:
     id_seconds: float
     #: of a collective of a few bytes
     latency_seconds: float
-    #: all to all within a host, bytes a second that a rank sends
+    #: all to all within a host, bytes a second that a rank sends; 0 where there was no second rank to measure it with
     exchange: float
     #: the same between hosts
     network: float
@@ -81,20 +81,18 @@ class Machine:
             value = getattr(self, field.name)
             if field.type in (int, float) and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise ValueError(f"machine {self.name!r}: {field.name}: got {value!r}, expected a finite number, at least 0")
-        at_least("machine", self, memory_bytes=1, ranks_per_host=1, cores=1)
+        at_least(f"machine {self.name!r}", self, memory_bytes=1, ranks_per_host=1, cores=1, matmul=1, rows=1, crowding=1)
 
     @classmethod
     def load(cls, path: Path) -> "Machine":
         """Read what ``shardemb bench calibrate`` has written; ValueError for anything else, OSError for no file."""
-        text, types = read_text(path), {field.name: field.type for field in dataclasses.fields(cls)}
+        text = read_text(path)
         try:
-            found = json.loads(text)["machine"]
-            values = {name: float(found[name]) if kind is float else found[name] for name, kind in types.items()}
+            values: dict[str, Any] = json.loads(text)["machine"]
             return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}: got no figures of a machine ({error}): write them with shardemb bench calibrate"
-            ) from error
+            why = f"got no figures of a machine ({error}), expected what shardemb bench calibrate writes"
+            raise ValueError(f"{path}: {why}: run it again") from error
 
     def save(self, path: Path, **more: Any) -> None:
         """Write the figures, and more about them, as JSON."""
@@ -216,7 +214,7 @@ class Estimate:
     #: of all tables and their state; pieces of it that a rank writes
     checkpoint_bytes: int
     pieces: int
-    #: seconds of a step, by part; None without a machine
+    #: seconds of a step, by part; None without a machine, or for several ranks without its rate of exchange
     seconds: dict[str, float] | None
 
     @property
@@ -273,8 +271,8 @@ def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: 
     middle[: len(edges[0]) - 1] = bounds[: len(edges[0]) - 1]
     shares = middle**-exponent
     shares /= (shares * width).sum()
-    with np.errstate(divide="ignore"):
-        missed = zipf_draws * np.log1p(-np.minimum(shares, 1)) + uniform_draws * np.log1p(-1 / rows)
+    sure = 1 - 2.0**-53  # a single row is drawn for sure, whose logarithm would be infinite
+    missed = zipf_draws * np.log1p(-np.minimum(shares, sure)) + uniform_draws * math.log1p(-min(1 / rows, sure))
     return float((width * -np.expm1(missed)).sum())
 
 
@@ -325,7 +323,9 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
         pieces=-(-saved // FILE_BYTES),
         seconds=None,
     )
-    return found if machine is None else dataclasses.replace(found, seconds=_seconds(found, machine, queries, negatives, state))
+    if machine is None or (several and not machine.exchange):
+        return found
+    return dataclasses.replace(found, seconds=_seconds(found, machine, queries, negatives, state))
 
 
 def _seconds(found: Estimate, machine: Machine, queries: int, negatives: int, state: int) -> dict[str, float]:
