@@ -42,6 +42,11 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     return LINK.sub(lambda found: os.path.relpath(_target(uri, found[1]), PurePosixPath(uri).parent), markdown)
 
 
+def _without_roles(text: str) -> str:
+    """Turn ``:class:`~a.B``` into ```B```."""
+    return re.sub(r":\w+:`([^`]+)`", r"`\1`", re.sub(r":\w+:`~(?:\w+\.)*(\w+)`", r"`\1`", text))
+
+
 class Comments(griffe.Extension):
     """Takes ``#:`` comments above attributes for their docstrings, and reads Sphinx's roles as code."""
 
@@ -52,10 +57,9 @@ class Comments(griffe.Extension):
             while lines and lines[-1].strip().startswith("#:"):
                 found.insert(0, lines.pop().strip().removeprefix("#:").strip())
             if found:
-                attr.docstring = griffe.Docstring("\n".join(found), lineno=len(lines) + 1, parent=attr)
+                attr.docstring = griffe.Docstring(_without_roles("\n".join(found)), lineno=len(lines) + 1, parent=attr)
 
     def on_instance(self, *, node: Any, obj: griffe.Object, **kwargs: Any) -> None:
         """Turn roles into code."""
         if obj.docstring is not None:
-            text = re.sub(r":\w+:`~(?:\w+\.)*(\w+)`", r"`\1`", obj.docstring.value)
-            obj.docstring.value = re.sub(r":\w+:`([^`]+)`", r"`\1`", text)
+            obj.docstring.value = _without_roles(obj.docstring.value)
