@@ -6,7 +6,7 @@ own go through :meth:`ShardedEmbedding.with_options`::
     table = ShardedEmbedding.with_options(seed=0)
     pipeline(dataset="nations", model="TransE", model_kwargs=dict(entity_representations=table, relation_representations=table))
 
-PyKEEN's training loops are for one process. README.md has a loop for several.
+PyKEEN's training loops are for one process. docs/from-pykeen.md has a loop for several.
 """
 
 import inspect
