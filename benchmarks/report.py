@@ -14,13 +14,16 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb", "pykeen", "shardemb")
 
 
-def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
+def write(name: str, body: dict[str, Any], path: Path | None = None) -> Path:
     """Write what was measured, with the command, the date, the machine, the versions and how memory is allocated.
 
     Args:
         name: of the file in ``benchmarks/results``; the number of cores and the date are added.
         body: what was measured.
         path: another file.
+
+    Returns:
+        Where it was written.
     """
     today, versions = date.today().isoformat(), {}
     for package in PACKAGES:
@@ -38,6 +41,7 @@ def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     print(path)
+    return path
 
 
 def cpu_name() -> str:

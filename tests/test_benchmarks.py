@@ -79,6 +79,11 @@ def test_an_unknown_section_is_refused() -> None:
             f"--work {{tmp_path}} --source {ROOT / 'shardemb' / 'data' / 'wordnet'} --memory 1GiB",
             {"entities", "triples", "input_bytes", "seconds", "cpu_seconds", "peak_rss_mib", "open"},
         ),
+        (
+            "scaling",
+            "--quick --rounds 1 --only strong,growth,memory,modelled",
+            {"calibration", "strong", "growth", "memory", "modelled"},
+        ),
         pytest.param("serving", "--rows 1000 --dim 8 --ids 64 --rounds 3", {"lookup", "ray"}, marks=pytest.mark.ray),
     ],
 )

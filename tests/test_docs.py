@@ -144,7 +144,7 @@ def test_every_shardemb_command_parses(capsys: pytest.CaptureFixture[str]) -> No
                     seen.add(cli.parser().parse_args(words).command)
                 except SystemExit:
                     pytest.fail(f"{page}: {line}: {capsys.readouterr().err}")
-    assert {"train", "evaluate", "plot", "top", "ingest", "query", "serve", "checkpoint"} <= seen
+    assert {"train", "evaluate", "plot", "top", "ingest", "query", "serve", "checkpoint", "plan", "bench"} <= seen
 
 
 def test_commands_in_sentences_have_options_that_there_are() -> None:
@@ -225,7 +225,7 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
 
 def test_every_page_is_linked_to_from_the_readme() -> None:
     assert {page for page in PAGES if page.startswith("docs/")} - set(re.findall(r"\]\((docs/[^)#]+)", PAGES["README.md"])) == {
-        f"docs/api/{name}.md" for name in ("checkpoints", "kge", "launch")
+        f"docs/api/{name}.md" for name in ("checkpoints", "kge", "launch", "planning")
     }
 
 
@@ -249,6 +249,7 @@ def test_the_site_has_every_public_name(site: Path) -> None:
     names |= {
         f"shardemb.{name}" for name in ("pykeen.ShardedEmbedding", "serving.connect", "formats.import_table", "launch.run")
     }
+    names |= {f"shardemb.{name}" for name in ("estimate.Job", "estimate.estimate", "planning.plan", "calibrate.calibrate")}
     missing = sorted(name for name in names if f'id="{name}"' not in html)
     assert not missing
     assert not re.findall(":(?:class|func|meth|mod):", html)  # roles of Sphinx

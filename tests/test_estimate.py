@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -234,6 +236,13 @@ def test_the_issues_command(tmp_path: Path, capsys) -> None:
         "an epoch",
     ):
         assert text in said, text
+
+
+def test_the_page_shows_what_the_command_prints(capsys) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "planning.md").read_text()
+    command, shown = re.search(r"```bash\nshardemb (plan .*)\n```\n\n```text\n(.*?)```", page, re.DOTALL).groups()
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize(
