@@ -3,7 +3,7 @@
     ./dev bench [--output FOLDER]     small tables, everything tried, nothing judged; into runs/bench-<date>
     ./dev bench --full                the figures of docs/performance.md, two hours, 24 GB; into benchmarks/results
 
-Each script writes one JSON file with machine, versions, command and date, and pictures of it. Leave the machine alone meanwhile.
+Each script writes a JSON file with machine, versions, command and date, and pictures of it. Leave the machine alone meanwhile.
 """
 
 import argparse

@@ -304,12 +304,11 @@ def growth(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
 
 
 def memory(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
-    """Compare what a row adds to the ranks' resident memory, after steps, with a row and its state; the rest they take anyway."""
+    """Compare what a row adds to the ranks' resident memory, after steps, with the row and its state."""
     told: dict[str, Any] = {}
     for ranks in (1, 2):
-        few, many = (
-            Work(rows, 1024, dim=128, negatives=128, windows=3) for rows in ((1_000, 100_000) if quick else (10_000, 10_000_000))
-        )
+        sizes = (1_000, 100_000) if quick else (10_000, 10_000_000)
+        few, many = (Work(rows, 1024, dim=128, negatives=128, windows=3) for rows in sizes)
         least, most = (sum(one["resident_bytes"] for one in in_processes(ranks, train, work)) for work in (few, many))
         added, limit = (most - least) / (many.rows - few.rows), 4 * many.dim + 4
         told[str(ranks)] = {

@@ -1,5 +1,6 @@
 """The benchmarks run, on small tables; no time is judged."""
 
+import importlib
 import json
 import math
 import os
@@ -104,7 +105,45 @@ def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: s
     assert all(math.isfinite(number) for number in _numbers(document))
 
 
+def test_a_set_runs_and_draws(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--only", "rank", "--output", tmp_path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"rank.json", "rank.png"} == {path.name for path in tmp_path.iterdir()}
+    assert str(tmp_path / "rank.png") in done.stdout
+    command[3] = "rank,speed"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "got speed, expected scripts among step,train,rank,checkpoint,scaling" in done.stderr
+
+
+def test_a_set_whose_script_fails_says_so(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()  # no folder can be made there
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--only", "rank", "--output", tmp_path / "taken"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert done.returncode == 1
+    assert "FAILED" in done.stdout
+
+
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", ["step", "train", "rank", "checkpoint", "scaling"])
+def test_results_are_drawn_with_labelled_axes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    plots = importlib.import_module("plots")
+    figures = plots.DRAWINGS[name](result(name))
+    assert figures
+    for figure in figures.values():
+        assert str(result(name)["date"]) in figure.get_suptitle()
+        for axes in figure.axes:
+            assert axes.get_xlabel()
+            assert axes.get_ylabel() or axes.get_yticklabels()
+            assert axes.lines or axes.patches
+
+
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 #: README.md and docs/, without the breaks of their lines
 TOLD = " ".join("\n".join(PAGES.values()).split())
