@@ -93,7 +93,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         id_seconds=0.0,
         latency_seconds=pair.get("latency_seconds", 0.0),
         exchange=pair.get("exchange", 0.0),
-        network=pair.get("exchange", 0.0),
+        network=0.0,
         process_bytes=alone["process_bytes"],
     )
     for name, shape in _SHAPES.items():  # what is not told yet counts nothing

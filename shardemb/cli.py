@@ -442,6 +442,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--device", default="cpu", metavar="cpu|h100|h200|FILE.json", help=text)
     plan.add_argument("--memory", metavar="SIZE", help="another memory of a GPU, or of a host, e.g. 80GiB")
     plan.add_argument("--ranks-per-host", type=_count, metavar="N", help="another number of ranks that share a host")
+    plan.add_argument("--network", metavar="SIZE", help="bytes a second that a rank sends to other hosts, e.g. 3GB")
     plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable")
     plan.add_argument("--torchrec", action="store_true", help="let TorchRec's planner place the same table too")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the estimate there too")
@@ -483,7 +484,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     for option, key, _ in _PLANNED:
         if (value := getattr(arguments, option.replace("-", "_"))) is not None:
             overrides.append(f"{key}={value if option == 'optimizer' else _count(value)}")
-    machine = planning.machine_of(arguments.device, arguments.memory, arguments.ranks_per_host)
+    machine = planning.machine_of(arguments.device, arguments.memory, arguments.ranks_per_host, arguments.network)
     plan = planning.plan(
         JobConfig.load(arguments.config, overrides),
         machine,

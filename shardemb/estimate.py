@@ -71,7 +71,7 @@ class Machine:
     latency_seconds: float
     #: all to all within a host, bytes a second that a rank sends; 0 where there was no second rank to measure it with
     exchange: float
-    #: the same between hosts
+    #: the same between hosts; 0 where nobody has measured it, and it is taken to be as within one
     network: float
     #: memory of a process without rows
     process_bytes: int
@@ -345,7 +345,7 @@ def _seconds(found: Estimate, machine: Machine, queries: int, negatives: int, st
     if job.workers > 1:
         sent, near = sum(found.exchange.values()), (ranks - 1) / (job.workers - 1)
         work["exchange overhead"] = machine.exchange_overhead_seconds
-        work["exchange"] = sent * near / machine.exchange + (sent * (1 - near) / machine.network if near < 1 else 0.0)
+        work["exchange"] = sent * (near / machine.exchange + (1 - near) / (machine.network or machine.exchange))
     parts = {name: turns * value for name, value in work.items()}
     if job.workers > 2:  # two ranks' are in the overhead
         parts["latency"] = COLLECTIVES * machine.latency_seconds * (math.log2(job.workers) - 1)
@@ -397,6 +397,8 @@ def assumptions(found: Estimate, told: Mapping[str, str]) -> list[str]:
             f"{machine.ranks_per_host} ranks a host, {FULL:.0%} of the memory in use",
             "time: no overlap; a collective's latency grows with the logarithm of the number of ranks",
         ]
+        if job.workers > machine.ranks_per_host and not machine.network:
+            lines.append("between hosts, exchange as fast as within one: nothing was measured there; give --network")
         if job.workers > machine.cores and machine.cores < machine.ranks_per_host:
             lines.append(f"{machine.cores} ranks of a host compute at once, others take turns")
     return lines

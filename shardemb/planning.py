@@ -182,7 +182,11 @@ def _ask_torchrec(found: Estimate) -> dict[str, Any]:
             "plan: --torchrec needs a machine's rates: run shardemb bench calibrate, or give --device h100 or h200"
         )
     table = RowPlan("entity", job.entities, job.dim, job.workers)
-    rates = {"memory": machine.rows, "host": machine.exchange or machine.rows, "network": machine.network or machine.rows}
+    rates = {
+        "memory": machine.rows,
+        "host": machine.exchange or machine.rows,
+        "network": machine.network or machine.exchange or machine.rows,
+    }
     device = "cuda" if machine.gpu else "cpu"
     try:
         return place(table, job.optimizer, device, found.room_bytes, machine.ranks_per_host, rates, found.ids)
@@ -195,7 +199,9 @@ def calibrated() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardemb" / "machine.json"
 
 
-def machine_of(device: str, memory: str | None = None, ranks_per_host: int | None = None) -> Machine | None:
+def machine_of(
+    device: str, memory: str | None = None, ranks_per_host: int | None = None, network: str | None = None
+) -> Machine | None:
     """Return a machine by name.
 
     Args:
@@ -203,6 +209,7 @@ def machine_of(device: str, memory: str | None = None, ranks_per_host: int | Non
             file of measured figures.
         memory: another size, such as "80GiB".
         ranks_per_host: another number.
+        network: another rate between hosts, bytes a second that a rank sends, such as "3GB".
 
     Raises:
         ValueError: an unknown name, or a file that holds no figures.
@@ -212,8 +219,9 @@ def machine_of(device: str, memory: str | None = None, ranks_per_host: int | Non
         machine = DATA_SHEETS[device]
     elif device == "cpu":
         if not calibrated().exists():
-            if memory or ranks_per_host:
-                raise ValueError("plan: --memory and --ranks-per-host need --device, or what shardemb bench calibrate measures")
+            if memory or ranks_per_host or network:
+                options = "--memory, --ranks-per-host and --network"
+                raise ValueError(f"plan: {options} need --device, or what shardemb bench calibrate measures")
             return None
         machine = Machine.load(calibrated())
     elif device.endswith(".json"):
@@ -224,6 +232,8 @@ def machine_of(device: str, memory: str | None = None, ranks_per_host: int | Non
         machine = dataclasses.replace(machine, memory_bytes=bytes_of("--memory", memory))
     if ranks_per_host is not None:
         machine = dataclasses.replace(machine, ranks_per_host=ranks_per_host)
+    if network is not None:
+        machine = dataclasses.replace(machine, network=float(bytes_of("--network", network)))
     return machine
 
 

@@ -151,6 +151,12 @@ def test_time_is_the_sum_of_its_parts_and_grows_with_the_work() -> None:
     assert turns.seconds is not None
     assert turns.seconds["scores"] == pytest.approx(2 * found.seconds["scores"])
     assert estimate(job, dataclasses.replace(H100, exchange=0.0)).seconds is None
+    slower = estimate(job, dataclasses.replace(H100, network=H100.network / 2)).seconds
+    near = estimate(job, dataclasses.replace(H100, network=0.0)).seconds
+    assert slower is not None
+    assert near is not None
+    assert slower["exchange"] > found.seconds["exchange"] > near["exchange"]
+    assert near["exchange"] == pytest.approx(sum(found.exchange.values()) / H100.exchange)
     assert estimate(job).step_seconds is None
 
 
@@ -259,7 +265,7 @@ def test_the_page_shows_what_the_command_prints(capsys) -> None:
         ("--entities 1e9 --device h100 --memory much", "--memory: got 'much', expected"),
         ("--entities 1e9 --zipf -1", "plan.zipf: got -1.0, expected 0 to 4"),
         ("--entities 1e6 --torchrec", "--torchrec needs a machine's rates"),
-        ("--entities 1e6 --memory 8GiB", "--memory and --ranks-per-host need --device"),
+        ("--entities 1e6 --memory 8GiB", "--memory, --ranks-per-host and --network need --device"),
     ],
 )
 def test_bad_plans_get_one_clear_line(tmp_path: Path, monkeypatch, capsys, arguments: str, told: str) -> None:
