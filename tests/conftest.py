@@ -25,7 +25,10 @@ os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", TORCH_PROCESS_GROUP_S
 # Children are forked from one server that has imported the slow packages already: the first test of a session pays
 # their import (torch.optim imports torch._dynamo when it is first used), later ones start ranks in milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo"])
+_context.set_forkserver_preload(
+    # a run folder's figures want the last two
+    ["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo", "tensorboardX", "matplotlib.backends.backend_agg"]
+)
 
 
 def _rank_main(channel: Connection, rank: int, world_size: int, store: str) -> None:
