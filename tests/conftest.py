@@ -26,8 +26,11 @@ os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", TORCH_PROCESS_GROUP_S
 # their import (torch.optim imports torch._dynamo when it is first used), later ones start ranks in milliseconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    # a run folder's figures want the last two
-    ["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo", "tensorboardX", "matplotlib.backends.backend_agg"]
+    [
+        *("pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo"),
+        *("tensorboardX", "matplotlib.backends.backend_agg"),  # for a run folder's figures
+        "pandas",  # which pyarrow imports when it is given lists
+    ]
 )
 
 
