@@ -1,5 +1,6 @@
 """Runs a function on several real gloo ranks of this machine."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -39,6 +40,7 @@ def _rank_main(channel: Connection, rank: int, world_size: int, store: str) -> N
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what is imported is no garbage
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
     try:
