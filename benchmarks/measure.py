@@ -113,8 +113,10 @@ def _process_main(rank: int, count: int, folder: str, function: Callable[..., An
 
 def in_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 1800.0) -> list[Any]:
     """Return what the function returns in each of several fresh processes, one gloo group if they are more than one."""
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, spawn) as executor:
+    # forked from one that has imported these, and done nothing else
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["torch._dynamo", "shardemb.kge"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, forkserver) as executor:
         futures = [executor.submit(_process_main, rank, count, folder, function, arguments) for rank in range(count)]
         try:
             return [future.result(timeout) for future in futures]
