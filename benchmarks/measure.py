@@ -101,16 +101,6 @@ def process_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-_context: Any = multiprocessing.get_context("spawn")
-
-
-def preload(*modules: str) -> None:
-    """Let later processes begin as copies of one that has imported these modules, which saves their seconds of import."""
-    global _context
-    _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(list(modules))
-
-
 def _process_main(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: Any) -> Any:
     torch.set_num_threads(1)
     if count == 1:
@@ -123,7 +113,10 @@ def _process_main(rank: int, count: int, folder: str, function: Callable[..., An
 
 def in_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 1800.0) -> list[Any]:
     """Return what the function returns in each of several fresh processes, one gloo group if they are more than one."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, _context) as executor:
+    # forked from one that has imported these, and done nothing else
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["torch._dynamo", "shardemb.kge"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, forkserver) as executor:
         futures = [executor.submit(_process_main, rank, count, folder, function, arguments) for rank in range(count)]
         try:
             return [future.result(timeout) for future in futures]

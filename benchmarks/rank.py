@@ -132,7 +132,7 @@ def two_workers(scorers: list[str], rows: int, dim: int, queries: int, rounds: i
     """The same on one worker and on two, in turn."""
     found = []
     for scorer in scorers:
-        with get_context("spawn").Manager() as manager, ThreadPoolExecutor(2) as threads:
+        with get_context("forkserver").Manager() as manager, ThreadPoolExecutor(2) as threads:
             turn = manager.Barrier(3)
             jobs = [threads.submit(in_processes, n, _team, scorer, rows, dim, queries, rounds, n, turn) for n in (1, 2)]
             (one,), two = (job.result() for job in jobs)

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from measure import in_processes, preload, proc_bytes, process_group
+from measure import in_processes, proc_bytes, process_group
 from plots import draw
 from report import write
 from step import ours, torchrec
@@ -441,7 +441,6 @@ def main() -> None:
     chosen = arguments.only.split(",")
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"--only: got {', '.join(sorted(unknown))}, expected sections among {','.join(SECTIONS)}")
-    preload("shardemb.kge.trainer", "step")
     effort = Effort(table_bytes=1 << 28, windows=2, repeat=11) if arguments.quick else Effort()
     machine = calibrate(effort=effort)
     print(machine, flush=True)

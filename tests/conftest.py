@@ -1,5 +1,6 @@
 """Runs a function on several real gloo ranks of this machine."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -25,7 +26,13 @@ os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", TORCH_PROCESS_GROUP_S
 # Children are forked from one server that has imported the slow packages already: the first test of a session pays
 # their import (torch.optim imports torch._dynamo when it is first used), later ones start ranks in milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo"])
+_context.set_forkserver_preload(
+    [
+        *("pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo"),
+        *("tensorboardX", "matplotlib.backends.backend_agg"),  # for a run folder's figures
+        "pandas",  # which pyarrow imports when it is given lists
+    ]
+)
 
 
 def _rank_main(channel: Connection, rank: int, world_size: int, store: str) -> None:
@@ -33,6 +40,7 @@ def _rank_main(channel: Connection, rank: int, world_size: int, store: str) -> N
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what is imported is no garbage
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
     try:

@@ -1,8 +1,10 @@
 """Inside PyKEEN: its models, loops, evaluators and files with our tables, against the same with its own."""
 
 import copy
+import gc
 import logging
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,18 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*pin_memory"), pytest.mark.fil
 #: the models of PyKEEN whose tables may be exchanged, without the slowest (ConvKB, NTN, TuckER: half a minute each)
 MODELS = """AutoSF BoxE ComplEx ConvE CP CrossE DistMA DistMult ERMLP ERMLPE HolE KG2E MuRE PairRE ProjE QuatE RESCAL
 RotatE SE SimplE TorusE TransD TransE TransF TransH TransR"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_garbage() -> Iterator[None]:
+    """PyKEEN collects garbage after each epoch: it need not look through all that is imported (0.2 s)."""
+    import pykeen.pipeline  # noqa: F401
+    import torch._dynamo  # noqa: F401  # which torch.optim imports
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def tables(model: Any) -> list[Any]:

@@ -66,6 +66,17 @@ def _wait_for(path: Path, thread: threading.Thread, done: list, seconds: float =
         time.sleep(0.1)
 
 
+def _look_often(ray: Any) -> None:
+    """Start the actor by which Ray Train learns what nodes there are, before Ray Train does: it looks every 20 s."""
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
+
+    class Often(_AutoscalingCoordinatorActor):
+        TICK_INTERVAL_S = 1
+
+    name, head = "AutoscalingCoordinator", {"node:__internal_head__": 0.001}
+    ray.remote(num_cpus=0)(Often).options(name=name, namespace=name, resources=head, lifetime="detached").remote()
+
+
 def test_a_job_goes_on_with_fewer_nodes_and_with_more(
     whole: tuple[Path, dict],  # noqa: F811
     tmp_path: Path,
@@ -74,13 +85,14 @@ def test_a_job_goes_on_with_fewer_nodes_and_with_more(
     """Two raylets, one of them is lost, and another one comes; the rows go from 2 ranks to 1 and back."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "18")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "6")  # for which ranks wait for a node that is lost
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # by which a lost node is missed
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the nodes' workers to find this module
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         second, done = nodes.add_node(num_cpus=1), []
-        with cluster.connected(nodes.address, log_to_driver=False):
+        with cluster.connected(nodes.address, log_to_driver=False) as ray:
+            _look_often(ray)
             options = {"storage": tmp_path / "storage", "timeout_s": 20, "resize_s": 1.0}
             call = partial(run_on_ray, _train_slowly, (1, 2), tmp_path, address=None, **options)
             thread = threading.Thread(target=_into, args=(done, call), daemon=True)

@@ -30,8 +30,10 @@ def graph() -> Triples:
     return Triples.from_columns("ring", columns(kept), columns(held[::2]), columns(held[1::2]))
 
 
-def _train(rank: int, world_size: int, output: Path | None, epochs: int, resume: bool, constrainer: str = "") -> dict:
-    config = TrainingConfig(epochs=epochs, seed=1, validate_every=2)
+def _train(
+    rank: int, world_size: int, output: Path | None, epochs: int, resume: bool, constrainer: str = "", validate_every: int = 2
+) -> dict:
+    config = TrainingConfig(epochs=epochs, seed=1, validate_every=validate_every)
     model_config = ModelConfig(dim=12, init_std=0.1, n3=0.01, constrainer=constrainer)
     model, result = train(
         graph(), model_config, sampling=SAMPLING, training=config, output=output, resume=resume, progress=False
@@ -66,7 +68,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_ranks, tmp_path: P
 
 
 def test_it_learns_and_writes_a_run_folder(run_ranks, tmp_path: Path) -> None:
-    run_ranks(_train, 2, tmp_path, 60, False)
+    run_ranks(_train, 2, tmp_path, 60, False, "", 20)  # each validation draws the picture anew
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert {r["kind"] for r in records} == {"train", "valid", "test"}
     losses = [r["loss"] for r in records if r["kind"] == "train"]
