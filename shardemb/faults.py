@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch.distributed as dist
 
@@ -114,7 +115,10 @@ class Watch:
     def __post_init__(self) -> None:
         self.rank = dist.get_rank()
         self.others = [rank for rank in self.ranks if rank != self.rank]
-        threading.Thread(target=self._look, name="shardemb-watch", daemon=True).start()
+        self._leaves = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="shardemb-watch", daemon=True)
+        self._thread.start()
+        _looking.add(self)
 
     def _look(self) -> None:
         failures, said, seen, times = 0, "", {}, 0  # type: int, str, dict[int, str], int
@@ -139,7 +143,13 @@ class Watch:
                 self.alarmed = True
             except Exception:
                 failures += 1
-            time.sleep(_LOOK)
+            if self._leaves.wait(_LOOK):
+                return
+
+    def leave(self) -> None:
+        """Look no more: a thread that is in the store when the interpreter ends would abort the process."""
+        self._leaves.set()
+        self._thread.join(_GRACE)
 
     def _state(self) -> str:
         return json.dumps({"step": _step, "operation": self.operation})
@@ -251,6 +261,8 @@ def _within(seconds: float, function: Callable[[], Any]) -> bool:
 
 _SLICE = timedelta(seconds=_LOOK)
 _watches: dict[Any, Watch] = {}
+#: also those of groups that are not used any more
+_looking: WeakSet[Watch] = WeakSet()
 _begun: Counter[str] = Counter()
 
 
@@ -294,7 +306,7 @@ def _leave_word() -> None:
         hook(kind, error, trace)
 
     sys.excepthook = on_error
-    atexit.register(_end)
+    atexit.register(_leave)
 
 
 _has_left_word = False
@@ -320,6 +332,12 @@ def raised_elsewhere() -> tuple[int, str] | None:
 def _end() -> None:
     for each in _watches.values():
         each.notice("ended", f"after step {max(0, _step - 1)}")
+
+
+def _leave() -> None:
+    _end()
+    for each in list(_looking):
+        each.leave()
 
 
 def finish() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -432,3 +433,18 @@ def _completes_late(rank: int, world_size: int) -> float:
 
 def test_what_completes_between_two_looks_is_no_failure(run_ranks) -> None:
     assert run_ranks(_completes_late, 2) == [6.0, 6.0]
+
+
+def _leave(rank: int, world_size: int) -> list[str]:
+    group = dist.new_group([0, 1])
+    for each in (None, group):
+        faults.watch(each)
+    faults.forget(group)
+    faults._leave()
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_no_thread_asks_the_store_when_a_process_ends(run_ranks) -> None:
+    """One that does when the interpreter is gone aborts the process, after all has gone well."""
+    for names in run_ranks(_leave, 2):
+        assert "shardemb-watch" not in names
