@@ -4,7 +4,6 @@ Matrix products, rows at random places, and messages between two ranks are measu
 training loop's time on shapes of which each shows one part: next to no work, many ids, wide queries, many scores.
 """
 
-import math
 import os
 import platform
 import statistics
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,16 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured; the defaults take half a minute."""
+    """How much is measured; the defaults take a quarter of a minute."""
 
     #: of the table that rows are read from
     table_bytes: int = 1 << 30
     #: rows of the training loop's table
     entities: int = 100_000
-    #: of the training loop, LOG_STEPS steps each
-    windows: int = 4
+    #: of the training loop, LOG_STEPS steps each; ten times as many with next to no work
+    windows: int = 5
     #: of all else
-    repeat: int = 21
+    repeat: int = 200
     #: what a rank sends to another at once
     message_bytes: int = 2 << 20
 
@@ -85,7 +85,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         gpu=gpu,
         matmul=alone["matmul"],
         rows=alone["rows"],
-        crowding=max(1.0, math.sqrt(alone["matmul"] * alone["rows"] / pair["matmul"] / pair["rows"])) if several else 1.0,
+        crowding=max(1.0, alone["matmul"] / pair["matmul"]) if several else 1.0,
         overhead_seconds=0.0,
         exchange_overhead_seconds=0.0,
         query_seconds=0.0,
@@ -142,7 +142,7 @@ def _pair(device: str, threads: int, effort: Effort) -> dict[str, Any]:
             out = torch.empty_like(message)
             return lambda: collectives.all_to_all(out, message, group=None, operation="calibration")
 
-        latency = _median(send(small), device, 10 * effort.repeat)
+        latency = _median(send(small), device, 5 * effort.repeat)
         seconds = _median(send(large), device, effort.repeat)
         return {
             **rates,
@@ -175,20 +175,25 @@ def _median(call: Callable[[], object], device: str, repeat: int) -> float:
 
 
 def _rates(device: str, effort: Effort) -> dict[str, float]:
-    """Measure a chunk's matrix product, and rows of 512 bytes at random places."""
-    queries, candidates = (torch.randn(2, size, 128, device=device) for size in (1024, 128))
-    product = _median(lambda: queries @ candidates.mT, device, effort.repeat)
+    """Measure a chunk's matrix product and those of its backward, and rows of 512 bytes at random places."""
+    queries, candidates = (torch.randn(2, size, 128, device=device) for size in (1024, 512))
+    scores = queries @ candidates.mT
+
+    def products() -> None:
+        torch.matmul(queries, candidates.mT), torch.matmul(scores, candidates), torch.matmul(scores.mT, queries)
+
+    product = _median(products, device, effort.repeat)
     table = native.empty((max(1, effort.table_bytes // 512), 128), torch.float32, device).zero_()
-    pool = iter(torch.randint(len(table), (effort.repeat + 2, 8192), device=device))
+    pool = cycle(torch.randint(len(table), (64, 8192), device=device))
     taken = _median(lambda: native.take(table, next(pool)), device, effort.repeat)
-    return {"matmul": 2 * 2 * 1024 * 128 * 128 / product, "rows": 8192 * 512 / taken}
+    return {"matmul": 3 * 2 * 2 * 1024 * 512 * 128 / product, "rows": 8192 * 512 / taken}
 
 
 def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
     """Return the seconds of a step of the training loop on random triples. A collective."""
     dim, triples, negatives = shape
     workers = collectives.rank_and_size()[1]
-    steps = LOG_STEPS * (effort.windows + 1)
+    steps = LOG_STEPS * (effort.windows * (10 if shape == _SHAPES["overhead_seconds"] else 1) + 1)
     generator = torch.Generator().manual_seed(0)
     kinds = [(effort.entities, "e"), (_RELATIONS, "r"), (effort.entities, "e")]
     columns = [torch.randint(size, (triples * workers * steps,), generator=generator) for size, _ in kinds]

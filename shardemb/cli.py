@@ -449,7 +449,9 @@ def _add_plan(commands: Any) -> None:
     plan.set_defaults(run=_plan)
     bench = commands.add_parser("bench", help="measure this machine")
     actions = bench.add_subparsers(dest="action", required=True)
-    calibrate = actions.add_parser("calibrate", help="measure the rates that plan needs, half a minute on an idle machine")
+    calibrate = actions.add_parser(
+        "calibrate", help="measure the rates that plan needs, a quarter of a minute on an idle machine"
+    )
     calibrate.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that rows lie on (default: cpu)")
     calibrate.add_argument("--threads", type=int, default=1, metavar="N", help="of a rank (default: 1)")
     calibrate.add_argument("--output", type=Path, metavar="FILE.json", help="default: where plan --device cpu looks")

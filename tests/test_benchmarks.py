@@ -351,3 +351,69 @@ def test_each_result_that_is_named_is_there_with_its_command_beside_it() -> None
             assert script in text, f"{page}: {path}"
             named.add(path)
     assert named == {path.name for path in RESULTS.glob("*.json")}  # none that no page tells of
+
+
+def test_the_pages_tell_how_training_scales() -> None:
+    found = result("scaling")
+    names = {
+        "1": "1 rank",
+        "2": "2 ranks",
+        "4": "4 ranks, oversubscribed",
+        "2 alone": "2 processes that know nothing of each other",
+    }
+    groups = {**found["weak"], "2048 in all": found["strong"]}
+    for group, cases in groups.items():
+        for ranks, case in cases.items():
+            row = [f"{round(case['triples_per_s'], -2):,}", rounded(case["speedup"]), rounded(case["cpu_efficiency"])]
+            pattern = f"| {names[ranks]}, {group} | # | # | # |"
+            if case["sent_bytes_per_rank"]:
+                row += [f"{case['sent_bytes_per_rank'] / 1e6:.2f}", f"{case['sent_over_predicted']:.3f}"]
+            pattern += " # MB, # |" if case["sent_bytes_per_rank"] else " - |"
+            row.append(f"{case['step_ms']:.1f}")
+            if "predicted_over_measured" in case:
+                row.append(rounded(case["predicted_over_measured"]))
+            told(pattern + (" # ms, # |" if "predicted_over_measured" in case else " # ms |"), *row)
+    many, few = (found["weak"][f"{number} negatives"]["2"] for number in (1000, 128))
+    told(
+        "on 2 ranks over 1, 1000 negatives | # times the triples/s, # of",
+        rounded(many["speedup"]),
+        rounded(many["cpu_efficiency"]),
+    )
+    told("the same with 128 negatives | #, # |", rounded(few["speedup"]), rounded(few["cpu_efficiency"]))
+    for case in found["growth"].values():
+        resident, limit = case["resident_bytes"] / 1e6, case["rows"] * case["rows_and_state_bytes_per_row"] / 1e6
+        row = [f"{case['step_ms']:.2f}", f"{resident:,.0f}", f"{limit:,.0f}", f"{case['construct_s']:.1f}"]
+        told(f"| {case['rows']:,} | # ms | # MB | # MB | # s |", *row)
+    ratios = [case["predicted_over_measured"] for case in found["growth"].values()]
+    told("The plan says # to # of these times", rounded(min(ratios)), rounded(max(ratios)))
+    told("# of a row and its state on one rank, # on two", *(f"{found['memory'][ranks]['over_limit']:.3f}" for ranks in "12"))
+    for name in ("normalize", "clamp_norm"):
+        told(f"| `{name}` | # | # |", *(rounded(found["constraint"][ranks][name]["over_none"]) for ranks in "12"))
+    for whose in ("shardemb", "TorchRec DistributedModelParallel"):
+        times = [found["peers"]["lookups"][f"{whose}, {ranks} rank(s)"]["ms"] for ranks in (1, 2)]
+        told(f"| {whose} | # ms | # ms |", *(f"{time:.1f}" for time in times))
+    training = {name: case["triples_per_s"] for name, case in found["peers"]["training"].items()}
+    shown = {name: f"{round(rate, -3 if rate > 20000 else -2):,}" for name, rate in training.items()}
+    ours, dense = "shardemb", "torch.nn.Embedding, dense, Adagrad"
+    told("sparse, row-wise Adagrad | # | # |", shown[ours], shown[f"{ours}, a tenth of the rows"])
+    told("`torch.nn.Embedding(sparse=True)`, Adagrad | # | |", shown["torch.nn.Embedding, sparse, Adagrad"])
+    told("`torch.nn.Embedding`, dense, Adagrad | # | # |", shown[dense], shown[f"{dense}, a tenth of the rows"])
+    for kind, said in found["modelled"].items():
+        for case in said["found"]:
+            row = [f"{case['gib_per_rank']:.1f}", f"{case['step_ms']:.1f}", f"{case['triples_per_s'] / 1e6:.1f}"]
+            if case["fits"] and case["ranks"] in (8, 64, 128, 512):
+                told(f"| {kind} | {case['rows']:.0e} | {case['ranks']} | # GiB | # ms | # |", *row)
+    errors = [
+        case["predicted_over_measured"] for cases in groups.values() for case in cases.values() if "predicted_step_ms" in case
+    ]
+    counted = [
+        case["sent_over_predicted"] for cases in groups.values() for case in cases.values() if case.get("sent_over_predicted")
+    ]
+    told(
+        "the bytes are within # % of the plan, the time from # to #",
+        f"{100 * max(abs(1 - x) for x in counted):.1f}",
+        rounded(min(errors)),
+        rounded(max(errors)),
+    )
+    assert all(0.7 < ratio < 1.3 for ratio in errors)  # the aim
+    assert all(bar["met"] for name, bar in found["bars"].items() if "128 negatives" not in name)
