@@ -33,7 +33,11 @@ def _bars(axes: Axes, values: Mapping[str, float], label: str, log: bool = False
 
 
 def _step(document: dict[str, Any]) -> dict[str, Figure]:
-    records = [record for record in document["sections"]["A"] if record["baseline"] == "FBGEMM" and record["ratio"] is not None]
+    records = [
+        record for record in document["sections"].get("A", []) if record["baseline"] == "FBGEMM" and record["ratio"] is not None
+    ]
+    if not records:
+        return {}
     kinds = sorted({(record["ids"], record["kind"]) for record in records})
     figure, axes = _figure("a training step against FBGEMM's table, CPU time", document, len(kinds), 3.5)
     for place, (ids, kind) in zip(axes, kinds, strict=True):
@@ -43,7 +47,7 @@ def _step(document: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _train(document: dict[str, Any]) -> dict[str, Figure]:
-    figure, (axes,) = _figure("training, 128 floats a row, 128 negatives a side", document)
+    figure, (axes,) = _figure("training on a synthetic graph", document)
     _bars(axes, {name: found["triples_per_s"] for name, found in document["synthetic"].items()}, "triples a second (log)", True)
     return {"": figure}
 
@@ -77,12 +81,14 @@ def _scaling(document: dict[str, Any]) -> dict[str, Figure]:
         several = {name: case for name, case in cases.items() if case["ranks"] > 1}
         _compare(axes[1], several, "sent_bytes_per_rank", "predicted_sent_bytes_per_rank", "bytes that a rank sends in a step")
     if "growth" in document:
-        drawn["growth"], (left, right) = _figure("more rows, one rank, 32 floats a row", document, 2)
+        drawn["growth"], (left, right) = _figure("more rows, one rank", document, 2)
         found = list(document["growth"].values())
         rows = [one["rows"] for one in found]
         left.plot(rows, [one["step_ms"] for one in found], "o-", label="measured")
         left.plot(rows, [one["predicted_step_ms"] for one in found], "x--", color="tab:gray", label="predicted")
-        left.set(xscale="log", xlabel="rows", ylabel="ms a step of 1024 triples", ylim=(0, None))
+        left.set(
+            xscale="log", xlabel="rows", ylabel=f"ms a step of 1024 triples, {found[0]['dim']} floats a row", ylim=(0, None)
+        )
         left.legend()
         right.plot(rows, [one["resident_bytes"] for one in found], "o-", label="resident, beyond the bare process")
         limit = [one["rows"] * one["rows_and_state_bytes_per_row"] for one in found]

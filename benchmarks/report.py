@@ -10,20 +10,21 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from plots import draw
+
+from shardemb.calibrate import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb", "pykeen", "shardemb")
 
 
-def write(name: str, body: dict[str, Any], path: Path | None = None) -> Path:
-    """Write what was measured, with the command, the date, the machine, the versions and how memory is allocated.
+def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
+    """Write what was measured, with command, date, machine, versions and how memory is allocated; and draw it.
 
     Args:
         name: of the file in ``benchmarks/results``; the number of cores and the date are added.
         body: what was measured.
         path: another file.
-
-    Returns:
-        Where it was written.
     """
     today, versions = date.today().isoformat(), {}
     for package in PACKAGES:
@@ -40,11 +41,4 @@ def write(name: str, body: dict[str, Any], path: Path | None = None) -> Path:
     path = path or RESULTS / f"{name}_{os.cpu_count()}cores_{today}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    print(path)
-    return path
-
-
-def cpu_name() -> str:
-    """Return the processor's name as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    print(path, *draw(path), sep="\n")

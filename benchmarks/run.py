@@ -1,7 +1,7 @@
-"""Runs the benchmarks one after the other and draws their results: the quick set in five minutes, or the full one.
+"""Runs step, train, rank, checkpoint and scaling one after the other: a quick set in five minutes, or the full one.
 
     ./dev bench [--output FOLDER]     small tables, everything tried, nothing judged; into runs/bench-<date>
-    ./dev bench --full                the figures of docs/performance.md, two hours, 24 GB; into benchmarks/results
+    ./dev bench --full                as docs/performance.md has them, an hour and a half, 24 GB; into benchmarks/results
 
 Each script writes a JSON file with machine, versions, command and date, and pictures of it. Leave the machine alone meanwhile.
 """
@@ -13,7 +13,6 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from plots import draw
 from report import RESULTS
 
 HERE = Path(__file__).parent
@@ -51,7 +50,7 @@ def main() -> int:
             continue
         folder = arguments.output or RESULTS
         written = max(folder.glob(f"{name}*.json"), key=lambda path: path.stat().st_mtime)
-        for path in [written, *draw(written)]:
+        for path in [written, *sorted(folder.glob(f"{written.stem}*.png"))]:
             print(f"  {path}", flush=True)
     return bool(failed)
 

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from measure import in_processes, proc_bytes, process_group
-from plots import draw
 from report import write
 from step import ours, torchrec
 
@@ -387,9 +386,9 @@ def modelled(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
         machine,
         name=f"hosts of {machine.cores} cores like this one",
         source=f"{machine.source}; 3.1 GB/s of network a host (25 Gbit/s Ethernet) assumed",
-        network=3.1e9 / machine.cores,
+        network_bandwidth=3.1e9 / machine.cores,
         latency_seconds=max(machine.latency_seconds, 5e-5),
-        exchange=machine.exchange or machine.rows,
+        exchange_bandwidth=machine.exchange_bandwidth or machine.row_bandwidth,
     )
     told: dict[str, Any] = {}
     for kind in (DATA_SHEETS["h100"], DATA_SHEETS["h200"], hosts):
@@ -451,7 +450,7 @@ def main() -> None:
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     if not arguments.quick:
         body["bars"] = judged(body)
-    print(*draw(write("scaling", body, arguments.output)), sep="\n")
+    write("scaling", body, arguments.output)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ from shardemb.launch import run_local
 from shardemb.vocabulary import Vocabulary
 
 _RELATIONS = 50
-#: columns, triples of a rank and negatives of a step that shows one part of its time, by Machine's name for that part, in an
-#: order in which each needs but the ones before
+#: columns, triples of a rank and negatives of a step that shows one part of its time, by Machine's name for that part
 _SHAPES = {
     "overhead_seconds": (8, 16, 16),
     "id_seconds": (8, 8192, 16),
@@ -66,7 +65,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
     Raises:
         ValueError: no such device, or threads that the machine has not.
     """
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     if not 1 <= threads <= cores:
         raise ValueError(f"calibrate: got {threads} threads for a rank, expected 1 to {cores}, this machine's cores")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -77,35 +76,39 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
     several = ranks > 1
     pair = run_local(_pair, 2, device, threads, effort, backend="nccl" if gpu else "gloo") if several else {}
     machine = Machine(
-        name=f"{torch.cuda.get_device_name() if gpu else _cpu_name()}, {threads} thread(s) a rank",
+        name=f"{torch.cuda.get_device_name() if gpu else cpu_name()}, {threads} thread(s) a rank",
         source=f"measured on {platform.node() or 'this machine'}, {date.today().isoformat()}, torch {torch.__version__}",
         memory_bytes=torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         ranks_per_host=ranks,
         cores=ranks,
         gpu=gpu,
-        matmul=alone["matmul"],
-        rows=alone["rows"],
-        crowding=max(1.0, alone["matmul"] / pair["matmul"]) if several else 1.0,
+        matmul_flops=alone["matmul"],
+        row_bandwidth=alone["rows"],
+        contention=max(1.0, alone["matmul"] / pair["matmul"]) if several else 1.0,
         overhead_seconds=0.0,
         exchange_overhead_seconds=0.0,
         query_seconds=0.0,
         score_seconds=0.0,
         id_seconds=0.0,
         latency_seconds=pair.get("latency_seconds", 0.0),
-        exchange=pair.get("exchange", 0.0),
-        network=0.0,
+        exchange_bandwidth=pair.get("exchange", 0.0),
+        network_bandwidth=0.0,
         process_bytes=alone["process_bytes"],
     )
-    for name, shape in _SHAPES.items():  # what is not told yet counts nothing
+    for name, shape in [*_SHAPES.items()] * 5:  # each shape shows a little of the others too: Gauss and Seidel's iteration
         job = _job(shape, 1, effort)
-        left = alone[name] - (estimate(job, machine).step_seconds or 0.0)
         queries = job.sides * job.rank_triples
         units = {"id_seconds": sum(job.draws), "query_seconds": queries * job.dim, "score_seconds": queries * job.negatives}
-        machine = replace(machine, **{name: max(0.0, left) / units.get(name, 1)})
+        left = alone[name] - (estimate(job, _with(machine, {name: 0.0})).step_seconds or 0.0)
+        machine = _with(machine, {name: max(0.0, left) / units.get(name, 1)})
     if several:
         left = pair["step"] - (estimate(_job(_SHAPES["overhead_seconds"], 2, effort), machine).step_seconds or 0.0)
-        machine = replace(machine, exchange_overhead_seconds=max(0.0, left) / machine.crowding)
+        machine = replace(machine, exchange_overhead_seconds=max(0.0, left))
     return machine
+
+
+def _with(machine: Machine, figures: dict[str, Any]) -> Machine:
+    return replace(machine, **figures)
 
 
 def _job(shape: tuple[int, int, int], workers: int, effort: Effort) -> Job:
@@ -127,8 +130,15 @@ def _alone(device: str, threads: int, effort: Effort) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, shape in _SHAPES.items():
             found[name] = _step(shape, device, effort)
-            found.setdefault("process_bytes", metrics.resident_bytes())  # after the first, which has next to no rows
-        return found | _rates(device, effort)
+            found.setdefault("process_bytes", _process_bytes(device))  # after the first, which has next to no rows
+        return found | {"matmul": _matmul(device, effort), "rows": _rows(device, effort)}
+
+
+def _process_bytes(device: str) -> int:
+    if device == "cpu":
+        return metrics.resident_bytes()
+    free, total = torch.cuda.mem_get_info()  # of a GPU that nobody else uses
+    return total - free - torch.cuda.memory_reserved()
 
 
 def _pair(device: str, threads: int, effort: Effort) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def _pair(device: str, threads: int, effort: Effort) -> dict[str, Any]:
     with _threads(threads):
         small = torch.zeros(2, dtype=torch.int64, device=device)
         large = torch.zeros(2, effort.message_bytes // 8, dtype=torch.int64, device=device)
-        rates = _rates(device, effort)
+        matmul = _matmul(device, effort)
 
         def send(message: torch.Tensor) -> Callable[[], object]:
             out = torch.empty_like(message)
@@ -145,7 +155,7 @@ def _pair(device: str, threads: int, effort: Effort) -> dict[str, Any]:
         latency = _median(send(small), device, 5 * effort.repeat)
         seconds = _median(send(large), device, effort.repeat)
         return {
-            **rates,
+            "matmul": matmul,
             "latency_seconds": latency,
             "exchange": effort.message_bytes / max(1e-9, seconds - latency),
             "step": _step(_SHAPES["overhead_seconds"], device, effort),
@@ -174,19 +184,23 @@ def _median(call: Callable[[], object], device: str, repeat: int) -> float:
     return statistics.median(spent[2:])
 
 
-def _rates(device: str, effort: Effort) -> dict[str, float]:
-    """Measure a chunk's matrix product and those of its backward, and rows of 512 bytes at random places."""
+def _matmul(device: str, effort: Effort) -> float:
+    """Return the operations a second of a chunk's matrix product and those of its backward."""
     queries, candidates = (torch.randn(2, size, 128, device=device) for size in (1024, 512))
     scores = queries @ candidates.mT
 
     def products() -> None:
         torch.matmul(queries, candidates.mT), torch.matmul(scores, candidates), torch.matmul(scores.mT, queries)
 
-    product = _median(products, device, effort.repeat)
+    return 3 * 2 * 2 * 1024 * 512 * 128 / _median(products, device, effort.repeat)
+
+
+def _rows(device: str, effort: Effort) -> float:
+    """Return the bytes a second of rows of 512 bytes at random places."""
     table = native.empty((max(1, effort.table_bytes // 512), 128), torch.float32, device).zero_()
     pool = cycle(torch.randint(len(table), (64, 8192), device=device))
     taken = _median(lambda: native.take(table, next(pool)), device, effort.repeat)
-    return {"matmul": 3 * 2 * 2 * 1024 * 512 * 128 / product, "rows": 8192 * 512 / taken}
+    return 8192 * 512 / taken
 
 
 def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
@@ -213,7 +227,8 @@ def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
     return statistics.median(seconds[1:])
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name as Linux gives it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

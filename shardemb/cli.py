@@ -432,7 +432,8 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--relations", type=_count, default=1000, metavar="N", help="of the graph (default: 1000)")
     plan.add_argument("--triples", type=_count, default=0, metavar="N", help="of an epoch, to tell how long it takes")
     for option, key, text in _PLANNED:
-        plan.add_argument(f"--{option}", metavar="N" if option != "optimizer" else "NAME", help=f"{text}: {key}")
+        kind: Any = {"metavar": "NAME"} if option == "optimizer" else {"type": _count, "metavar": "N"}
+        plan.add_argument(f"--{option}", help=f"{text}: {key}", **kind)
     plan.add_argument("--batch-size", type=_count, metavar="N", help="triples of a step of all ranks (default: a chunk a rank)")
     plan.add_argument("--workers", type=_count, metavar="N", help="ranks (default: the fewest that fit)")
     plan.add_argument("--zipf", type=float, default=0.8, metavar="A", help="exponent of entities' frequency (default: 0.8)")
@@ -485,7 +486,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.set)
     for option, key, _ in _PLANNED:
         if (value := getattr(arguments, option.replace("-", "_"))) is not None:
-            overrides.append(f"{key}={value if option == 'optimizer' else _count(value)}")
+            overrides.append(f"{key}={value}")
     machine = planning.machine_of(arguments.device, arguments.memory, arguments.ranks_per_host, arguments.network)
     plan = planning.plan(
         JobConfig.load(arguments.config, overrides),

@@ -52,11 +52,11 @@ class Machine:
     #: rows lie on a GPU, and a copy for a checkpoint in the host's memory
     gpu: bool
     #: matrix products, operations a second
-    matmul: float
+    matmul_flops: float
     #: rows read at random places of a large table, bytes a second
-    rows: float
-    #: how many times as long all work takes while the host's other ranks are at work too
-    crowding: float
+    row_bandwidth: float
+    #: how many times as long a rank's own work takes while the host's other ranks are at work too
+    contention: float
     #: a step without work
     overhead_seconds: float
     #: what several ranks add to it
@@ -70,9 +70,9 @@ class Machine:
     #: of a collective of a few bytes
     latency_seconds: float
     #: all to all within a host, bytes a second that a rank sends; 0 where there was no second rank to measure it with
-    exchange: float
+    exchange_bandwidth: float
     #: the same between hosts; 0 where nobody has measured it, and it is taken to be as within one
-    network: float
+    network_bandwidth: float
     #: memory of a process without rows
     process_bytes: int
 
@@ -81,7 +81,8 @@ class Machine:
             value = getattr(self, field.name)
             if field.type in (int, float) and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise ValueError(f"machine {self.name!r}: {field.name}: got {value!r}, expected a finite number, at least 0")
-        at_least(f"machine {self.name!r}", self, memory_bytes=1, ranks_per_host=1, cores=1, matmul=1, rows=1, crowding=1)
+        where = f"machine {self.name!r}"
+        at_least(where, self, memory_bytes=1, ranks_per_host=1, cores=1, matmul_flops=1, row_bandwidth=1, contention=1)
 
     @classmethod
     def load(cls, path: Path) -> "Machine":
@@ -112,17 +113,17 @@ def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 
         ranks_per_host=8,
         cores=8,
         gpu=True,
-        matmul=reached * 67e12,
-        rows=reached * bandwidth,
-        crowding=1.0,
+        matmul_flops=reached * 67e12,
+        row_bandwidth=reached * bandwidth,
+        contention=1.0,
         overhead_seconds=3e-3,
         exchange_overhead_seconds=1e-3,
         query_seconds=4 * _QUERY_PASSES / (reached * bandwidth),
         score_seconds=4 * _SCORE_PASSES / (reached * bandwidth),
         id_seconds=1e-9,
         latency_seconds=2e-5,
-        exchange=reached * 450e9,
-        network=reached * network,
+        exchange_bandwidth=reached * 450e9,
+        network_bandwidth=reached * network,
         process_bytes=2 * _GIB,
     )
 
@@ -186,7 +187,7 @@ class Job:
     @property
     def state_bytes(self) -> int:
         """Of the optimizer, a row."""
-        per_row = getattr(OPTIMIZERS[self.optimizer], "state_per_row", {})
+        per_row = OPTIMIZERS[self.optimizer].state_per_row  # type: ignore[attr-defined]
         return sum(4 * (1 if one_number else self.dim) for one_number in per_row.values())
 
     @property
@@ -323,7 +324,7 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
         pieces=-(-saved // FILE_BYTES),
         seconds=None,
     )
-    if machine is None or (several and not machine.exchange):
+    if machine is None or (several and not machine.exchange_bandwidth):
         return found
     return dataclasses.replace(found, seconds=_seconds(found, machine, queries, negatives, state))
 
@@ -332,32 +333,43 @@ def _seconds(found: Estimate, machine: Machine, queries: int, negatives: int, st
     """Return a step's time, by part."""
     job, width = found.job, 4 * found.job.dim
     ranks = min(job.workers, machine.ranks_per_host)
-    turns = max(1.0, ranks / machine.cores) * (machine.crowding if ranks > 1 else 1.0)
-    rows_moved = _ROW_PASSES * width * found.ids + 2 * (found.touched / job.workers) * (width + state)
+    turns = max(1.0, ranks / machine.cores)
+    moved = _ROW_PASSES * width * found.ids + 2 * (found.touched / job.workers) * (width + state)
+    moved += _ROW_PASSES * job.relations * (width + state)  # a dense gradient
     work = {
         "overhead": machine.overhead_seconds,
         "ids": machine.id_seconds * found.ids,
-        "matrix products": 6 * queries * negatives * job.dim / machine.matmul,  # forward, and for both factors
+        "matrix products": 6 * queries * negatives * job.dim / machine.matmul_flops,  # forward, and for both factors
         "queries": machine.query_seconds * queries * job.dim,
         "scores": machine.score_seconds * queries * negatives,
-        "rows": rows_moved / machine.rows,
+        "rows": moved / machine.row_bandwidth,
     }
+    parts = {name: turns * (machine.contention if ranks > 1 else 1.0) * value for name, value in work.items()}
     if job.workers > 1:
-        sent, near = sum(found.exchange.values()), (ranks - 1) / (job.workers - 1)
-        work["exchange overhead"] = machine.exchange_overhead_seconds
-        work["exchange"] = sent * (near / machine.exchange + (1 - near) / (machine.network or machine.exchange))
-    parts = {name: turns * value for name, value in work.items()}
+        near, far = machine.exchange_bandwidth, machine.network_bandwidth or machine.exchange_bandwidth
+        inside, ring = (ranks - 1) / (job.workers - 1), found.exchange["relation gradients"]
+        seconds = (sum(found.exchange.values()) - ring) * (inside / near + (1 - inside) / far)
+        seconds += ring / (near if inside == 1 else min(near, far))  # as fast as its slowest link
+        parts |= {"exchange overhead": turns * machine.exchange_overhead_seconds, "exchange": turns * seconds}
     if job.workers > 2:  # two ranks' are in the overhead
         parts["latency"] = COLLECTIVES * machine.latency_seconds * (math.log2(job.workers) - 1)
     return parts
 
 
-def fewest_workers(job: Job, machine: Machine, most: int = MOST_WORKERS) -> int | None:
-    """Return the fewest ranks whose memory holds the job, each with as many chunks as now; None if ``most`` do not."""
+def fewest_workers(job: Job, machine: Machine, batch_grows: bool = True, most: int = MOST_WORKERS) -> int | None:
+    """Return the fewest ranks whose memory holds the job; None if ``most`` do not.
+
+    Args:
+        job: of any number of ranks.
+        machine: that shall run it.
+        batch_grows: each rank has as many chunks as now; otherwise the batch stays, and ranks share it.
+        most: ranks that are tried.
+    """
     chunks = job.chunks
 
     def fits(workers: int) -> bool:
-        each = dataclasses.replace(job, workers=workers, batch_size=chunks * workers * job.chunk_size)
+        batch = chunks * workers * job.chunk_size if batch_grows else job.batch_size
+        each = dataclasses.replace(job, workers=workers, batch_size=batch)
         return bool(estimate(each, machine).fits)
 
     high = 1
@@ -395,9 +407,11 @@ def assumptions(found: Estimate, told: Mapping[str, str]) -> list[str]:
         lines += [
             f"{machine.name}: {machine.source}",
             f"{machine.ranks_per_host} ranks a host, {FULL:.0%} of the memory in use",
-            "time: no overlap; a collective's latency grows with the logarithm of the number of ranks",
+            "time: no overlap; latency grows with the logarithm of the number of ranks, which is the least that it can do",
         ]
-        if job.workers > machine.ranks_per_host and not machine.network:
+        if found.host_bytes:
+            lines.append("the host's memory is not checked: copies for checkpoints must fit there")
+        if job.workers > machine.ranks_per_host and not machine.network_bandwidth:
             lines.append("between hosts, exchange as fast as within one: nothing was measured there; give --network")
         if job.workers > machine.cores and machine.cores < machine.ranks_per_host:
             lines.append(f"{machine.cores} ranks of a host compute at once, others take turns")

@@ -10,10 +10,19 @@ from typing import Any
 from shardemb.config import JobConfig
 from shardemb.estimate import DATA_SHEETS, MOST_WORKERS, Estimate, Job, Machine, assumptions, estimate, fewest_workers
 from shardemb.files import replacing
+from shardemb.kge.sampling import SamplingConfig
 from shardemb.plan import RowPlan
 from shardemb.settings import bytes_of
 from shardemb.torchrec import place
 
+#: settings that an estimate knows nothing of: it is as if they were like this
+_NOT_COUNTED = {
+    "model.scorer": "complex",
+    "model.constrainer": "",
+    "sampling.negatives": "uniform",
+    "sampling.filtered": False,
+    "training.precision": "float32",
+}
 #: settings that decide what a job takes
 _TOLD = (
     *("model.dim", "model.reciprocal", "optimizer.name", "sampling.chunk_size", "sampling.num_negatives", "sampling.corrupt"),
@@ -36,6 +45,7 @@ class Plan:
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
         body = {**self.estimate.to_json(), "fewest_workers": self.fewest, "assumed": self.assumed, "torchrec": self.torchrec}
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
@@ -44,7 +54,7 @@ class Plan:
         found, job, machine = self.estimate, self.estimate.job, self.estimate.machine
         lines = [
             f"{job.entities:,} rows x {job.dim} columns, float32, {job.optimizer}, on {job.workers:,} rank(s)"
-            + (f" of {machine.name}" if machine else ""),
+            + (f" of {machine.name}, {_hosts(job.workers, machine)}" if machine else ""),
             f"a step: {job.batch_size:,} triples, {job.rank_triples:,} a rank; {job.negatives:,} negatives for each side of a "
             f"chunk of {job.chunk_size:,}",
             "",
@@ -53,7 +63,11 @@ class Plan:
             f"  {'in all':<24}{_bytes(found.memory_bytes):>12}" + self._verdict(),
         ]
         if found.host_bytes:
-            lines.append(f"  {'copy on the host':<24}{_bytes(found.host_bytes):>12}  for checkpoints in the background")
+            ranks = min(job.workers, machine.ranks_per_host) if machine else 1
+            lines.append(
+                f"  {'copy on the host':<24}{_bytes(found.host_bytes):>12}  for checkpoints in the background, "
+                f"{_bytes(ranks * found.host_bytes)} a host"
+            )
         lines += [
             "",
             f"a checkpoint: {_bytes(found.checkpoint_bytes)} in all, {found.pieces:,} file(s) a rank; on the disk with "
@@ -70,10 +84,12 @@ class Plan:
         return "\n".join([*lines, "", *self._time(), *self._torchrec(), "", "assumed", *(f"  {line}" for line in self.assumed)])
 
     def _verdict(self) -> str:
-        room = self.estimate.room_bytes
-        if room is None:
+        room, machine = self.estimate.room_bytes, self.estimate.machine
+        if room is None or machine is None:
             return ""
-        least = "no number of ranks tried holds it" if self.fewest is None else f"the fewest that fit: {self.fewest:,}"
+        least = "no number of ranks holds it"
+        if self.fewest is not None:
+            least = f"the fewest ranks that fit: {self.fewest:,}, {_hosts(self.fewest, machine)}"
         return f"  of {_bytes(room)}: {'fits' if self.estimate.fits else 'does not fit'}; {least}"
 
     def _time(self) -> list[str]:
@@ -117,12 +133,12 @@ def plan(
     """Estimate what a job takes.
 
     Args:
-        config: its settings, but for ``sampling.batch_size``.
+        config: its settings.
         machine: that shall run it; None for memory and exchange alone.
         entities: of the graph.
         relations: of the graph, without reciprocal ones.
         triples: of an epoch; 0 for unknown.
-        batch_size: triples of a step of all ranks; None for a chunk a rank.
+        batch_size: triples of a step of all ranks; None for the configuration's, or for a chunk a rank if that is the default.
         workers: ranks; None for the fewest that fit, or 1 without a machine.
         zipf: exponent of how often entities are heads or tails.
         torchrec: ask TorchRec's planner too.
@@ -137,7 +153,15 @@ def plan(
             f"plan: got sampling.scheme {sampling.scheme!r}, which compares with all entities in every step, expected "
             f"'negatives': that is what a table of this size can be trained with"
         )
+    for name, count in (("batch_size", batch_size), ("workers", workers)):
+        if count is not None and count < 1:
+            raise ValueError(f"plan.{name}: got {count}, expected at least 1")
+    if batch_size is None and sampling.batch_size != SamplingConfig().batch_size:
+        batch_size = sampling.batch_size
     told = {"settings": ", ".join(f"{key} = {_setting(config, key)!r}" for key in _TOLD)}
+    if others := [key for key, counted in _NOT_COUNTED.items() if _setting(config, key) != counted]:
+        got = ", ".join(f"{key} = {_setting(config, key)!r}" for key in others)
+        told["not counted"] = f"{got}; as if it were {', '.join(repr(_NOT_COUNTED[key]) for key in others)}"
     job = Job(
         entities=entities,
         relations=relations * (1 + config.model.reciprocal),
@@ -154,7 +178,7 @@ def plan(
         background_saves=training.background_saves,
         keep=training.keep,
     )
-    fewest = None if machine is None else fewest_workers(job, machine)
+    fewest = None if machine is None else fewest_workers(job, machine, batch_grows=batch_size is None)
     if workers is None and machine is not None:
         if fewest is None:
             raise MemoryError(
@@ -183,14 +207,14 @@ def _ask_torchrec(found: Estimate) -> dict[str, Any]:
         )
     table = RowPlan("entity", job.entities, job.dim, job.workers)
     rates = {
-        "memory": machine.rows,
-        "host": machine.exchange or machine.rows,
-        "network": machine.network or machine.exchange or machine.rows,
+        "memory": machine.row_bandwidth,
+        "host": machine.exchange_bandwidth or machine.row_bandwidth,
+        "network": machine.network_bandwidth or machine.exchange_bandwidth or machine.row_bandwidth,
     }
     device = "cuda" if machine.gpu else "cpu"
     try:
         return place(table, job.optimizer, device, found.room_bytes, machine.ranks_per_host, rates, found.ids)
-    except MemoryError as error:
+    except (MemoryError, ValueError) as error:
         return {"error": str(error)}
 
 
@@ -233,8 +257,13 @@ def machine_of(
     if ranks_per_host is not None:
         machine = dataclasses.replace(machine, ranks_per_host=ranks_per_host)
     if network is not None:
-        machine = dataclasses.replace(machine, network=float(bytes_of("--network", network)))
+        machine = dataclasses.replace(machine, network_bandwidth=float(bytes_of("--network", network)))
     return machine
+
+
+def _hosts(ranks: int, machine: Machine) -> str:
+    hosts = -(-ranks // machine.ranks_per_host)
+    return f"{hosts:,} host(s) of {min(ranks, machine.ranks_per_host)}"
 
 
 def _bytes(size: float) -> str:

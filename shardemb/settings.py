@@ -33,8 +33,9 @@ def within(section: str, settings: Any, **ranges: tuple[float, float]) -> None:
 
 def bytes_of(name: str, text: str | int, least: int = 1) -> int:
     """Read a size such as 512MiB, 4GiB or 80GB; ValueError, which names the setting, for anything else and for less."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(text).strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", str(text).strip().lower())
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) if match else 0
     if size < least:
-        raise ValueError(f"{name}: got {text!r}, expected at least {least >> 20}MiB, such as 4GiB or 512MiB")
+        expected = f"at least {least >> 20}MiB" if least >> 20 else "a number of bytes above 0"
+        raise ValueError(f"{name}: got {str(text)[:80]!r}, expected {expected}, such as 4GiB or 512MiB")
     return size

@@ -417,7 +417,7 @@ def place(
         optimizer: that updates the rows in backward.
         device: that they lie on, "cpu" or "cuda".
         memory_bytes: of a rank.
-        ranks_per_host: on hosts that are full.
+        ranks_per_host: at most; as many of them on each host.
         rates: bytes a second of "memory", of "host", between a host's ranks, and of "network", between hosts.
         ids: that a rank looks up in a step.
 
@@ -445,7 +445,7 @@ def place(
     collection = torchrec.EmbeddingCollection(tables=[config], device=torch.device("meta"))
     (parameter,) = collection.parameters()
     parameter._optimizer_classes = [classes[optimizer]]  # so that the planner counts the state
-    local = ranks_per_host if plan.world_size % ranks_per_host == 0 else plan.world_size
+    local = next(n for n in range(ranks_per_host, 0, -1) if plan.world_size % n == 0)
     memory, near, far = (rates[name] / 1000 for name in ("memory", "host", "network"))  # bytes a millisecond
     planner = EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(

@@ -409,11 +409,8 @@ def test_the_pages_tell_how_training_scales() -> None:
     counted = [
         case["sent_over_predicted"] for cases in groups.values() for case in cases.values() if case.get("sent_over_predicted")
     ]
-    told(
-        "the bytes are within # % of the plan, the time from # to #",
-        f"{100 * max(abs(1 - x) for x in counted):.1f}",
-        rounded(min(errors)),
-        rounded(max(errors)),
-    )
+    off = f"{100 * max(abs(1 - x) for x in counted):.2f}"
+    told("bytes are within # % of the plan, the time from # to #", off, rounded(min(errors)), rounded(max(errors)))
+    told("and from # to # at 32, where", rounded(min(ratios)), rounded(max(ratios)))
     assert all(0.7 < ratio < 1.3 for ratio in errors)  # the aim
     assert all(bar["met"] for name, bar in found["bars"].items() if "128 negatives" not in name)
