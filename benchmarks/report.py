@@ -12,7 +12,7 @@ from typing import Any
 
 from plots import draw
 
-from shardemb.calibrate import cpu_name
+from shardemb.metrics import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb", "pykeen", "shardemb")

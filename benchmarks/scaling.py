@@ -121,7 +121,7 @@ def train(work: Work) -> dict[str, float]:
     told = _windows(_steps(work, model, end), lambda: model.entity.exchanged_bytes)
     weight = next(model.entity.parameters())
     told["touched_rows"] = optimizer.rows_updated[weight] / ((work.windows + 2) * WINDOW)
-    return told | {"resident_bytes": _resident() - before, "construct_s": constructed, "rows": model.entity.plan.num_local}
+    return told | {"resident_bytes": _resident() - before, "construct_s": constructed}
 
 
 class _Plain(torch.nn.Embedding):
@@ -222,7 +222,7 @@ def scaling(machine: Machine, works: Mapping[str, tuple[int, int, Work]], rounds
         got, triples = over_rounds(found[name]), work.triples * ranks * groups
         rate = triples / got["step_s"]
         cpu = 1e6 * got["cpu_s"] * ranks * groups / triples
-        base = told.get(base_name, {"triples_per_s": rate, "cpu_us_per_triple": cpu, "ranks": ranks})
+        base = told.get(base_name, {"triples_per_s": rate, "cpu_us_per_triple": cpu})
         told[name] = {
             "ranks": ranks * groups,
             "rows": work.rows,

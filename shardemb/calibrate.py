@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
     several = ranks > 1
     pair = run_local(_pair, 2, device, threads, effort, backend="nccl" if gpu else "gloo") if several else {}
     machine = Machine(
-        name=f"{torch.cuda.get_device_name() if gpu else cpu_name()}, {threads} thread(s) a rank",
+        name=f"{torch.cuda.get_device_name() if gpu else metrics.cpu_name()}, {threads} thread(s) a rank",
         source=f"measured on {platform.node() or 'this machine'}, {date.today().isoformat()}, torch {torch.__version__}",
         memory_bytes=torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         ranks_per_host=ranks,
@@ -225,10 +224,3 @@ def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
             progress=False,
         )
     return statistics.median(seconds[1:])
-
-
-def cpu_name() -> str:
-    """Return the processor's name as Linux gives it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

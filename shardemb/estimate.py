@@ -84,6 +84,11 @@ class Machine:
         where = f"machine {self.name!r}"
         at_least(where, self, memory_bytes=1, ranks_per_host=1, cores=1, matmul_flops=1, row_bandwidth=1, contention=1)
 
+    @property
+    def between_hosts(self) -> float:
+        """Bytes a second that a rank sends to other hosts, as far as is known."""
+        return self.network_bandwidth or self.exchange_bandwidth
+
     @classmethod
     def load(cls, path: Path) -> "Machine":
         """Read what ``shardemb bench calibrate`` has written; ValueError for anything else, OSError for no file."""
@@ -346,7 +351,7 @@ def _seconds(found: Estimate, machine: Machine, queries: int, negatives: int, st
     }
     parts = {name: turns * (machine.contention if ranks > 1 else 1.0) * value for name, value in work.items()}
     if job.workers > 1:
-        near, far = machine.exchange_bandwidth, machine.network_bandwidth or machine.exchange_bandwidth
+        near, far = machine.exchange_bandwidth, machine.between_hosts
         inside, ring = (ranks - 1) / (job.workers - 1), found.exchange["relation gradients"]
         seconds = (sum(found.exchange.values()) - ring) * (inside / near + (1 - inside) / far)
         seconds += ring / (near if inside == 1 else min(near, far))  # as fast as its slowest link

@@ -238,14 +238,11 @@ class Exchange:
     def _merge_many(self, slots: Tensor, room: int) -> _ToSend:
         counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
         sent = counts.tolist()
-        most = max(sent)
-        heads = torch.tensor([[count, most, self._mark] for count in sent], device=slots.device)
-        if most > room:
-            return F.pad(heads, (0, room), value=-1), sent, local, permutation, merged
         message = torch.full((len(sent), _HEAD + room), -1, device=slots.device)
-        message[:, :_HEAD] = heads
-        for line, part in zip(message, local.split(sent), strict=True):
-            line[_HEAD : _HEAD + len(part)] = part
+        message[:, 0], message[:, 1], message[:, 2] = counts, max(sent), self._mark
+        if max(sent) <= room:
+            first = torch.arange(room, device=slots.device) < counts.unsqueeze(1)
+            message[:, _HEAD:].masked_scatter_(first, local)
         return message, sent, local, permutation, merged
 
     def check_everywhere(self, ids: Any, device: torch.device) -> None:

@@ -30,6 +30,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Return this user's folder for what can be made again; it may not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardemb"
+
+
 def read_text(path: Path) -> str:
     """Read UTF-8 text, with or without a byte-order mark.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import sys
 import threading
 import time
@@ -194,3 +195,10 @@ def available_bytes() -> int | None:
         return None
     available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(available.split()[1]) * 1024
+
+
+def cpu_name() -> str:
+    """Return the processor's name as Linux gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

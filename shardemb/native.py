@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardemb.files import cache_folder
 from shardemb.types import RowFunction
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC", "-lm")
@@ -107,7 +108,7 @@ def _compiled(compiler: str) -> Path:
     source = Path(__file__).with_name("rows.c")
     flags = next((line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), "")
     key = hashlib.sha256("\0".join([source.read_text(), compiler, *_FLAGS, flags]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardemb"
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardemb.config import JobConfig
 from shardemb.estimate import DATA_SHEETS, MOST_WORKERS, Estimate, Job, Machine, assumptions, estimate, fewest_workers
-from shardemb.files import replacing
+from shardemb.files import cache_folder, replacing
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.plan import RowPlan
 from shardemb.settings import bytes_of
@@ -209,7 +208,7 @@ def _ask_torchrec(found: Estimate) -> dict[str, Any]:
     rates = {
         "memory": machine.row_bandwidth,
         "host": machine.exchange_bandwidth or machine.row_bandwidth,
-        "network": machine.network_bandwidth or machine.exchange_bandwidth or machine.row_bandwidth,
+        "network": machine.between_hosts or machine.row_bandwidth,
     }
     device = "cuda" if machine.gpu else "cpu"
     try:
@@ -220,7 +219,7 @@ def _ask_torchrec(found: Estimate) -> dict[str, Any]:
 
 def calibrated() -> Path:
     """Return where the figures of this machine lie, as ``shardemb bench calibrate`` leaves them."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardemb" / "machine.json"
+    return cache_folder() / "machine.json"
 
 
 def machine_of(

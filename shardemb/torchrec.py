@@ -222,9 +222,8 @@ class TorchRecTable(FusedTable):
             MemoryError: the plan does not fit.
         """
         from torch.distributed.remote_device import _remote_device
-        from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-        from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-        from torchrec.distributed.planner.types import KernelConfig, PlannerError, TopologyFactory, TrainerConfig
+        from torchrec.distributed.planner import ParameterConstraints
+        from torchrec.distributed.planner.types import PlannerError, TrainerConfig
         from torchrec.distributed.types import CacheParams
 
         plan, options, name = self.plan, self._options, self.optimizer.name
@@ -248,22 +247,14 @@ class TorchRecTable(FusedTable):
             compute_kernels=[options.compute_kernel],
             cache_params=CacheParams(load_factor=options.cache_load_factor) if options.cache_load_factor else None,
         )
-        planner = EmbeddingShardingPlanner(
-            topology=TopologyFactory.create_topology(
-                TrainerConfig(
-                    world_size=plan.world_size,
-                    local_world_size=local if plan.world_size % local == 0 else plan.world_size,
-                    hbm_cap_bytes=device_bytes if on_host else allowed,
-                    ddr_cap_bytes=allowed if on_host else host_bytes,
-                ),
-                kernel_config=KernelConfig(compute_device=self.device.type),
-            ),
-            batch_size=1,  # rows and state decide, not a batch that nobody knows
-            storage_reservation=FixedPercentageStorageReservation(0.0),
-            constraints={plan.table: constraints},
-            stats=[],
-            debug=False,
+        trainer = TrainerConfig(
+            world_size=plan.world_size,
+            local_world_size=local if plan.world_size % local == 0 else plan.world_size,
+            hbm_cap_bytes=device_bytes if on_host else allowed,
+            ddr_cap_bytes=allowed if on_host else host_bytes,
         )
+        # rows and state decide, not a batch that nobody knows
+        planner = _planner(self.device.type, trainer, {plan.table: constraints}, batch_size=1)
         try:
             sharding = planner.plan(collection, [sharder]).plan[""][plan.table]
         except PlannerError as error:
@@ -431,9 +422,8 @@ def place(
     """
     import torchrec
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-    from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, PlannerError, TopologyFactory, TrainerConfig
+    from torchrec.distributed.planner import ParameterConstraints
+    from torchrec.distributed.planner.types import HardwareConfig, PlannerError, TrainerConfig
 
     classes = _optimizer_classes()
     if optimizer not in classes:
@@ -447,23 +437,14 @@ def place(
     parameter._optimizer_classes = [classes[optimizer]]  # so that the planner counts the state
     local = next(n for n in range(ranks_per_host, 0, -1) if plan.world_size % n == 0)
     memory, near, far = (rates[name] / 1000 for name in ("memory", "host", "network"))  # bytes a millisecond
-    planner = EmbeddingShardingPlanner(
-        topology=TopologyFactory.create_topology(
-            TrainerConfig(
-                world_size=plan.world_size,
-                local_world_size=local,
-                hbm_cap_bytes=memory_bytes if gpu else 0,
-                ddr_cap_bytes=0 if gpu else memory_bytes,
-            ),
-            HardwareConfig(intra_host_bw=near, inter_host_bw=far, hbm_mem_bw=memory, ddr_mem_bw=memory),
-            KernelConfig(compute_device=device),
-        ),
-        batch_size=ids,
-        storage_reservation=FixedPercentageStorageReservation(0.0),
-        constraints={plan.table: ParameterConstraints(pooling_factors=[1.0])},
-        stats=[],
-        debug=False,
+    trainer = TrainerConfig(
+        world_size=plan.world_size,
+        local_world_size=local,
+        hbm_cap_bytes=memory_bytes if gpu else 0,
+        ddr_cap_bytes=0 if gpu else memory_bytes,
     )
+    hardware = HardwareConfig(intra_host_bw=near, inter_host_bw=far, hbm_mem_bw=memory, ddr_mem_bw=memory)
+    planner = _planner(device, trainer, {plan.table: ParameterConstraints(pooling_factors=[1.0])}, ids, hardware)
     try:
         found = planner.plan(collection, [EmbeddingCollectionSharder()]).plan[""][plan.table]
     except PlannerError as error:
@@ -491,3 +472,19 @@ def _optimizer_classes() -> dict[str, Any]:
         "adam": torch.optim.Adam,
         "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
     }
+
+
+def _planner(device: str, trainer: Any, constraints: dict[str, Any], batch_size: int, hardware: Any = None) -> Any:
+    """Return TorchRec's planner, silent, for ranks that keep no memory back."""
+    from torchrec.distributed.planner import EmbeddingShardingPlanner
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import KernelConfig, TopologyFactory
+
+    return EmbeddingShardingPlanner(
+        topology=TopologyFactory.create_topology(trainer, hardware, KernelConfig(compute_device=device)),
+        batch_size=batch_size,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        constraints=constraints,
+        stats=[],
+        debug=False,
+    )
