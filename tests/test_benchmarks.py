@@ -16,6 +16,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def _run(script: str, *arguments: str | Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+
+
 def _numbers(value: Any) -> Iterator[float]:
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
@@ -27,9 +33,7 @@ def _numbers(value: Any) -> Iterator[float]:
 def test_step_measures_every_section(tmp_path: Path) -> None:
     pytest.importorskip("pykeen")
     path = tmp_path / "step.json"
-    command = [sys.executable, ROOT / "benchmarks" / "step.py", "--quick", "--rounds", "1", "--output", path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = _run("step", "--quick", "--rounds", "1", "--output", path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(path.read_text())
     assert {"command", "date", "machine", "versions", "rounds", "notes", "sections"} <= set(document)
@@ -44,8 +48,7 @@ def test_step_measures_every_section(tmp_path: Path) -> None:
 
 
 def test_an_unknown_section_is_refused() -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "step.py", "--only", "Z"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    done = _run("step", "--only", "Z", timeout=60)
     assert done.returncode == 2
     assert "expected sections among A,B" in done.stderr
 
@@ -90,15 +93,7 @@ def test_an_unknown_section_is_refused() -> None:
 )
 def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: str, keys: set[str]) -> None:
     path = tmp_path / "result.json"
-    command = [
-        sys.executable,
-        ROOT / "benchmarks" / f"{script}.py",
-        *arguments.format(tmp_path=tmp_path).split(),
-        "--output",
-        path,
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = _run(script, *arguments.format(tmp_path=tmp_path).split(), "--output", path)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(path.read_text())
     assert {"command", "date", "machine", "versions"} | keys <= set(document)
@@ -106,23 +101,18 @@ def test_a_benchmark_runs_and_says_how(tmp_path: Path, script: str, arguments: s
 
 
 def test_a_set_runs_and_draws(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--only", "rank", "--output", tmp_path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = _run("run", "--only", "rank", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"rank.json", "rank.png"} == {path.name for path in tmp_path.iterdir()}
     assert str(tmp_path / "rank.png") in done.stdout
-    command[3] = "rank,speed"
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    done = _run("run", "--only", "rank,speed", "--output", tmp_path, timeout=60)
     assert done.returncode == 2
     assert "got speed, expected scripts among step,train,rank,checkpoint,scaling" in done.stderr
 
 
 def test_a_set_whose_script_fails_says_so(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()  # no folder can be made there
-    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--only", "rank", "--output", tmp_path / "taken"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = _run("run", "--only", "rank", "--output", tmp_path / "taken")
     assert done.returncode == 1
     assert "FAILED" in done.stdout
 
