@@ -203,6 +203,11 @@ def test_settings_out_of_range(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             ingest(source, tmp_path / "out", **options)
+    ballast = np.ones(384 << 17)  # 384 MiB, which this process holds
+    with pytest.raises(MemoryError, match=r"x\.tsv: got 384 MiB for 2 threads, of which this process holds .* MiB more: raise"):
+        ingest(source, tmp_path / "out", memory="384MiB", threads=2)
+    del ballast
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tsv"]
     with pytest.raises(FileNotFoundError, match="nowhere: got no such file or folder"):
         ingest([source, tmp_path / "nowhere"], tmp_path / "out")
     (tmp_path / "out").mkdir()
@@ -343,7 +348,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, large: Path) -> None:
 def test_the_command_line_ingests_verifies_and_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [(f"e{i}", f"r{step}", f"e{(i + step) % 60}") for i in range(60) for step in (1, 2)]
     source, out = write(tmp_path / "x.tsv.gz", rows), tmp_path / "out"
-    assert main(["ingest", str(source), str(out), "--valid", "10", "--test", "12", "--memory", "1GiB", "--threads", "2"]) == 0
+    assert main(["ingest", str(source), str(out), "--valid", "10", "--test", "12", "--memory", "4GiB", "--threads", "2"]) == 0
     said = capfd.readouterr().out
     assert f"{out}: 60 entities, 2 relations" in said
     assert re.search(r"valid: +10 triples, 0 of them repeated", said)

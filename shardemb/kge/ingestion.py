@@ -41,6 +41,8 @@ _KINDS = {"entities": ("head", "tail"), "relations": ("relation",)}
 KEY = "md5_number"
 #: what allocators keep for later, measured
 _ASIDE = 64 << 20
+#: least memory for DuckDB
+_OWN = 64 << 20
 #: least memory with which a run is tried
 _LEAST = 384 << 20
 
@@ -182,9 +184,13 @@ class _Job:
         # blocks that are read, and tables on their way into DuckDB; some of it twice
         self.readers, self.writers, self.group = min(threads, 16), min(threads, 4), max(BLOCK, min(limit >> 7, 32 << 20))
         ahead = 3 * BLOCK * (self.readers + 1) + 2 * self.group * (self.writers + 1) + _ASIDE
-        own = int((limit - _resident() - ahead) * 0.75)  # DuckDB takes some more than it is told
-        if own < 64 << 20:
-            raise MemoryError(f"{name}: got {limit >> 20} MiB for {threads} threads, expected more: raise --memory")
+        held = _resident()
+        own = int((limit - held - ahead) * 0.75)  # DuckDB takes some more than it is told
+        if own < _OWN:
+            raise MemoryError(
+                f"{name}: got {limit >> 20:,} MiB for {threads} threads, of which this process holds {held >> 20:,} MiB, "
+                f"expected about {(_OWN - own) * 4 // 3 >> 20:,} MiB more: raise --memory or lower --threads"
+            )
         self.database = duckdb.connect(
             str(self.work / "tables.duckdb"),
             config={"memory_limit": f"{own >> 10}KiB", "threads": threads, "temp_directory": str(self.work / "spilled")},
