@@ -77,7 +77,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
     machine = Machine(
         name=f"{torch.cuda.get_device_name() if gpu else metrics.cpu_name()}, {threads} thread(s) a rank",
         source=f"measured on {platform.node() or 'this machine'}, {date.today().isoformat()}, torch {torch.__version__}",
-        memory_bytes=torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=torch.cuda.mem_get_info()[1] if gpu else metrics.total_bytes(),
         ranks_per_host=ranks,
         cores=ranks,
         gpu=gpu,
