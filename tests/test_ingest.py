@@ -352,7 +352,7 @@ def test_the_command_line_ingests_verifies_and_trains(tmp_path: Path, capfd: pyt
     said = capfd.readouterr().out
     assert f"{out}: 60 entities, 2 relations" in said
     assert re.search(r"valid: +10 triples, 0 of them repeated", said)
-    assert re.search(r"[\d.]+ s, \d+ MiB of memory at most", said)
+    assert re.search(r"[\d.]+ s, [\d,]+ MiB of memory at most", said)
     assert main(["ingest", "--verify", str(out)]) == 0
     assert "undamaged" in capfd.readouterr().out
     run = tmp_path / "run"
