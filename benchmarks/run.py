@@ -1,7 +1,8 @@
 """Runs step, train, rank, checkpoint and scaling one after the other: a quick set in five minutes, or the full one.
 
     ./dev bench [--output FOLDER]     small tables, everything tried, nothing judged; into runs/bench-<date>
-    ./dev bench --full                as docs/performance.md has them, an hour and a half, 24 GB; into benchmarks/results
+    ./dev bench --full [--large FOLDER]
+                                      as docs/performance.md has them, an hour and a half, 24 GB; into benchmarks/results
 
 Each script writes a JSON file with machine, versions, command and date, and pictures of it. Leave the machine alone meanwhile.
 """
@@ -30,6 +31,7 @@ def main() -> int:
     """Run a set; 1 if a script fails, after the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the full set")
+    parser.add_argument("--large", type=Path, help="dataset folder of a graph of 1e7 entities, for train: see ingest.py")
     parser.add_argument("--only", default=",".join(SETS), help="scripts, with commas between them")
     parser.add_argument("--output", type=Path, help="folder of the results")
     arguments = parser.parse_args()
@@ -41,6 +43,8 @@ def main() -> int:
     failed = []
     for name in chosen:
         start, command = time.perf_counter(), [sys.executable, str(HERE / f"{name}.py"), *SETS[name][arguments.full].split()]
+        if name == "train" and arguments.large is not None:
+            command += ["--large", str(arguments.large)]
         if arguments.output is not None:
             command += ["--output", str(arguments.output / f"{name}.json")]
         done = subprocess.run(command, check=False, stdout=sys.stderr)
