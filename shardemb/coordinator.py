@@ -3,8 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ class Coordinator:
     3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward; replicas of TorchRec's are averaged,
        a collective). Those of :mod:`shardemb.optim`
        constrain the rows of sparse tables in the same pass, while they are in cache;
-    4. ``post_parameter_update()`` of each module that has one: tables constrain their own changed rows;
+    4. ``post_parameter_update()`` of each module that had one when the coordinator was made: tables constrain their own changed rows;
     5. forget the gradients.
 
     With ``nonfinite`` it first checks the gradients for NaN and infinite values: a pass over them, and an all-reduce of one
@@ -67,6 +66,9 @@ class Coordinator:
             raise ValueError(f"got nonfinite={nonfinite!r}, expected 'error', 'warn', 'skip' or None")
         self.tables = _tables_in(model)
         self.model = model
+        self._updated: list[Any] = [
+            module for module in model.modules() if callable(getattr(module, "post_parameter_update", None))
+        ]
         self.max_grad_norm = max_grad_norm
         self.nonfinite, self.steps, self.skipped = nonfinite, steps, 0
         self._reduced = False
@@ -192,13 +194,15 @@ class Coordinator:
                 optimizer.step()
         for table in self.tables:
             table.synchronize_replicas()
-        with ExitStack() as stack:
-            for table in self.tables:
-                stack.enter_context(table.updated_once())  # PyKEEN's models hand the call on to their tables
-            for module in self.model.modules():
-                update = getattr(module, "post_parameter_update", None)
-                if callable(update):
-                    update()
+        constrained = [table for table in self.tables if table.constrainer is not None]
+        for table in constrained:
+            table.update_once(True)  # PyKEEN's models hand the call on to their tables
+        try:
+            for module in self._updated:
+                module.post_parameter_update()
+        finally:
+            for table in constrained:
+                table.update_once(False)
         self._end_step()
 
     def forget(self) -> None:

@@ -4,8 +4,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, Self
@@ -369,14 +368,9 @@ class Embedding(Representation):
                 self._due = False
             self._embeddings.constrain_(self._row_constrainer, self._changed_only)
 
-    @contextmanager
-    def updated_once(self) -> Iterator[None]:
-        """Let only the first :meth:`post_parameter_update` within the block count: the table's model may call it too."""
-        self._due = True
-        try:
-            yield
-        finally:
-            self._due = None
+    def update_once(self, on: bool) -> None:
+        """Let only the next :meth:`post_parameter_update` count until switched off: the table's model may call it too."""
+        self._due = True if on else None
 
     @property
     def constrains_changed_rows_only(self) -> bool:
@@ -439,7 +433,8 @@ class Embedding(Representation):
         if isinstance(route, Sent):
             assert isinstance(table, TorchRecTable)
             return table.fetch(route)
-        return self._exchange.return_rows(table.lookup(route.wait().rows), route, wait)
+        rows = table.lookup(route.wait().rows)
+        return rows if route.permutation is None else self._exchange.return_rows(rows, route, wait)
 
     def _plain_forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
         if isinstance(indices, Prefetched):

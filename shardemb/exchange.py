@@ -97,7 +97,7 @@ class RowsUnderWay:
     looked_up: Tensor
     #: (m, D) where they arrive, as they travel
     arriving: Tensor
-    #: None with one rank
+    #: None if there is nothing to wait for
     work: Any
 
 
@@ -141,7 +141,8 @@ class Exchange:
         if ids.dtype not in (torch.int32, torch.int64):
             return IdTypeError(f"{where}: got ids of dtype {ids.dtype}, expected torch.int64 or torch.int32: convert them")
         if ids.numel():
-            low, high = (int(x) for x in torch.aminmax(ids))
+            least, most = torch.aminmax(ids)
+            low, high = least.item(), most.item()
             if low < 0 or high >= plan.num_rows:
                 bad = low if low < 0 else high
                 return IndexError(
@@ -293,13 +294,11 @@ class Exchange:
             route: of the lookup.
             wait: return when they have arrived; otherwise :meth:`arrive` waits.
         """
-        if route.permutation is None:
-            return RowsUnderWay(route, rows, rows, None)
         return RowsUnderWay(route, rows, *self._transfer(rows.detach(), route.sent, route.received, "rows", wait))
 
     def arrive(self, way: RowsUnderWay) -> Tensor:
         """Return the rows ``(n, D)`` in the order of the ids."""
-        return way.looked_up if way.route.permutation is None else _ReturnRows.apply(way.looked_up, way, self)
+        return _ReturnRows.apply(way.looked_up, way, self)
 
     def _transfer(self, rows: Tensor, received: list[int], sent: list[int], what: str, wait: bool = True) -> tuple[Tensor, Any]:
         """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and what to wait for."""

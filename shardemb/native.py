@@ -44,6 +44,10 @@ RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "rowwise_adam"
 
 _log = logging.getLogger("shardemb")
 
+# glibc keeps blocks up to the size of the largest one that was freed so far, 32 MiB at most (mallopt(3), M_MMAP_THRESHOLD);
+# smaller ones it may give back after each step, and the next one pays for their pages again, up to half of its time
+torch.empty(31 << 20, dtype=torch.uint8)
+
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Return an uninitialized tensor ``shape``; a large one on the CPU in pages of 2 MiB, where Linux has them.
@@ -137,8 +141,11 @@ def why_not() -> str | None:
 def _loops(*tensors: Tensor) -> ctypes.CDLL | None:
     """Return the C loops if there are any, and if they can read and write these tensors."""
     library = _library()
-    if isinstance(library, str) or not all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+    if isinstance(library, str):
         return None
+    for tensor in tensors:
+        if not (tensor.is_cpu and tensor.is_contiguous()):
+            return None
     return library
 
 
@@ -163,12 +170,13 @@ def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER
 
 def take(table: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``table[rows]``, ``(n, D)`` for rows ``(n,)`` int64 of a table ``(R, D)``, in ``out`` if given; no gradient."""
+    n, dim = rows.shape[0], table.shape[1]  # len() of a tensor takes a microsecond
     if out is None:
-        out = empty((len(rows), table.shape[1]), table.dtype, table.device)
-    loops, size = _loops(table, rows, out), table.shape[1] * table.itemsize
+        out = empty((n, dim), table.dtype, table.device)
+    loops, size = _loops(table, rows, out), dim * table.itemsize
     if loops is None:
         return torch.index_select(table, 0, rows, out=out)
-    _in_parts(lambda a, b: loops.gather(table.data_ptr(), size, rows.data_ptr(), a, b, out.data_ptr()), len(rows))
+    _in_parts(lambda a, b: loops.gather(table.data_ptr(), size, rows.data_ptr(), a, b, out.data_ptr()), n)
     return out
 
 
@@ -225,11 +233,11 @@ class Merged:
 
 def merge(rows: Tensor, num_rows: int) -> Merged:
     """Merge the duplicates of rows ``(n,)`` int64 that lie in ``[0, num_rows)``; IndexError (from the C loops) if not."""
-    loops, n = _loops(rows), len(rows)
+    loops, n = _loops(rows), rows.shape[0]
     if loops is None:
         each_once, places = rows.unique(return_inverse=True)
         return Merged(each_once, places, rows[:0], rows[:0])
-    order, unique, starts, inverse = torch.empty(4 * n + 1, dtype=torch.int64).split([n, n, n + 1, n])
+    order, unique, starts, inverse = (torch.empty(size, dtype=torch.int64) for size in (n, n, n + 1, n))
     found = loops.merge(
         rows.data_ptr(), n, num_rows, order.data_ptr(), unique.data_ptr(), starts.data_ptr(), inverse.data_ptr()
     )
@@ -243,7 +251,7 @@ def merge(rows: Tensor, num_rows: int) -> Merged:
 def can_update(weight: Tensor, grad: Tensor, merged: Merged, state: list[Tensor]) -> bool:
     """Whether :func:`update` takes these."""
     tensors = [weight, grad, *state]
-    return len(merged.starts) > 0 and all(t.dtype == torch.float32 for t in tensors) and _loops(*tensors) is not None
+    return merged.starts.shape[0] > 0 and all(t.dtype == torch.float32 for t in tensors) and _loops(*tensors) is not None
 
 
 def update(
@@ -272,8 +280,8 @@ def update(
         betas: decay of Adam's moments.
         constrain: function of rows ``(m, D)``, applied to the updated rows while they are in cache; :func:`unit_rows` in C.
     """
-    loops, dim = _loops(weight), weight.shape[1]
-    assert loops is not None
+    loops, dim = _library(), weight.shape[1]
+    assert not isinstance(loops, str)
     first, second = [*(tensor.data_ptr() for tensor in state), None, None][:2]
     tensors = (weight.data_ptr(), first, second, dim, grad.data_ptr())
     places = (merged.order.data_ptr(), merged.unique.data_ptr(), merged.starts.data_ptr())
@@ -286,7 +294,7 @@ def update(
         copy = None if out is None else out.data_ptr()
         loops.update(RULES[rule], *tensors, *places, a, b, *numbers, unit, sums.data_ptr(), copy)
 
-    total = len(merged.unique)
+    total = merged.unique.shape[0]
     if constrain is None or unit:
         _in_parts(part, total)
         return

@@ -97,8 +97,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         tensors = [_as_rows(tensor) for tensor in (weights, *(state[name] for name in self.state_per_row))]
         if parameter.grad.is_sparse:
             rows, values = _rows_and_values(parameter.grad)
-            merged = native.merge(rows, len(parameter))
-            self.rows_updated[parameter] += len(merged.unique)
+            merged = native.merge(rows, parameter.shape[0])
+            self.rows_updated[parameter] += merged.unique.shape[0]
             rule = _RULES.get(type(self))
             if rule is not None and native.can_update(tensors[0], values, merged, tensors[1:]):
                 rate, decay = self.rate(group, state["step"]), group["weight_decay"] * group["lr"]
@@ -189,6 +189,8 @@ def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _as_rows(tensor: Tensor) -> Tensor:
     """View a tensor ``(R, ...)`` as ``(R, D)``; one number is one row."""
+    if tensor.dim() == 2:
+        return tensor
     num_rows = tensor.shape[0] if tensor.dim() else 1
     return tensor.view(num_rows, math.prod(tensor.shape[1:]))
 

@@ -25,11 +25,14 @@ class _RowSet:
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
+        self.clear()
+
+    def clear(self) -> None:
         self._batches: list[Tensor] | None = []
         self._count = 0
 
     def add(self, rows: Tensor) -> None:
-        self._count += len(rows)
+        self._count += rows.shape[0]
         if self._count > self._num_rows:
             self._batches = None
         elif self._batches is not None:
@@ -171,16 +174,18 @@ class Table(nn.Module):
         weight = self.weight.detach()
         rows = self._take_changed() if changed_only else None
         if rows is not None:
-            native.constrain(weight, rows.to(weight.device), function)
-            return len(rows)
+            if rows.shape[0]:
+                native.constrain(weight, rows.to(weight.device), function)
+            return rows.shape[0]
         for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
             chunk.copy_(function(chunk))
         return len(weight)
 
     def _take_changed(self) -> Tensor | None:
         """Return the rows ``(n,)`` that changed since the last call, each once; None for all rows."""
-        rows, self._changed = self._changed, _RowSet(self.plan.num_local)
-        return rows.unique()
+        rows = self._changed.unique()
+        self._changed.clear()
+        return rows
 
 
 class ParameterTable(Table):
@@ -214,7 +219,8 @@ class ParameterTable(Table):
         """
         if not self._track:
             return
-        grad, self._waiting = self.weight.grad, _RowSet(self.plan.num_local)
+        grad = self.weight.grad
+        self._waiting.clear()
         if moved_others or (grad is not None and not grad.is_sparse):  # dense: from a loss on the weight itself
             self.touch_all()
         elif grad is not None and not constrained:
@@ -253,7 +259,7 @@ _TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
 
 def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
     # none in most programs that import this package, whose optimizers pay nothing then
-    by_id = {id(table.weight): table for table in _TABLES}
+    by_id = {id(table._parameters["weight"]): table for table in _TABLES}
     for group in optimizer.param_groups if by_id else ():
         for parameter in group["params"]:
             table = by_id.get(id(parameter))
@@ -263,7 +269,8 @@ def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTabl
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for table, group in _tables_of(optimizer):
-        why = why_refused(optimizer, group, table.weight.grad.is_sparse) if table.weight.grad is not None else None
+        grad = table.weight.grad
+        why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
         if why is not None:
             raise RuntimeError(f"table {table.plan.table!r}: {why}")
 
@@ -407,7 +414,7 @@ class FusedTable(Table):
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return native.take(self.weight, rows)
-        return self._await_backward(self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows)))))
+        return self._await_backward(self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows)))), rows)
 
     @property
     def _waits_for_backward(self) -> bool:
@@ -423,15 +430,23 @@ class FusedTable(Table):
                 f"gradient='sparse', or take rows that are not trained under torch.no_grad()"
             )
         if len(rows):
-            out = engine()[:, : self.plan.dim].contiguous()
+            out = engine()
+            if out.shape[1] > self.plan.dim:
+                out = out[:, : self.plan.dim].contiguous()
         else:
             out = self.weight.new_zeros(0, self.plan.dim, requires_grad=True)
-        self._watch(out, rows)
         return out
 
-    def _await_backward(self, out: Tensor) -> Tensor:
+    def _await_backward(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Notice when the backward of a lookup runs; ``rows``, if given, have changed then."""
         pending = _Pending()
-        out.register_hook(lambda grad: setattr(pending, "done", True))
+
+        def came(grad: Tensor) -> None:
+            pending.done = True
+            if rows is not None and self._track:
+                self._got_gradient(rows)
+
+        out.register_hook(came)
         self._pending = weakref.ref(pending)
         return out
 

@@ -321,9 +321,10 @@ class TorchRecTable(FusedTable):
         rows = owned[0].values()
         trained = self.trainable and torch.is_grad_enabled()
         if trained:
-            rows = self._trained(rows, lambda: self.torchrec_module.compute(sent.context, owned)[0])
+            looked_up = self._trained(rows, lambda: self.torchrec_module.compute(sent.context, owned)[0])
+            self._watch(looked_up, rows)
             self._stale |= self._cached
-            rows = _Reduce.apply(rows, self._scale, self.plan.world_size)
+            rows = _Reduce.apply(looked_up, self._scale, self.plan.world_size)
         else:
             rows = self.lookup(rows)
         if not self.plan.dim:  # TorchRec sends at least a column

@@ -1,5 +1,6 @@
 """The loops in C, against torch's operators; and a machine without a compiler."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -231,3 +232,20 @@ def test_large_tensors_lie_in_large_pages() -> None:
     tensor = native.empty((64 << 20,), torch.uint8).zero_()
     assert huge_kilobytes() - before >= 48 << 10
     del tensor
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's, from 2.33 on")
+def test_blocks_of_a_step_come_from_memory_that_is_kept() -> None:
+    script = """if True:
+        import ctypes, torch, shardemb.native
+        class Info(ctypes.Structure):  # mallinfo(3)
+            _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+        told = ctypes.CDLL(None).mallinfo2
+        told.restype = Info
+        before = told().hblks
+        block = torch.empty(24 << 20, dtype=torch.uint8)
+        print(told().hblks - before)
+    """
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, timeout=100, check=True)
+    assert int(done.stdout) == 0, "mapped for itself, given back when it is freed, and its pages cleared again next time"
