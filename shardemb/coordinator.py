@@ -26,7 +26,8 @@ class Coordinator:
     3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward; replicas of TorchRec's are averaged,
        a collective). Those of :mod:`shardemb.optim`
        constrain the rows of sparse tables in the same pass, while they are in cache;
-    4. ``post_parameter_update()`` of each module that had one when the coordinator was made: tables constrain their own changed rows;
+    4. ``post_parameter_update()`` of each module that had one when the coordinator was made: tables constrain their own
+       changed rows;
     5. forget the gradients.
 
     With ``nonfinite`` it first checks the gradients for NaN and infinite values: a pass over them, and an all-reduce of one
