@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from plots import draw
 
 from shardemb.metrics import cpu_name
@@ -33,7 +34,12 @@ def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
     document = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": today,
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "cpu": cpu_name(),
+            "capability": torch.backends.cpu.get_cpu_capability(),  # FBGEMM's kernels differ by it
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
         "versions": versions,
         "environment": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "LD_PRELOAD", "OMP_"))},
         **body,

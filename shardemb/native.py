@@ -44,8 +44,8 @@ RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "rowwise_adam"
 
 _log = logging.getLogger("shardemb")
 
-# glibc keeps blocks up to the size of the largest one that was freed so far, 32 MiB at most (mallopt(3), M_MMAP_THRESHOLD);
-# smaller ones it may give back after each step, and the next one pays for their pages again, up to half of its time
+# glibc maps each block larger than any that was freed before anew, and gives back what is free beyond twice that size
+# (mallopt(3), M_MMAP_THRESHOLD); it learns from up to 32 MiB. Page faults were half of the time of a step of 4096 x 128.
 torch.empty(31 << 20, dtype=torch.uint8)
 
 

@@ -1,6 +1,7 @@
 """The benchmarks run, on small tables; no time is judged."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -157,22 +158,24 @@ def rounded(ratio: float) -> str:
     return f"{ratio:.2f}"
 
 
-def _step(section: str, name: str, ids: int, kind: str = "uniform", **more: object) -> dict[str, Any]:
+def _step(section: str, name: str, ids: int, kind: str = "uniform", run: str = "step", **more: object) -> dict[str, Any]:
     want = {"name": name, "ids": ids, "kind": kind, **more}
-    (record,) = (each for each in result("step")["sections"][section] if want.items() <= each.items())
+    (record,) = (each for each in result(run)["sections"][section] if want.items() <= each.items())
     return record
 
 
 def test_the_pages_tell_what_a_step_costs() -> None:
     kinds = {"uniform": "uniform", "zipf": "Zipf"}
-    for ids in (4096, 65536):
-        for kind, shown in kinds.items():
-            raw = _step("A", "FBGEMM", ids, kind)
+    for run, how in (("step", ""), ("kept_memory", ", memory kept")):
+        for ids, (kind, shown) in itertools.product((4096, 65536), kinds.items()):
+            raw = _step("A", "FBGEMM", ids, kind, run)
             row = [f"{raw['cpu_ms']:.3g}", f"{raw['x_limit']:.1f}"]
             for name in ("sparse", "sparse, normalize", "fused", "fused, normalize"):
-                record = _step("A", f"shardemb {name}", ids, kind, baseline="FBGEMM")
+                record = _step("A", f"shardemb {name}", ids, kind, run, baseline="FBGEMM")
                 row += [rounded(record["ratio"]), f"{record['x_limit']:.1f}"]
-            told(f"| {ids} {shown} | # ms, # | #, # | #, # | #, # | #, # |", *row)
+            told(f"| {ids} {shown}{how} | # ms, # | #, # | #, # | #, # | #, # |", *row)
+    kept = [_step("A", "shardemb sparse", 65536, kind, "kept_memory", baseline="FBGEMM")["ratio"] for kind in kinds]
+    told("| the same where the allocator keeps FBGEMM's blocks too | #, # |", *map(rounded, kept))
     small, dmp = (
         [_step("A", "shardemb sparse", 65536, kind, baseline="FBGEMM") for kind in kinds],
         "TorchRec DistributedModelParallel",
