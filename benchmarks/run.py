@@ -2,7 +2,7 @@
 
     ./dev bench [--output FOLDER]     small tables, everything tried, nothing judged; into runs/bench-<date>
     ./dev bench --full [--large FOLDER]
-                                      as docs/performance.md has them, an hour and a half, 24 GB; into benchmarks/results
+                                      as docs/performance.md has them, an hour at most, 24 GB; into benchmarks/results
 
 Each script writes a JSON file with machine, versions, command and date, and pictures of it. Leave the machine alone meanwhile.
 """

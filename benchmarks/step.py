@@ -5,11 +5,11 @@
 A step is lookup, backward, update, constrainer, forgetting the gradient, on one thread. Its ids come from a pool that is
 drawn beforehand, another batch each time; its gradient is one random tensor, the same for all. Every batch is seen once before
 timing starts. Figures are medians over rounds of process CPU time in ms; a ratio is the median of each round's, to the
-baseline's time; bars are upper bounds. The functions below say what a section compares. All of them take a quarter of an hour
+baseline's time; bars are upper bounds. The functions below say what a section compares. All of them take a few minutes
 and 16 GB; the JSON goes to benchmarks/results unless ``--quick``, which tries everything on small tables and judges nothing.
 
-glibc hands blocks of 32 MiB back to the kernel, so at 65536 x 128 every contestant's lookup pays for 8192 page faults, a third
-of FBGEMM's step. ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592`` before the command keeps them.
+glibc hands blocks of 32 MiB back to the kernel, so at 65536 x 128 FBGEMM's lookup pays for 8192 page faults, half of its step
+and more. ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592`` before the command keeps them.
 """
 
 import argparse
