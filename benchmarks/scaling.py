@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from measure import in_processes, proc_bytes, process_group
+from measure import in_processes, process_group
 from report import write
 from step import ours, torchrec
 
@@ -42,6 +42,7 @@ from shardemb.estimate import DATA_SHEETS, Job, Machine, estimate
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig
+from shardemb.metrics import resident_bytes
 
 RELATIONS, ZIPF, WINDOW = 50, 0.8, 10
 SECTIONS = ("weak", "strong", "growth", "memory", "constraint", "peers", "modelled")
@@ -105,7 +106,7 @@ def _steps(work: Work, model: KnowledgeGraphModel, end: Callable[[], object]) ->
 
 def train(work: Work) -> dict[str, float]:
     """Train on this rank of the default group, or alone; return the medians of its windows."""
-    before = _resident()
+    before = resident_bytes()
     options = {"maxnorm": 1.0, "dim": -1} if work.constrainer == "clamp_norm" else {}
     config = ModelConfig(dim=work.dim, reciprocal=False, n3=0.0, constrainer=work.constrainer, constrainer_kwargs=options)
     start = time.perf_counter()
@@ -121,7 +122,7 @@ def train(work: Work) -> dict[str, float]:
     told = _windows(_steps(work, model, end), lambda: model.entity.exchanged_bytes)
     weight = next(model.entity.parameters())
     told["touched_rows"] = optimizer.rows_updated[weight] / ((work.windows + 2) * WINDOW)
-    return told | {"resident_bytes": _resident() - before, "construct_s": constructed}
+    return told | {"resident_bytes": resident_bytes() - before, "construct_s": constructed}
 
 
 class _Plain(torch.nn.Embedding):
@@ -173,10 +174,6 @@ def lookup_step(rows: int, dim: int, number: int, whose: str, rounds: int) -> di
         step(pool[round_number % len(pool)].contiguous(), grad)
     wall, cpu = np.median(np.diff(np.array(marks[4:]), axis=0), axis=0).tolist()
     return {"step_s": wall, "cpu_s": cpu}
-
-
-def _resident() -> int:
-    return proc_bytes("/proc/self/status", "VmRSS")
 
 
 # --- the sections ---

@@ -98,16 +98,13 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         job = _job(shape, 1, effort)
         queries = job.sides * job.rank_triples
         units = {"id_seconds": sum(job.draws), "query_seconds": queries * job.dim, "score_seconds": queries * job.negatives}
-        left = alone[name] - (estimate(job, _with(machine, {name: 0.0})).step_seconds or 0.0)
-        machine = _with(machine, {name: max(0.0, left) / units.get(name, 1)})
+        without = replace(machine, **{name: 0.0})  # type: ignore[arg-type]
+        left = alone[name] - (estimate(job, without).step_seconds or 0.0)
+        machine = replace(machine, **{name: max(0.0, left) / units.get(name, 1)})
     if several:
         left = pair["step"] - (estimate(_job(_SHAPES["overhead_seconds"], 2, effort), machine).step_seconds or 0.0)
         machine = replace(machine, exchange_overhead_seconds=max(0.0, left))
     return machine
-
-
-def _with(machine: Machine, figures: dict[str, Any]) -> Machine:
-    return replace(machine, **figures)
 
 
 def _job(shape: tuple[int, int, int], workers: int, effort: Effort) -> Job:

@@ -60,6 +60,12 @@ class _RowSet:
         rows = self._batches[0] if len(self._batches) == 1 else torch.cat(self._batches)
         return native.merge(rows, self._num_rows).unique
 
+    def take(self) -> Tensor | None:
+        """Return the rows as :meth:`unique` does, and collect anew."""
+        rows = self.unique()
+        self.clear()
+        return rows
+
 
 class Table(nn.Module):
     """A shard: ``weight`` ``(R, D)``, a differentiable lookup, and the rows that changed.
@@ -183,9 +189,7 @@ class Table(nn.Module):
 
     def _take_changed(self) -> Tensor | None:
         """Return the rows ``(n,)`` that changed since the last call, each once; None for all rows."""
-        rows = self._changed.unique()
-        self._changed.clear()
-        return rows
+        return self._changed.take()
 
 
 class ParameterTable(Table):
@@ -414,7 +418,7 @@ class FusedTable(Table):
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return native.take(self.weight, rows)
-        return self._await_backward(self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows)))), rows)
+        return self._await_backward(self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows)))))
 
     @property
     def _waits_for_backward(self) -> bool:
@@ -435,18 +439,12 @@ class FusedTable(Table):
                 out = out[:, : self.plan.dim].contiguous()
         else:
             out = self.weight.new_zeros(0, self.plan.dim, requires_grad=True)
+        self._watch(out, rows)
         return out
 
-    def _await_backward(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Notice when the backward of a lookup runs; ``rows``, if given, have changed then."""
+    def _await_backward(self, out: Tensor) -> Tensor:
         pending = _Pending()
-
-        def came(grad: Tensor) -> None:
-            pending.done = True
-            if rows is not None and self._track:
-                self._got_gradient(rows)
-
-        out.register_hook(came)
+        out.register_hook(lambda grad: setattr(pending, "done", True))
         self._pending = weakref.ref(pending)
         return out
 

@@ -321,10 +321,9 @@ class TorchRecTable(FusedTable):
         rows = owned[0].values()
         trained = self.trainable and torch.is_grad_enabled()
         if trained:
-            looked_up = self._trained(rows, lambda: self.torchrec_module.compute(sent.context, owned)[0])
-            self._watch(looked_up, rows)
+            rows = self._trained(rows, lambda: self.torchrec_module.compute(sent.context, owned)[0])
             self._stale |= self._cached
-            rows = _Reduce.apply(looked_up, self._scale, self.plan.world_size)
+            rows = _Reduce.apply(rows, self._scale, self.plan.world_size)
         else:
             rows = self.lookup(rows)
         if not self.plan.dim:  # TorchRec sends at least a column
@@ -353,7 +352,7 @@ class TorchRecTable(FusedTable):
         group, count = self._groups.replica, self._groups.num_replicas
         if group is None:
             return 0
-        mine, self._moved = self._moved.unique(), _RowSet(self.plan.num_local)
+        mine = self._moved.take()
         length = torch.tensor([-1 if mine is None else len(mine)], device=self.device)
         lengths = [torch.empty_like(length) for _ in range(count)]
         operation = f"table {self.plan.table!r}: averaging replicas"

@@ -27,7 +27,7 @@ from shardemb.files import fsync
 from shardemb.kge.dataset import DESCRIPTION, FORMAT, dtype_of, sha256_of
 from shardemb.kge.reading import BLOCK, COLUMNS, blocks
 from shardemb.kge.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
-from shardemb.metrics import available_bytes, progress_bar
+from shardemb.metrics import available_bytes, progress_bar, resident_bytes
 from shardemb.settings import bytes_of
 from shardemb.vocabulary import column_of, numbers
 
@@ -184,7 +184,7 @@ class _Job:
         # blocks that are read, and tables on their way into DuckDB; some of it twice
         self.readers, self.writers, self.group = min(threads, 16), min(threads, 4), max(BLOCK, min(limit >> 7, 32 << 20))
         ahead = 3 * BLOCK * (self.readers + 1) + 2 * self.group * (self.writers + 1) + _ASIDE
-        held = _resident()
+        held = resident_bytes()
         own = int((limit - held - ahead) * 0.75)  # DuckDB takes some more than it is told
         if own < _OWN:
             raise MemoryError(
@@ -446,8 +446,3 @@ class _Job:
                 if shown:
                     bar.update(max(0.0, self.database.query_progress() - bar.n))
             return future.result()
-
-
-def _resident() -> int:
-    """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
