@@ -169,7 +169,7 @@ def opening(rows: int, base: Path) -> dict:
     path = Path(checkpoint.save(base / "large", 1, Embedding(rows, shape=DIM, seed=1, initialize=True)))
     _evict(path)
     start = time.perf_counter()
-    store = shardemb.open(path)
+    store = shardemb.open_store(path)
     opened = time.perf_counter() - start
     ids = torch.randint(rows, (1000,))
     cold = _timed(store.lookup, ids)

@@ -23,9 +23,10 @@ from typing import Any
 import torch.distributed as dist
 from report import write
 
-from shardemb import cluster, metrics
 from shardemb.kge import ModelConfig, SamplingConfig, TrainingConfig, Triples, train
-from shardemb.launch import run_on_ray
+from shardemb.launch import ray
+from shardemb.launch.ray import run_on_ray
+from shardemb.utils import run_metrics
 
 
 def job(folder: Path, epochs: int) -> dict[str, float]:
@@ -38,7 +39,7 @@ def job(folder: Path, epochs: int) -> dict[str, float]:
             with (folder / "steps").open("a") as file:
                 file.write(json.dumps([time.time(), kind, step, figures["loss"] if kind == "train" else None]) + "\n")
 
-    metrics.listen(listener)
+    run_metrics.listen(listener)
     _, result = train(
         Triples.load("wordnet"),
         ModelConfig(dim=64),
@@ -80,7 +81,7 @@ def run(folder: Path, epochs: int, kills: int) -> tuple[list[dict[str, Any]], di
     done: list[Any] = []
 
     def call() -> None:
-        with cluster.connected("local", cpus=2, log_to_driver=False):
+        with ray.connected("local", cpus=2, log_to_driver=False):
             done.append(run_on_ray(job, 2, folder, epochs, address=None, max_failures=kills, storage=folder / "ray"))
 
     thread = threading.Thread(target=call, daemon=True)

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/reliability.py [--kills 300] [--mutations 1000] [--faults 3]
 
-The jobs are those of tests/crash_loop.py, tests/corruption.py and tests/test_faults.py. Writes
+The jobs are those of tests/crash_loop.py, tests/corruption.py and tests/comm/test_watchdog.py. Writes
 ``benchmarks/results/reliability_<cores>_<date>.json``; the exit code is 1 if anything was lost, torn or silent.
 """
 
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from report import write
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "comm")]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo", "crash_loop", "test_faults"])
+_context.set_forkserver_preload(["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo", "crash_loop", "test_watchdog"])
 
 
 def crashes(kills: int) -> dict:
@@ -85,7 +86,7 @@ def mutations(count: int) -> dict:
 
 def ends(rounds: int) -> dict:
     """Return the seconds after which the others raised PeerFailureError, the slowest of all ranks, cases and rounds."""
-    from test_faults import CASES, TIMEOUT, run
+    from test_watchdog import CASES, TIMEOUT, run
 
     slowest: dict[str, float] = {}
     for _ in range(rounds):

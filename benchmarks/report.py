@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from plots import draw
 
-from shardemb.metrics import cpu_name
+from shardemb.utils.memory import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb", "pykeen", "shardemb")

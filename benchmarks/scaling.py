@@ -36,13 +36,13 @@ from report import write
 from step import ours, torchrec
 
 from shardemb import Coordinator
-from shardemb.calibrate import Effort, calibrate
-from shardemb.collectives import rank_and_size
-from shardemb.estimate import DATA_SHEETS, Job, Machine, estimate
+from shardemb.comm.collectives import rank_and_size
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig
-from shardemb.metrics import resident_bytes
+from shardemb.planning.calibrate import Effort, calibrate
+from shardemb.planning.cost_model import DATA_SHEETS, Job, Machine, estimate
+from shardemb.utils.memory import resident_bytes
 
 RELATIONS, ZIPF, WINDOW = 50, 0.8, 10
 SECTIONS = ("weak", "strong", "growth", "memory", "constraint", "peers", "modelled")

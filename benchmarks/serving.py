@@ -19,8 +19,8 @@ from report import write
 
 import shardemb
 from shardemb import Embedding, checkpoint
-from shardemb.cluster import connected
-from shardemb.serving import serve
+from shardemb.launch.ray import connected
+from shardemb.serving.ray_service import serve
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         folder = ends.enter_context(tempfile.TemporaryDirectory())
         checkpoint.save(folder, 1, Embedding(arguments.rows, shape=arguments.dim, seed=0, name="rows"))
         ray = ends.enter_context(connected("local", cpus=4, log_to_driver=False))
-        readers: dict[str, Any] = {"in process": shardemb.open(folder)}
+        readers: dict[str, Any] = {"in process": shardemb.open_store(folder)}
         for shards in (1, 2):
             service = ends.enter_context(serve(folder, shards, f"{shards} shard(s)"))
             readers[f"{shards} shard(s)"] = service.client()

@@ -3,62 +3,24 @@
 ``import shardemb`` is cheap: a name below is loaded (with torch) when it is first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shardemb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from shardemb import checkpoint, optim
+    from shardemb.comm.watchdog import PeerFailureError, set_timeout
     from shardemb.coordinator import Coordinator, clip_grad_norm_
     from shardemb.embedding import Embedding, Representation
-    from shardemb.faults import PeerFailureError, set_timeout
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
-    from shardemb.plan import RowPlan
-    from shardemb.store import Store, open
-    from shardemb.torchrec import TorchRecOptions
+    from shardemb.serving.store import Store, open_store
+    from shardemb.sharding.placement import RowPlan
+    from shardemb.sharding.torchrec_table import TorchRecOptions
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Coordinator",
-    "Embedding",
-    "FusedOptimizer",
-    "PeerFailureError",
-    "Representation",
-    "RowPlan",
-    "RowWiseAdagrad",
-    "Store",
-    "TorchRecOptions",
-    "__version__",
-    "checkpoint",
-    "clip_grad_norm_",
-    "open",
-    "optim",
-    "set_timeout",
-]
+__all__ = ["Coordinator", "Embedding", "FusedOptimizer", "PeerFailureError", "Representation", "RowPlan", "RowWiseAdagrad", "Store", "TorchRecOptions", "__version__", "checkpoint", "clip_grad_norm_", "open_store", "optim", "set_timeout"]
 
-_ROOMS = {
-    "Coordinator": "coordinator",
-    "Embedding": "embedding",
-    "FusedOptimizer": "optim",
-    "PeerFailureError": "faults",
-    "Representation": "embedding",
-    "RowPlan": "plan",
-    "RowWiseAdagrad": "optim",
-    "Store": "store",
-    "TorchRecOptions": "torchrec",
-    "clip_grad_norm_": "coordinator",
-    "open": "store",
-    "set_timeout": "faults",
-}
+_MODULES = {"Coordinator": "coordinator", "clip_grad_norm_": "coordinator", "Embedding": "embedding", "Representation": "embedding", "FusedOptimizer": "optim", "RowWiseAdagrad": "optim", "PeerFailureError": "comm.watchdog", "set_timeout": "comm.watchdog", "RowPlan": "sharding.placement", "TorchRecOptions": "sharding.torchrec_table", "Store": "serving.store", "open_store": "serving.store", "checkpoint": "checkpoint", "optim": "optim"}
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "optim"):
-        return import_module(f"shardemb.{name}")
-    if name not in _ROOMS:
-        raise AttributeError(f"module 'shardemb' has no attribute {name!r}")
-    return getattr(import_module(f"shardemb.{_ROOMS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

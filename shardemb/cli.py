@@ -116,10 +116,10 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from shardemb.config import JobConfig
-    from shardemb.files import replacing
-    from shardemb.launch import run_local
-    from shardemb.store import newest
+    from shardemb.kge.config import JobConfig
+    from shardemb.launch.local import run_local
+    from shardemb.serving.store import newest
+    from shardemb.utils.files import replacing
 
     run: Path = arguments.path
     written = _of_run(run, "config.toml")
@@ -165,7 +165,7 @@ def _print_figures(title: str, figures: Any, queries: int, names: list[str], hea
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from shardemb.metrics import plot_metrics, read_metrics
+    from shardemb.utils.run_metrics import plot_metrics, read_metrics
 
     output = arguments.output or arguments.path / "metrics.png"
     plot_metrics(read_metrics(_of_run(arguments.path, "metrics.jsonl")), output)
@@ -174,7 +174,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _top(arguments: argparse.Namespace) -> int:
-    from shardemb.metrics import describe, read_metrics
+    from shardemb.utils.run_metrics import describe, read_metrics
 
     clear = "\x1b[H\x1b[2J" * sys.stdout.isatty()
     if not arguments.every > 0:
@@ -224,8 +224,8 @@ def _add_ingest(commands: Any) -> None:
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
-    from shardemb.kge import dataset
-    from shardemb.kge.ingestion import ingest
+    from shardemb.kge.data import dataset
+    from shardemb.kge.data.ingest import ingest
 
     *sources, out = arguments.paths
     if arguments.verify == bool(sources):
@@ -268,9 +268,9 @@ def _add_query(commands: Any) -> None:
 
 
 def _query(arguments: argparse.Namespace) -> int:
-    from shardemb.store import StoredTable, open
+    from shardemb.serving.store import StoredTable, open_store
 
-    store = open(arguments.path)
+    store = open_store(arguments.path)
 
     def key(table: StoredTable, text: str) -> str | int:
         if table.vocabulary is None and text.removeprefix("-").isdigit():
@@ -278,7 +278,7 @@ def _query(arguments: argparse.Namespace) -> int:
         return text
 
     if arguments.relation is not None:
-        from shardemb.kge.query import best_tails
+        from shardemb.kge.predict import best_tails
 
         head, relation = key(store["entity"], arguments.entity), key(store["relation"], arguments.relation)
         table, found = store["entity"], best_tails(store, head, relation, arguments.k, arguments.inverse)
@@ -303,9 +303,9 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from shardemb.cluster import connected
-    from shardemb.serving import serve
-    from shardemb.store import newest
+    from shardemb.launch.ray import connected
+    from shardemb.serving.ray_service import serve
+    from shardemb.serving.store import newest
 
     path = newest(arguments.path)  # before Ray is started for nothing
     cpus = max(os.cpu_count() or 1, arguments.shards) if arguments.address == "local" else None
@@ -318,7 +318,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                 print(f"serving {service.info.path} as {arguments.name!r} from {arguments.shards} shard(s): {tables}")
                 print(f"on Ray at {address}; until Ctrl-C or SIGTERM")
                 print(f"in a job of it: client = shardemb.serving.connect({arguments.name!r}); client.lookup([0, 1])")
-                print(f"elsewhere on its nodes: with shardemb.cluster.connected({address!r}): ...", flush=True)
+                print(f"elsewhere on its nodes: with shardemb.launch.ray.connected({address!r}): ...", flush=True)
                 _watch(service)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -371,8 +371,8 @@ def _add_checkpoint(commands: Any) -> None:
 
 def _found(path: Path) -> list[Path]:
     """Return a checkpoint itself, or all of a folder's."""
-    from shardemb.manifest import MANIFEST, checkpoints
-    from shardemb.store import newest
+    from shardemb.checkpoint.manifest import MANIFEST, checkpoints
+    from shardemb.serving.store import newest
 
     if (path / MANIFEST).is_file():
         return [path]
@@ -381,7 +381,7 @@ def _found(path: Path) -> list[Path]:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from shardemb.manifest import Manifest
+    from shardemb.checkpoint.manifest import Manifest
 
     for path in _found(arguments.path):
         manifest = Manifest(path)
@@ -397,7 +397,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from shardemb.manifest import verify
+    from shardemb.checkpoint.manifest import verify
 
     for path in _found(arguments.path):
         manifest = verify(path)
@@ -406,15 +406,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from shardemb.formats import export_table
+    from shardemb.serving.export import export_table
 
     print(export_table(arguments.path, arguments.out, arguments.format, arguments.table, arguments.raw, shown=True))
     return 0
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from shardemb.files import read_text
-    from shardemb.formats import import_table
+    from shardemb.serving.export import import_table
+    from shardemb.utils.files import read_text
 
     if not arguments.source.is_file():
         raise FileNotFoundError(f"{arguments.source}: no such file")
@@ -480,15 +480,15 @@ def _count(text: str) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from shardemb import planning
-    from shardemb.config import JobConfig
+    from shardemb.kge.config import JobConfig
+    from shardemb.planning import report
 
     overrides = list(arguments.set)
     for option, key, _ in _PLANNED:
         if (value := getattr(arguments, option.replace("-", "_"))) is not None:
             overrides.append(f"{key}={value}")
-    machine = planning.machine_of(arguments.device, arguments.memory, arguments.ranks_per_host, arguments.network)
-    plan = planning.plan(
+    machine = report.machine_of(arguments.device, arguments.memory, arguments.ranks_per_host, arguments.network)
+    plan = report.plan(
         JobConfig.load(arguments.config, overrides),
         machine,
         entities=arguments.entities,
@@ -506,8 +506,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from shardemb.calibrate import calibrate
-    from shardemb.planning import calibrated
+    from shardemb.planning.calibrate import calibrate
+    from shardemb.planning.report import calibrated
 
     path = arguments.output or calibrated()
     machine = calibrate(arguments.device, arguments.threads)
@@ -520,7 +520,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from shardemb.launch import run
+    from shardemb.launch.config import run
 
     config = _job(arguments)
     launch, output = config.launch, arguments.output.resolve()
@@ -546,7 +546,7 @@ def _holds_a_run(output: Path) -> bool:
 
 def _job(arguments: argparse.Namespace) -> Any:
     """Return the configuration of a run; ValueError if it is not that of the run that shall be resumed."""
-    from shardemb.config import JobConfig
+    from shardemb.kge.config import JobConfig
 
     written = arguments.output / "config.toml"
     resumed = arguments.resume and _holds_a_run(arguments.output) and written.exists()
@@ -559,9 +559,9 @@ def _job(arguments: argparse.Namespace) -> Any:
 
 def _prepare(arguments: argparse.Namespace, config: Any) -> None:
     """Make the run folder, or find it; FileExistsError if there is a run that shall not be resumed."""
-    from shardemb.files import replacing
-    from shardemb.manifest import checkpoints
-    from shardemb.storage import name_of
+    from shardemb.checkpoint.manifest import checkpoints
+    from shardemb.checkpoint.storage import name_of
+    from shardemb.utils.files import replacing
 
     output: Path = arguments.output
     started, written = _holds_a_run(output), output / "config.toml"
@@ -585,7 +585,7 @@ def _prepare_and_train(arguments: argparse.Namespace, config: Any) -> dict[str, 
     """Train on a rank that torchrun has started; rank 0 makes the run folder, and alone returns the result."""
     import torch.distributed as dist
 
-    from shardemb import collectives
+    from shardemb.comm import collectives
 
     arguments.resume = arguments.resume or int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     if dist.get_rank() == 0:
@@ -616,7 +616,7 @@ def _write_run(output: Path, arguments: argparse.Namespace, workers: str) -> Non
     from datetime import datetime
     from importlib.metadata import version
 
-    from shardemb.files import replacing
+    from shardemb.utils.files import replacing
 
     path = output / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -669,7 +669,7 @@ def _load(config: Any) -> Any:
     """Load the job's triples; rank 0 alone warns."""
     import torch.distributed as dist
 
-    from shardemb.kge.triples import Triples
+    from shardemb.kge.data.triples import Triples
 
     with warnings.catch_warnings():
         if dist.is_initialized() and dist.get_rank():  # rank 0 says the same
@@ -678,12 +678,12 @@ def _load(config: Any) -> Any:
 
 
 def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
-    from shardemb import cluster
     from shardemb.kge.trainer import Settings, train
+    from shardemb.launch import ray
 
     data = _load(config)
     if source := config.launch.ray_data:
-        data = data.with_share(*cluster.share(), source)
+        data = data.with_share(*ray.share(), source)
     sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
     _, result = train(data, **sections, output=output, resume=resume)
     return result

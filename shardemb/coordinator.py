@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardemb import collectives, faults, native
+from shardemb import kernels
+from shardemb.comm import collectives, watchdog
 from shardemb.embedding import Embedding
 from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only, why_refused
-from shardemb.types import few
+from shardemb.utils.types import few
 
 
 class Coordinator:
@@ -73,7 +74,7 @@ class Coordinator:
         self.max_grad_norm = max_grad_norm
         self.nonfinite, self.steps, self.skipped = nonfinite, steps, 0
         self._reduced = False
-        faults.at_step(steps + 1)
+        watchdog.at_step(steps + 1)
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         sharded: set[torch.Tensor] = set()
         by_sum, sparse, watched, name_of = set(), set(), set(), {}
@@ -165,7 +166,7 @@ class Coordinator:
                 continue
             values = grad._values() if grad.is_sparse else grad
             values = torch.view_as_real(values) if values.is_complex() else values
-            rows = native.nonfinite_rows(values if values.dim() else values.reshape(1))
+            rows = kernels.nonfinite_rows(values if values.dim() else values.reshape(1))
             if not len(rows):
                 continue
             if parameter not in tables:
@@ -215,7 +216,7 @@ class Coordinator:
         self._reduced = False
         self.model.zero_grad()
         self.steps += 1
-        faults.at_step(self.steps + 1)
+        watchdog.at_step(self.steps + 1)
 
     @torch.no_grad()
     def reduce(self, flags: Sequence[float] = ()) -> list[float]:

@@ -13,21 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardemb import collectives, native
-from shardemb.exchange import Exchange, Route, RowsUnderWay
+from shardemb import kernels
+from shardemb.comm import collectives
 from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_initializer
 from shardemb.optim import FusedOptimizer
-from shardemb.plan import RowPlan
-from shardemb.table import FusedTable, ParameterTable, Table
-from shardemb.torchrec import Groups, Sent, TorchRecOptions, TorchRecTable, make_groups
-from shardemb.transforms import (
-    is_plain_normalize,
-    probe_constrainer,
-    resolve_constrainer,
-    resolve_normalizer,
-    resolve_regularizer,
-)
-from shardemb.types import Backend, Gradient, GradientReduction, Initializer, Placement, RowFunction
+from shardemb.regularizers import resolve_regularizer
+from shardemb.sharding.exchange import Exchange, Route, RowsUnderWay
+from shardemb.sharding.fused_table import FusedTable
+from shardemb.sharding.placement import RowPlan
+from shardemb.sharding.table import ParameterTable, Table
+from shardemb.sharding.torchrec_table import Groups, Sent, TorchRecOptions, TorchRecTable, make_groups
+from shardemb.transforms import is_plain_normalize, probe_constrainer, resolve_constrainer, resolve_normalizer
+from shardemb.utils.types import Backend, Gradient, GradientReduction, Initializer, Placement, RowFunction
 
 
 class Representation(nn.Module, ABC):
@@ -381,7 +378,7 @@ class Embedding(Representation):
     def _row_constrainer(self) -> RowFunction:
         """The constrainer as a function of stored rows ``(n, D)``."""
         if len(self._shape) == 1 and is_plain_normalize(self.constrainer):
-            return native.unit_rows
+            return kernels.unit_rows
         return self._constrain_stored
 
     def _constrain_stored(self, rows: Tensor) -> Tensor:
@@ -502,7 +499,7 @@ class Embedding(Representation):
             mine[: len(weight)] = weight
             parts = list(blocks.split(self.plan.block))
             collectives.all_gather(parts, mine, group=self._row_group, operation=f"table {self.name!r}: all rows")
-            weight = native.take(blocks, self.plan.slots(torch.arange(self.max_id, device=blocks.device)))
+            weight = kernels.take(blocks, self.plan.slots(torch.arange(self.max_id, device=blocks.device)))
         if layout == "torch":
             return {"weight": weight}
         mine_only = "_embeddings.rows"

@@ -1,6 +1,6 @@
 """Initial rows that depend on the seed and the id, never on the shard or the number of ranks.
 
-A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.plan`), or, if it is no larger, in one of all
+A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.sharding.placement`), or, if it is no larger, in one of all
 ids. Each block has its own random stream, and a rank makes every block that it holds a row of, whole, and keeps its part. So
 any initializer works, also a user's callable, as long as a row's value does not depend on how many rows the table has. Where
 it does, and the function is known, its scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import init
 
-from shardemb import native
-from shardemb.metrics import free_bytes, progress
-from shardemb.plan import RowPlan, Spread
-from shardemb.types import Initializer, normalize_name
+from shardemb import kernels
+from shardemb.sharding.placement import RowPermutation, RowPlan
+from shardemb.utils.memory import free_bytes
+from shardemb.utils.progress import progress
+from shardemb.utils.types import Initializer, normalize_name
 
 #: Rows that share one random stream. A constant of the format: another value gives other initial tables.
 BLOCK_ROWS = 4096
@@ -209,7 +210,7 @@ def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], pla
             part = rows[low - start : high - start]
             part = part if scale == 1 else part * scale
             if plan.spread is None:  # the block's slots, where their ids are
-                native.put(out, Spread(total).ids(torch.arange(low, high)).to(out.device), part.to(out.device, out.dtype))
+                kernels.put(out, RowPermutation(total).ids(torch.arange(low, high)).to(out.device), part.to(out.device, out.dtype))
             else:
                 out[low - first : high - first] = part
 

@@ -4,7 +4,7 @@ Each is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of 
 together, then goes over them once, in chunks that stay in cache: add the gradients of a row up, read it, decay, update,
 constrain (if the coordinator asks for it), write. Rows that got no gradient are not looked at; nor are their moments decayed
 ("lazy", as torch.optim.SparseAdam). A dense gradient touches all rows. float32 rows on the CPU go through
-:mod:`shardemb.native`'s loops if there are any, others through torch's operators.
+:mod:`shardemb.kernels.rows`'s loops if there are any, others through torch's operators.
 
 No class has the name of one in torch.optim: PyKEEN's class_resolver, which finds every subclass of Optimizer by its name,
 could not be imported any more.
@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shardemb import native
-from shardemb.native import CHUNK_ROWS
-from shardemb.types import RowFunction
+from shardemb import kernels
+from shardemb.kernels import CHUNK_ROWS
+from shardemb.utils.types import RowFunction
 
 
 class RowWiseOptimizer(torch.optim.Optimizer):
@@ -97,13 +97,13 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         tensors = [_as_rows(tensor) for tensor in (weights, *(state[name] for name in self.state_per_row))]
         if parameter.grad.is_sparse:
             rows, values = _rows_and_values(parameter.grad)
-            merged = native.merge(rows, parameter.shape[0])
+            merged = kernels.merge(rows, parameter.shape[0])
             self.rows_updated[parameter] += merged.unique.shape[0]
             rule = _RULES.get(type(self))
-            if rule is not None and native.can_update(tensors[0], values, merged, tensors[1:]):
+            if rule is not None and kernels.can_update(tensors[0], values, merged, tensors[1:]):
                 rate, decay = self.rate(group, state["step"]), group["weight_decay"] * group["lr"]
                 options = {key: group[key] for key in ("eps", "betas") if key in group}
-                native.update(rule, tensors[0], values, merged, tensors[1:], rate, decay, constrain=constrain, **options)
+                kernels.update(rule, tensors[0], values, merged, tensors[1:], rate, decay, constrain=constrain, **options)
             else:
                 self._update(tensors, merged.unique, merged.sum(values), group, state["step"], constrain)
         else:
@@ -151,7 +151,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         for name, per_row in self.state_per_row.items():
             shape = parameter.shape[:1] if per_row else parameter.shape
             if name not in state:
-                state[name] = native.empty(shape, _state_dtype(parameter), parameter.device).zero_()
+                state[name] = kernels.empty(shape, _state_dtype(parameter), parameter.device).zero_()
             if state[name].shape != shape:
                 raise ValueError(
                     f"{type(self).__name__}: got {name!r} of shape {tuple(state[name].shape)} for a parameter "
@@ -177,14 +177,14 @@ def merged_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
     rows, values = _rows_and_values(grad)
     if grad.is_coalesced():
         return rows, values
-    merged = native.merge(rows, len(grad))
+    merged = kernels.merge(rows, len(grad))
     return merged.unique, merged.sum(values)
 
 
 def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
     if grad.sparse_dim() != 1:
         raise ValueError(f"got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1: that of rows")
-    return grad._indices()[0], _as_rows(native.contiguous(grad._values()))
+    return grad._indices()[0], _as_rows(kernels.contiguous(grad._values()))
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

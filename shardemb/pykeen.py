@@ -20,7 +20,7 @@ from pykeen.regularizers import regularizer_resolver
 
 from shardemb import optim
 from shardemb.embedding import Embedding
-from shardemb.types import Gradient
+from shardemb.utils.types import Gradient
 
 
 class ShardedEmbedding(Embedding, PyKEENRepresentation):

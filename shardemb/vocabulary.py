@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from shardemb.files import replacing
+from shardemb.utils.files import replacing
 
 #: of the file, which is Arrow's (Feather, version 2): the labels in order of their ids; and, independent of it, an index
 SCHEMA = pa.schema(

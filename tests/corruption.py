@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from shardemb import Embedding, checkpoint, saving
+from shardemb import Embedding, checkpoint
+from shardemb.checkpoint import writer
 
 
 class Model(torch.nn.Module):
@@ -22,7 +23,7 @@ class Model(torch.nn.Module):
 
 def save_two(rank: int, world_size: int, folder: Path) -> None:
     """Make two checkpoints of the same shapes; a job of any number of ranks."""
-    saving.FILE_BYTES = 2000
+    writer.FILE_BYTES = 2000
     for step in (1, 2):
         checkpoint.save(folder, step, Model(seed=step))
 

@@ -99,7 +99,7 @@ def _newest(folder: Path, trajectory: np.ndarray) -> int:
 
     step = 0
     for path in shardemb.checkpoint.checkpoints(folder):
-        store = shardemb.open(path, verify="sha256")
+        store = shardemb.open_store(path, verify="sha256")
         step = max(step, store.step)
         rows = np.concatenate([np.concatenate([rows for _, rows in table.chunks()]) for table in store.tables.values()])
         if not np.array_equal(rows, trajectory[store.step]):

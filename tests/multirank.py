@@ -11,8 +11,10 @@ import torch
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb import Coordinator, Embedding, FusedOptimizer, native
-from shardemb.table import FusedTable, ParameterTable, Table
+from shardemb import Coordinator, Embedding, FusedOptimizer
+from shardemb.kernels import rows as native
+from shardemb.sharding.fused_table import FusedTable
+from shardemb.sharding.table import ParameterTable, Table
 
 OURS = ("SparseSGD", "SparseAdagrad", "RowWiseAdagrad", "LazyAdam", "RowWiseAdam")
 #: gradient, optimizer, its arguments

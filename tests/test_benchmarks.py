@@ -285,7 +285,7 @@ def test_the_pages_tell_how_fast_ranking_ingest_and_serving_are() -> None:
     told("ingest of # entities, # million triples | # s, # GiB |", entities, triples, seconds, memory)
     lookups = result("serving")["lookup"]
     for name, shown in (
-        ("in process", "in process, `shardemb.open`"),
+        ("in process", "in process, `shardemb.open_store`"),
         ("1 shard(s)", "1 shard, `shardemb serve`"),
         ("2 shard(s)", "2 shards"),
     ):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from shardemb.cli import main
-from shardemb.config import JobConfig
-from shardemb.metrics import read_metrics
+from shardemb.kge.config import JobConfig
+from shardemb.utils.run_metrics import read_metrics
 from shardemb.vocabulary import Vocabulary
 
 NATIONS = ["train", "--dataset", "pykeen:nations", "--set", "training.epochs=2", "--set", "sampling.batch_size=512"]
@@ -71,14 +71,14 @@ def test_a_run_folder_knows_where_its_dataset_is(tmp_path: Path, monkeypatch: py
 KILL = """
 import os, signal, sys
 from pathlib import Path
-from shardemb import metrics
+from shardemb.utils import run_metrics
 from shardemb.cli import main
 
 def listener(kind, step, figures):
     if figures["epoch"] >= 1 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 
-metrics.listen(listener)
+run_metrics.listen(listener)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -10,7 +10,7 @@ from multirank import without_c_loops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardemb
-from shardemb import Coordinator, Embedding, native, optim
+from shardemb import Coordinator, Embedding, kernels, optim
 
 ROWS = 50_021
 #: operators that may be given a whole table, since they look at some rows only, or at none
@@ -38,9 +38,9 @@ class WholeTables(TorchDispatchMode):
 
 @contextmanager
 def rows_moved() -> Iterator[dict[str, int]]:
-    """Count the rows that native.py's functions read and write."""
+    """Count the rows that kernels.py's functions read and write."""
     moved = {"read": 0, "written": 0}
-    before = {name: getattr(native, name) for name in ("take", "put", "update", "constrain")}
+    before = {name: getattr(kernels, name) for name in ("take", "put", "update", "constrain")}
 
     def count(name: str, *kinds: str) -> None:
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -49,18 +49,18 @@ def rows_moved() -> Iterator[dict[str, int]]:
                 moved[kind] += len(rows)
             return before[name](*args, **kwargs)
 
-        setattr(native, name, counting)
+        setattr(kernels, name, counting)
 
     count("take", "read")
     count("put", "written")
     count("update", "read", "written")
-    if native.why_not() is None:  # otherwise it takes and puts
+    if kernels.why_not() is None:  # otherwise it takes and puts
         count("constrain", "read", "written")
     try:
         yield moved
     finally:
         for name, function in before.items():
-            setattr(native, name, function)
+            setattr(kernels, name, function)
 
 
 OPTIMIZERS = {
@@ -99,7 +99,7 @@ def test_only_touched_rows_are_read_and_written(name: str, constrainer: str | No
     assert found == []
     assert moved["read"] <= 300 * 2  # the lookup, then the update, or the constrainer's pass after another's update
     assert moved["written"] <= 300 * 2
-    if name == "RowWiseAdagrad" and c_loops and native.why_not() is None:
+    if name == "RowWiseAdagrad" and c_loops and kernels.why_not() is None:
         assert moved["read"] >= 300 + 290  # it does count
 
 
@@ -119,7 +119,7 @@ def test_what_goes_over_all_rows_is_found() -> None:
     assert watch.found
     table = Embedding(ROWS, shape=4, constrainer="normalize", seed=0)
     with WholeTables(ROWS) as watch, rows_moved():
-        assert shardemb.native.take(table._embeddings.weight.detach(), torch.tensor([1])).shape == (1, 4)
+        assert shardemb.kernels.rows.take(table._embeddings.weight.detach(), torch.tensor([1])).shape == (1, 4)
         assert not watch.found
         table._embeddings.weight.detach().clone()
     assert watch.found == ["aten::clone"]

@@ -20,7 +20,7 @@ import yaml
 
 import shardemb
 from shardemb import cli
-from shardemb.metrics import read_metrics
+from shardemb.utils.run_metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -18,7 +18,7 @@ import torch
 
 import shardemb
 from shardemb import checkpoint, cli, kge, optim
-from shardemb.config import JobConfig
+from shardemb.kge.config import JobConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}

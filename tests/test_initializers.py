@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from shardemb.initializers import BLOCK_ROWS, PretrainedInitializer, fill_rows, resolve_initializer
-from shardemb.plan import RowPlan
-from shardemb.types import normalize_name
+from shardemb.sharding.placement import RowPlan
+from shardemb.utils.types import normalize_name
 
 NAMES = {
     "constant": {"val": 0.5},

@@ -1,4 +1,4 @@
-"""The floors of the house: a room imports only rooms on floors below its own."""
+"""The direction of imports between the package's folders, and what only some of them may import."""
 
 import ast
 from pathlib import Path
@@ -10,81 +10,43 @@ import shardemb.kge
 
 PACKAGE = Path(shardemb.__file__).parent
 
-FLOORS = [
-    {"types", "files", "settings"},
-    {"storage", "tensorfile"},
-    {"manifest"},
-    {"metrics", "native", "faults", "lookup"},
-    {"shm"},
-    {"collectives", "cluster"},
-    {"plan", "transforms", "vocabulary", "optim"},
-    {"initializers"},
-    {"exchange", "table"},
-    {"torchrec"},
-    {"embedding"},
-    {"coordinator", "pykeen"},
-    {"pieces", "store"},
-    {"saving", "loading", "serving"},
-    {"checkpoint"},
-    {"formats"},
-    {"kge.reading", "kge.scorers", "kge.losses", "kge.sampling", "kge.vs_all"},
-    {"kge.splits"},
-    {"kge.dataset"},
-    {"kge.triples", "kge.ingestion"},
-    {"kge.model"},
-    {"kge.ranking", "kge.optimizers", "kge.query"},
-    {"kge.evaluation"},
-    {"kge.trainer"},
-    {"launch", "estimate"},
-    {"config", "calibrate"},
-    {"planning"},
-    {"cli"},
-]
-#: third-party packages that only some rooms may know
+#: imports go down this list only, within a line from right to left
+ORDER = """
+cli
+planning
+kge
+serving
+checkpoint
+pykeen coordinator embedding initializers
+sharding
+launch
+comm
+optim transforms regularizers vocabulary
+kernels
+utils
+exceptions
+""".split()
+#: third-party packages, and what alone may import them
 ONLY = {
-    "torchrec": {"torchrec", "table", "exchange", "optim", "plan"},
-    "fbgemm_gpu": {"table", "exchange", "optim", "plan"},
-    "ray": {"cluster", "launch", "serving"},
-    "pykeen": {"pykeen"},
+    "torchrec": ("sharding", "optim"),
+    "fbgemm_gpu": ("sharding", "optim"),
+    "ray": ("launch", "serving/ray_service.py"),
+    "pykeen": ("pykeen.py",),
 }
-#: rooms that work without a process group
-NO_DISTRIBUTED = {
-    "types",
-    "files",
-    "settings",
-    "lookup",
-    "storage",
-    "tensorfile",
-    "metrics",
-    "native",
-    "plan",
-    "initializers",
-    "transforms",
-    "vocabulary",
-    "optim",
-    "table",
+#: what works without a process group
+NO_DISTRIBUTED = "optim transforms regularizers vocabulary kernels utils exceptions".split()
+#: torch.distributed's functions in which a rank waits for others
+COLLECTIVES = {
+    *("all_to_all", "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor"),
+    *("all_gather_object", "broadcast", "barrier", "monitored_barrier", "reduce", "gather", "scatter"),
+    *("reduce_scatter_tensor", "send", "recv"),
 }
-NO_DISTRIBUTED |= {
-    "kge.reading",
-    "kge.splits",
-    "kge.dataset",
-    "kge.ingestion",
-    "kge.triples",
-    "kge.scorers",
-    "kge.losses",
-    "kge.sampling",
-    "kge.model",
-    "kge.query",
-}
-
-floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
 
 
-def room_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-ROOMS = {room_of(p): p for p in PACKAGE.rglob("*.py") if p.name not in {"__init__.py", "__main__.py"}}
+def layer_of(module: str) -> str:
+    """The folder or file on top of the package that a dotted name or a path below it belongs to."""
+    return module.replace("/", ".").removesuffix(".py").split(".")[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -99,41 +61,48 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-#: torch.distributed's functions in which a rank waits for others
-COLLECTIVES = {"all_to_all", "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier"}
-COLLECTIVES |= {
-    "reduce",
-    "gather",
-    "scatter",
-    "reduce_scatter_tensor",
-    "all_gather_object",
-    "send",
-    "recv",
-    "monitored_barrier",
-}
+def modules_imported(file: str) -> set[str]:
+    """Files of the package that a file imports."""
+    found = set()
+    for name in imports(FILES[file]):
+        if name.startswith("shardemb."):
+            path = name.removeprefix("shardemb.").replace(".", "/")
+            found |= {f"{path}.py", f"{path}/__init__.py"} & FILES.keys()
+    return found - {file}
 
 
-@pytest.mark.parametrize("room", sorted(set(ROOMS) - {"collectives"}))
-def test_collectives_go_through_the_room_that_bounds_them(room: str) -> None:
-    for node in ast.walk(ast.parse(ROOMS[room].read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "dist":
-            assert node.func.attr not in COLLECTIVES, f"{room}:{node.lineno}: use shardemb.collectives"
+def test_every_folder_has_its_place_in_the_order() -> None:
+    assert {layer_of(file) for file in FILES} == {*ORDER, "__init__", "__main__"}
 
 
-def test_every_room_has_a_floor() -> None:
-    assert set(ROOMS) == set(floor_of)
-
-
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_imports_go_down(room: str) -> None:
-    for name in imports(ROOMS[room]):
+@pytest.mark.parametrize("file", sorted(FILES.keys() - {"__init__.py", "__main__.py"}))
+def test_imports_go_down(file: str) -> None:
+    layer = layer_of(file)
+    for name in imports(FILES[file]):
         top = name.split(".")[0]
-        assert room in ONLY.get(top, {room}), f"{room} must not import {top}"
+        allowed = ONLY.get(top, (file,))
+        assert file in allowed or layer in allowed, f"{file} must not import {top}"
         if name.startswith("torch.distributed"):
-            assert room not in NO_DISTRIBUTED, f"{room} must not import torch.distributed"
-        target = name.removeprefix("shardemb.")
-        if name.startswith("shardemb.") and target in floor_of:
-            assert floor_of[target] < floor_of[room], f"{room} must not import {target}"
+            assert layer not in NO_DISTRIBUTED, f"{file} must not import torch.distributed"
+    for other in modules_imported(file):
+        below = layer_of(other)
+        assert below == layer or ORDER.index(below) > ORDER.index(layer), f"{file} must not import {other}"
+
+
+def test_there_is_no_cycle_between_files() -> None:
+    left = {file: modules_imported(file) for file in FILES if not file.endswith("__init__.py")}
+    while left:
+        free = {file for file, needs in left.items() if not needs & left.keys()}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {file: needs for file, needs in left.items() if file not in free}
+
+
+@pytest.mark.parametrize("file", sorted(FILES.keys() - {"comm/collectives.py"}))
+def test_collectives_go_through_the_file_that_bounds_them(file: str) -> None:
+    for node in ast.walk(ast.parse(FILES[file].read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if ast.unparse(node.func.value) == "dist":
+                assert node.func.attr not in COLLECTIVES, f"{file}:{node.lineno}: use comm.collectives"
 
 
 @pytest.mark.parametrize("package", [shardemb, shardemb.kge], ids=["shardemb", "shardemb.kge"])
@@ -145,10 +114,11 @@ def test_public_names_exist(package: object) -> None:
 
 
 def test_nothing_loads_code_from_files() -> None:
-    """No pickle, torch.load or the like on any path; sending objects between trusted ranks is the only exception."""
-    for path in PACKAGE.rglob("*.py"):
+    """No pickle, torch.load or the like on any path; objects between trusted ranks are the exception."""
+    for path in FILES.values():
         names = imports(path)
         assert not names & {"pickle", "cloudpickle", "joblib", "yaml", "shelve", "marshal"}, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in {"torch.load", "eval", "exec", "dcp.load"}, f"{path}:{node.lineno}"
+                what = ast.unparse(node.func)
+                assert what not in {"torch.load", "eval", "exec", "dcp.load"}, f"{path}:{node.lineno}"

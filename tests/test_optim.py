@@ -1,4 +1,4 @@
-"""The update rules, against torch.optim, formulas and FBGEMM's (tests/test_table.py)."""
+"""The update rules, against torch.optim, formulas and FBGEMM's (tests/sharding/test_table.py)."""
 
 import copy
 

@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shardemb.transforms import (
-    is_plain_normalize,
-    probe_constrainer,
-    resolve_constrainer,
-    resolve_normalizer,
-    resolve_regularizer,
-)
+from shardemb.regularizers import resolve_regularizer
+from shardemb.transforms import is_plain_normalize, probe_constrainer, resolve_constrainer, resolve_normalizer
 
 pykeen_representation = pytest.importorskip("pykeen.nn.representation")
 pykeen_regularizers = pytest.importorskip("pykeen.regularizers")

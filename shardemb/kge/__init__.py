@@ -1,17 +1,18 @@
 """Knowledge-graph embeddings on sharded tables: ingest, triples, scorers, losses, sampling, model, evaluation, trainer."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shardemb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from shardemb.kge.data.ingest import ingest
+    from shardemb.kge.data.triples import Triples
     from shardemb.kge.evaluation import EvaluationConfig, evaluate
-    from shardemb.kge.ingestion import ingest
     from shardemb.kge.losses import LossConfig
     from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
     from shardemb.kge.optimizers import OptimizerConfig
     from shardemb.kge.sampling import SamplingConfig
     from shardemb.kge.trainer import TrainingConfig, train
-    from shardemb.kge.triples import Triples
 
 __all__ = [
     "EvaluationConfig",
@@ -27,7 +28,7 @@ __all__ = [
     "train",
 ]
 
-_ROOMS = {
+_MODULES = {
     "EvaluationConfig": "evaluation",
     "KnowledgeGraphModel": "model",
     "LossConfig": "losses",
@@ -35,14 +36,10 @@ _ROOMS = {
     "OptimizerConfig": "optimizers",
     "SamplingConfig": "sampling",
     "TrainingConfig": "trainer",
-    "Triples": "triples",
+    "Triples": "data.triples",
     "evaluate": "evaluation",
-    "ingest": "ingestion",
+    "ingest": "data.ingest",
     "train": "trainer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module 'shardemb.kge' has no attribute {name!r}")
-    return getattr(import_module(f"shardemb.kge.{_ROOMS[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

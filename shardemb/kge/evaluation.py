@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardemb import collectives
+from shardemb.comm import collectives
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.ranking import Comparison, with_all, with_drawn
 from shardemb.kge.sampling import SIDES, Known
-from shardemb.metrics import progress_bar
-from shardemb.settings import at_least, one_of
+from shardemb.utils.progress import progress_bar
+from shardemb.utils.validation import at_least, one_of
 
 TIES = ("realistic", "optimistic", "pessimistic")
 

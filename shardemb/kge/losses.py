@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardemb.settings import at_least, one_of, within
+from shardemb.utils.validation import at_least, one_of, within
 
 
 class _Softmax(torch.autograd.Function):

@@ -12,8 +12,8 @@ from shardemb.kge.losses import LossConfig, lp
 from shardemb.kge.sampling import Batch, Queries, Side
 from shardemb.kge.scorers import SCORERS
 from shardemb.kge.vs_all import gather_queries, mine, vs_all
-from shardemb.settings import at_least, one_of, within
 from shardemb.transforms import probe_constrainer, resolve_constrainer
+from shardemb.utils.validation import at_least, one_of, within
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from shardemb import optim
 from shardemb.kge.model import KnowledgeGraphModel
-from shardemb.settings import at_least, one_of, within
+from shardemb.utils.validation import at_least, one_of, within
 
 #: the row-wise optimizers by name; on a dense gradient each touches all rows
 OPTIMIZERS: dict[str, Callable[..., optim.RowWiseOptimizer]] = {

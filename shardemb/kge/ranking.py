@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardemb import collectives, native
+from shardemb import kernels
+from shardemb.comm import collectives
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.sampling import SIDES, Known, Side, columns_of
-from shardemb.plan import RowPlan
+from shardemb.sharding.placement import RowPlan
 
 #: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what keeps it busy. With 128
 #: columns this is within 2 % of the fastest of 64 to 4096 queries and 1024 to 16384 rows (EPYC, 512 KiB of second cache)
@@ -78,7 +79,7 @@ def with_all(
         start = 0
         for ((tile, n), number), end in zip(product(tiles, range(len(query))), ends, strict=True):
             scores = scorer.score_all(query[number], tile, exact=True)
-            native.count_better(scores, true[number * batch :][:batch], n, counts[number])
+            kernels.count_better(scores, true[number * batch :][:batch], n, counts[number])
             if end > start:
                 torch.index_select(scores.view(-1), 0, places[start:end], out=out[start:end])
                 start = end

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardemb.settings import at_least, one_of, within
+from shardemb.utils.validation import at_least, one_of, within
 
 Side = Literal["head", "tail"]
 SIDES: tuple[Side, Side] = ("tail", "head")

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from shardemb import native
-from shardemb.types import RowFunction
+from shardemb import kernels
+from shardemb.utils.types import RowFunction
 
 
 class Scorer(ABC):
@@ -80,7 +80,7 @@ class _Distance(Scorer):
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
         """See the base class."""
         if exact:
-            return -native.distances(query, candidates, 2)
+            return -kernels.distances(query, candidates, 2)
         with torch.autocast(query.device.type, enabled=False):  # the difference of large numbers
             wide = torch.promote_types(query.dtype, torch.float32)
             query, candidates = query.to(wide), candidates.to(wide)
@@ -110,7 +110,7 @@ class TransEL1(TransE):
 
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
         """See the base class."""
-        return -native.distances(query, candidates, 1)
+        return -kernels.distances(query, candidates, 1)
 
 
 class DistMult(_Product):

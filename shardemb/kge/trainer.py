@@ -17,19 +17,22 @@ from typing import Any
 
 import torch
 
-from shardemb import checkpoint, collectives, faults, native
+from shardemb import checkpoint, kernels
+from shardemb.checkpoint.manifest import CheckpointError
+from shardemb.checkpoint.storage import name_of
+from shardemb.comm import collectives, watchdog
 from shardemb.coordinator import Coordinator
+from shardemb.kge.data.triples import Triples
 from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
-from shardemb.kge.triples import Triples
-from shardemb.manifest import CheckpointError
-from shardemb.metrics import MetricsFile, plot_metrics, progress_bar, read_metrics, resident_bytes, tell
-from shardemb.settings import at_least, one_of
-from shardemb.storage import name_of
-from shardemb.types import few
+from shardemb.utils.memory import resident_bytes
+from shardemb.utils.progress import progress_bar
+from shardemb.utils.run_metrics import MetricsFile, plot_metrics, read_metrics, tell
+from shardemb.utils.types import few
+from shardemb.utils.validation import at_least, one_of
 from shardemb.vocabulary import Vocabulary
 
 #: settings of training that a run may go on without
@@ -255,7 +258,7 @@ class _Job:
                 self.best_saver = checkpoint.AsyncSaver(output / "best", keep=1, background=False)  # no second copy
         self.best_rows: list[dict[str, torch.Tensor]] | None = None
         self.coordinator.steps = self.done
-        faults.at_step(self.done + 1)
+        watchdog.at_step(self.done + 1)
         self.file = None
         if output is not None and self.rank == 0:
             for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
@@ -449,7 +452,7 @@ class _Job:
         """Name rows that are NaN or infinite, of all tables on this rank."""
         found = []
         for table in (self.model.entity, self.model.relation):
-            ids = table.plan.local_ids()[native.nonfinite_rows(table.local_rows())].tolist()
+            ids = table.plan.local_ids()[kernels.nonfinite_rows(table.local_rows())].tolist()
             if ids:
                 what = f"{len(ids)} rows with NaN or infinite values on rank {self.rank}: {few(ids)}"
                 found.append(f"table {table.name!r} has {what}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardemb import collectives
+from shardemb.comm import collectives
 
 
 def mine(total: int, rank: int, world_size: int) -> slice:

@@ -1,0 +1,206 @@
+"""Folders of files, on a local file system or in an object store, with what a checkpoint needs of them.
+
+A location without "://" is a local path. With it, it is one of pyarrow's file systems (``s3://``, ``gs://``, ``abfss://``,
+``hdfs://``; options such as ``?region=`` or ``?endpoint_override=`` in the query) or else one of fsspec's.
+"""
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from shardemb.utils.files import fsync
+
+#: a local path, or a URI
+Location = str | Path
+
+
+def is_remote(location: Location) -> bool:
+    """Whether a location is a URI of another file system than the local one."""
+    return "://" in str(location) and not str(location).startswith("file://")
+
+
+def child(location: Location, name: str) -> Location:
+    """Return the location of an entry of a folder."""
+    if not is_remote(location):
+        return _local(location) / name
+    path, mark, query = str(location).partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
+def name_of(location: Location) -> str:
+    """Return the last part of a location."""
+    return str(location).partition("?")[0].rstrip("/").rpartition("/")[2] if is_remote(location) else _local(location).name
+
+
+def _local(location: Location) -> Path:
+    return Path(str(location).removeprefix("file://"))
+
+
+def folder_at(location: Location) -> "Folder":
+    """Return the folder at a location, whether it is there or not.
+
+    Raises:
+        ValueError: a URI of no file system that pyarrow or an installed fsspec package knows.
+    """
+    return _ObjectFolder(str(location)) if is_remote(location) else _LocalFolder(_local(location))
+
+
+class Folder(ABC):
+    """A folder, whose files are written once, by one process."""
+
+    #: whether a folder can be renamed at once, so that it appears whole or not at all
+    renames: bool
+
+    @abstractmethod
+    def child(self, name: str) -> "Folder":
+        """Return a folder in this one, whether it is there or not."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of the entries, sorted; none if there is no such folder."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Return a file's bytes; None if there is no such file."""
+
+    @abstractmethod
+    def create(self, name: str) -> Any:
+        """Open a new file as a context manager; when it ends well, the file is on the disk."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """Open a file to be read, at any place."""
+
+    @abstractmethod
+    def make(self) -> None:
+        """Make the folder."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove an entry, if it is there, with what it holds."""
+
+    def read(self, name: str) -> bytes:
+        """Return what a file holds."""
+        with self.open(name) as file:
+            return file.read()
+
+    def rename(self, name: str, new: str) -> None:
+        """Rename an entry at once, and wait until that is on the disk."""
+        raise NotImplementedError
+
+    def free_bytes(self) -> int | None:
+        """Return how many bytes can be written; None where it cannot be known."""
+        return None
+
+
+class _LocalFolder(Folder):
+    renames = True
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def child(self, name: str) -> Folder:
+        return _LocalFolder(self._path / name)
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self._path)) if self._path.is_dir() else []  # noqa: PTH208
+
+    def size(self, name: str) -> int | None:
+        path = self._path / name
+        return path.stat().st_size if path.is_file() else None
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        with (self._path / name).open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def open(self, name: str) -> BinaryIO:
+        file = (self._path / name).open("rb", buffering=0)
+        with suppress(OSError, AttributeError):  # while one part is hashed the disk brings the next
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return file
+
+    def make(self) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+
+    def remove(self, name: str) -> None:
+        path = self._path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def rename(self, name: str, new: str) -> None:
+        fsync(self._path / name)
+        (self._path / name).rename(self._path / new)
+        fsync(self._path)
+        fsync(self._path.parent)  # this folder may be new too
+
+    def free_bytes(self) -> int | None:
+        here = self._path
+        while not here.exists():
+            here = here.parent
+        return shutil.disk_usage(here).free
+
+
+class _ObjectFolder(Folder):
+    renames = False
+
+    def __init__(self, uri: str) -> None:
+        from pyarrow import ArrowInvalid, fs
+
+        try:
+            try:
+                self._fs, self._path = fs.FileSystem.from_uri(uri)
+            except ArrowInvalid as error:
+                if "nrecognized filesystem" not in str(error):
+                    raise
+                self._fs, self._path = fs.FileSystem.from_uri(f"fsspec+{uri}")
+        except (ArrowInvalid, ImportError, ValueError) as error:
+            raise ValueError(
+                f"got location {uri!r}, expected a local path or a URI of a file system that pyarrow or fsspec knows ({error})"
+            ) from error
+
+    def child(self, name: str) -> Folder:
+        child = object.__new__(_ObjectFolder)
+        child._fs, child._path = self._fs, f"{self._path}/{name}"
+        return child
+
+    def names(self) -> list[str]:
+        from pyarrow import fs
+
+        found = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
+    def size(self, name: str) -> int | None:
+        from pyarrow import fs
+
+        info = self._fs.get_file_info(f"{self._path}/{name}")
+        return info.size if info.type == fs.FileType.File else None
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        with self._fs.open_output_stream(f"{self._path}/{name}") as file:
+            yield file
+
+    def open(self, name: str) -> BinaryIO:
+        return self._fs.open_input_file(f"{self._path}/{name}")
+
+    def make(self) -> None:
+        self._fs.create_dir(self._path)
+
+    def remove(self, name: str) -> None:
+        from pyarrow import fs
+
+        path = f"{self._path}/{name}"
+        kind = self._fs.get_file_info(path).type
+        if kind == fs.FileType.Directory:
+            self._fs.delete_dir(path)
+        elif kind == fs.FileType.File:
+            self._fs.delete_file(path)

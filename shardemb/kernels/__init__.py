@@ -1,0 +1,43 @@
+"""Loops over rows: C where there is a compiler, torch's operators elsewhere."""
+
+from shardemb.kernels.rows import (
+    CHUNK_ROWS,
+    RULES,
+    Flag,
+    Flags,
+    Merged,
+    can_update,
+    constrain,
+    contiguous,
+    count_better,
+    distances,
+    empty,
+    merge,
+    nonfinite_rows,
+    put,
+    take,
+    unit_rows,
+    update,
+    why_not,
+)
+
+__all__ = [
+    "CHUNK_ROWS",
+    "RULES",
+    "Flag",
+    "Flags",
+    "Merged",
+    "can_update",
+    "constrain",
+    "contiguous",
+    "count_better",
+    "distances",
+    "empty",
+    "merge",
+    "nonfinite_rows",
+    "put",
+    "take",
+    "unit_rows",
+    "update",
+    "why_not",
+]

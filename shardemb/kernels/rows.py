@@ -1,0 +1,383 @@
+"""Memory for rows, and the loops over them that are written in C, where a C compiler is found.
+
+``rows.c`` is compiled once (``cc``, or ``$CC``; under a second) into ``$XDG_CACHE_HOME/shardemb``. Without a compiler, or with
+``SHARDEMB_NATIVE=0``, torch's operators do the same, more slowly: everything here has a way without.
+:func:`why_not` says which it is. All rows are on the CPU; callers check row numbers before.
+"""
+
+import ctypes
+import hashlib
+import logging
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardemb.utils.files import cache_folder
+from shardemb.utils.types import RowFunction
+
+_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC", "-lm")
+#: smaller tensors come from memory that the C library has at hand
+_HUGE_BYTES = 1 << 22
+#: rows for which a thread of its own pays
+_ROWS_PER_THREAD = 2048
+#: rows of scores for which it does
+_SCORES_PER_THREAD = 64
+#: rows updated or constrained at a time: 512 to 2048 keep them in cache, which halves the time
+CHUNK_ROWS = 2048
+#: madvise's MADV_HUGEPAGE
+_MADV_HUGEPAGE = 14
+#: the update rules' numbers in rows.c
+RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "rowwise_adam": 4}
+
+_log = logging.getLogger("shardemb")
+
+# glibc maps each block larger than any that was freed before anew, and gives back what is free beyond twice that size
+# (mallopt(3), M_MMAP_THRESHOLD); it learns from up to 32 MiB. Page faults were half of the time of a step of 4096 x 128.
+torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Return an uninitialized tensor ``shape``; a large one on the CPU in pages of 2 MiB, where Linux has them.
+
+    Rows picked at random out of gigabytes otherwise cost a walk through the page table each, and a fresh buffer of 32 MiB more
+    time for its 8192 page faults than for its contents.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    size = tensor.numel() * tensor.itemsize
+    if size >= _HUGE_BYTES and tensor.device.type == "cpu":
+        page = os.sysconf("SC_PAGESIZE")
+        start = -(-tensor.data_ptr() // page) * page
+        # only advice: where it is refused, small pages do
+        _libc().madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t((tensor.data_ptr() + size - start) // page * page), _MADV_HUGEPAGE
+        )
+    return tensor
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a contiguous copy as :func:`empty` makes it."""
+    return tensor if tensor.is_contiguous() else empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """Return the compiled functions, or why there are none."""
+    if os.environ.get("SHARDEMB_NATIVE", "1") == "0":
+        return "SHARDEMB_NATIVE is 0"
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return "no C compiler: install one (gcc, clang), or name it in CC"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        _log.warning("shardemb works without its C loops, several times slower: %s did not compile them: %s", compiler, text)
+        return f"{compiler} did not compile rows.c: {text}"
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    library.gather.argtypes = library.scatter.argtypes = [pointer, number, pointer, number, number, pointer]
+    library.merge.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer]
+    library.merge.restype = number
+    library.sum_rows.argtypes = [pointer, number, pointer, pointer, number, number, pointer]
+    library.raise_flag.argtypes = [pointer, number]
+    library.flags_raised.argtypes = [pointer, number, number, number, number]
+    library.flags_raised.restype = number
+    library.make_units.argtypes = [pointer, number, pointer, number, number]
+    library.count_better.argtypes = [pointer, number, number, pointer, number, number, number, pointer]
+    library.distances.argtypes = [pointer, pointer, number, number, ctypes.c_int, number, number, pointer]
+    tensors: list[Any] = [*[pointer] * 3, number, *[pointer] * 4]
+    library.update.argtypes = [ctypes.c_int, *tensors, number, number, *[real] * 5, ctypes.c_int, pointer, pointer]
+    return library
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the library for this source and this processor, compiled if it is not there yet."""
+    source = Path(__file__).with_name("rows.c")
+    flags = next((line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), "")
+    key = hashlib.sha256("\0".join([source.read_text(), compiler, *_FLAGS, flags]).encode()).hexdigest()[:16]
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not this user's")
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="shardemb-"))
+    path = folder / f"rows-{key}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks that compile at once each replace a whole file
+            made = Path(scratch) / path.name
+            subprocess.run([compiler, source, "-o", made, *_FLAGS], check=True, capture_output=True, text=True, timeout=120)
+            made.replace(path)
+    return path
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def why_not() -> str | None:
+    """Say why the C loops are not used; None if they are."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def _loops(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Return the C loops if there are any, and if they can read and write these tensors."""
+    library = _library()
+    if isinstance(library, str):
+        return None
+    for tensor in tensors:
+        if not (tensor.is_cpu and tensor.is_contiguous()):
+            return None
+    return library
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="shardemb")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has the object, but not its threads
+
+
+def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER_THREAD) -> None:
+    """Call with ranges that make up ``[0, n)``, on as many threads as torch uses; C calls let the others run."""
+    parts = min(torch.get_num_threads(), n // least)
+    if parts < 2:
+        call(0, n)
+    else:
+        bounds = [part * n // parts for part in range(parts + 1)]
+        for _ in _threads().map(call, bounds, bounds[1:]):
+            pass
+
+
+def take(table: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``table[rows]``, ``(n, D)`` for rows ``(n,)`` int64 of a table ``(R, D)``, in ``out`` if given; no gradient."""
+    n, dim = rows.shape[0], table.shape[1]  # len() of a tensor takes a microsecond
+    if out is None:
+        out = empty((n, dim), table.dtype, table.device)
+    loops, size = _loops(table, rows, out), dim * table.itemsize
+    if loops is None:
+        return torch.index_select(table, 0, rows, out=out)
+    _in_parts(lambda a, b: loops.gather(table.data_ptr(), size, rows.data_ptr(), a, b, out.data_ptr()), n)
+    return out
+
+
+def put(table: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Set ``table[rows] = values``, each row once: rows ``(n,)`` int64, values ``(n, D)`` of the table's dtype."""
+    loops, size = _loops(table, rows, values), table.shape[1] * table.itemsize
+    if loops is None or table.dtype != values.dtype:
+        table.index_copy_(0, rows, values)
+    else:
+        _in_parts(lambda a, b: loops.scatter(table.data_ptr(), size, rows.data_ptr(), a, b, values.data_ptr()), len(rows))
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Return rows ``(n, D)`` divided by their 2-norm; :func:`constrain` and :func:`update` know it, and do it in C."""
+    return F.normalize(rows)
+
+
+def constrain(table: Tensor, rows: Tensor, function: RowFunction) -> None:
+    """Set ``table[rows] = function(table[rows])``, each row once, in chunks: rows ``(n,)`` int64, a function of ``(m, D)``."""
+    loops = _loops(table, rows)
+    if function is unit_rows and loops is not None and table.dtype == torch.float32:
+        _in_parts(lambda a, b: loops.make_units(table.data_ptr(), table.shape[1], rows.data_ptr(), a, b), len(rows))
+        return
+    buffer = empty((min(len(rows), CHUNK_ROWS), table.shape[1]), table.dtype, table.device)
+    for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
+        put(table, chunk, function(take(table, chunk, buffer[: len(chunk)])).contiguous())
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Rows ``(n,)`` with their duplicates merged."""
+
+    #: (u,) each row once, ascending
+    unique: Tensor
+    #: (n,) where each of the n stands in ``unique``
+    inverse: Tensor
+    #: (n,) the places in the rows, by row, in the order in which they came; empty without the C loops
+    order: Tensor
+    #: (u + 1,) where each unique row begins in ``order``; empty without the C loops
+    starts: Tensor
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up the values ``(n, D)`` of each row, in the order in which they came: ``(u, D)``; half precision in float32."""
+        if values.itemsize < 4:
+            return self.sum(values.float()).to(values.dtype)
+        out = empty((len(self.unique), values.shape[1]), values.dtype, values.device)
+        loops = _loops(values) if len(self.starts) and values.dtype == torch.float32 else None
+        if loops is None:
+            return out.zero_().index_add_(0, self.inverse, values)
+        pointers = values.data_ptr(), values.shape[1], self.order.data_ptr(), self.starts.data_ptr()
+        _in_parts(lambda a, b: loops.sum_rows(*pointers, a, b, out.data_ptr()), len(out))
+        return out
+
+
+def merge(rows: Tensor, num_rows: int) -> Merged:
+    """Merge the duplicates of rows ``(n,)`` int64 that lie in ``[0, num_rows)``; IndexError (from the C loops) if not."""
+    loops, n = _loops(rows), rows.shape[0]
+    if loops is None:
+        each_once, places = rows.unique(return_inverse=True)
+        return Merged(each_once, places, rows[:0], rows[:0])
+    order, unique, starts, inverse = (torch.empty(size, dtype=torch.int64) for size in (n, n, n + 1, n))
+    found = loops.merge(
+        rows.data_ptr(), n, num_rows, order.data_ptr(), unique.data_ptr(), starts.data_ptr(), inverse.data_ptr()
+    )
+    if found == -2:
+        raise IndexError(f"got rows {int(rows.min())} to {int(rows.max())}, expected 0 <= row < {num_rows}")
+    if found < 0:
+        raise MemoryError(f"no memory to merge {n} rows")
+    return Merged(unique[:found], inverse, order, starts[: found + 1])
+
+
+def can_update(weight: Tensor, grad: Tensor, merged: Merged, state: list[Tensor]) -> bool:
+    """Whether :func:`update` takes these."""
+    tensors = [weight, grad, *state]
+    return merged.starts.shape[0] > 0 and all(t.dtype == torch.float32 for t in tensors) and _loops(*tensors) is not None
+
+
+def update(
+    rule: str,
+    weight: Tensor,
+    grad: Tensor,
+    merged: Merged,
+    state: list[Tensor],
+    lr: float,
+    decay: float = 0.0,
+    eps: float = 0.0,
+    betas: tuple[float, float] = (0.0, 0.0),
+    constrain: RowFunction | None = None,
+) -> None:
+    """Add up the gradients of each row and update it, in one pass; only if :func:`can_update`.
+
+    Args:
+        rule: one of :data:`RULES`.
+        weight: ``(R, D)`` float32.
+        grad: ``(n, D)`` float32, one row for each of the rows that were merged.
+        merged: of the rows.
+        state: ``(R,)`` or ``(R, D)`` float32 each, in the order of the rule's.
+        lr: learning rate, bias correction included.
+        decay: rows are scaled by ``1 - decay`` first.
+        eps: added to the root.
+        betas: decay of Adam's moments.
+        constrain: function of rows ``(m, D)``, applied to the updated rows while they are in cache; :func:`unit_rows` in C.
+    """
+    loops, dim = _library(), weight.shape[1]
+    assert not isinstance(loops, str)
+    first, second = [*(tensor.data_ptr() for tensor in state), None, None][:2]
+    tensors = (weight.data_ptr(), first, second, dim, grad.data_ptr())
+    places = (merged.order.data_ptr(), merged.unique.data_ptr(), merged.starts.data_ptr())
+    numbers = (lr, eps, 1 - decay, 1 - betas[0], 1 - betas[1])
+
+    unit = constrain is unit_rows
+
+    def part(a: int, b: int, out: Tensor | None = None) -> None:
+        sums = torch.empty(dim)
+        copy = None if out is None else out.data_ptr()
+        loops.update(RULES[rule], *tensors, *places, a, b, *numbers, unit, sums.data_ptr(), copy)
+
+    total = merged.unique.shape[0]
+    if constrain is None or unit:
+        _in_parts(part, total)
+        return
+    chunk = CHUNK_ROWS * torch.get_num_threads()
+    buffer = empty((min(chunk, total), dim), weight.dtype)
+    for start in range(0, total, chunk):
+        rows = buffer[: total - start]
+        _in_parts(lambda a, b, start=start, rows=rows: part(start + a, start + b, rows[a:]), len(rows))  # type: ignore[misc]
+        put(weight, merged.unique[start : start + len(rows)], constrain(rows).contiguous())
+
+
+def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
+    """Count in each row of scores ``(B, N)``, of the first n, those above ``truth`` ``(B,)``, equal to it, and finite ones.
+
+    Args:
+        scores: any real dtype; float32 in C.
+        truth: of the same dtype.
+        n: columns that count, below 2^31.
+        out: ``(3, B)`` int64, to which the numbers are added.
+    """
+    loops = _loops(scores, truth, out) if scores.dtype == torch.float32 else None
+    if loops is not None:
+        tensors = scores.data_ptr(), scores.shape[1], n, truth.data_ptr(), len(scores)
+        _in_parts(lambda a, b: loops.count_better(*tensors, a, b, out.data_ptr()), len(scores), _SCORES_PER_THREAD)
+        return
+    scores, truth = scores[:, :n], truth.unsqueeze(1)
+    for line, mask in zip(out, (scores > truth, scores == truth, torch.isfinite(scores)), strict=True):
+        # numpy's counting costs a fifth of torch's sum over bools on the CPU
+        line += mask.sum(1) if mask.is_cuda else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+
+
+def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
+    """Return the distances of ``(..., B, D)`` to ``(..., N, D)`` in the p-norm, ``(..., B, N)``, from differences.
+
+    In C for p 1 or 2, two dimensions, float32, and where no gradient is asked for.
+    """
+    loops, flat = _loops(queries, rows), queries.dim() == rows.dim() == 2 and queries.dtype == rows.dtype == torch.float32
+    graded = torch.is_grad_enabled() and (queries.requires_grad or rows.requires_grad)
+    if loops is None or not flat or graded or p not in (1, 2):
+        return torch.cdist(queries, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    out = torch.empty(len(queries), len(rows))
+    tensors = queries.data_ptr(), rows.data_ptr(), queries.shape[1], len(rows), p == 1
+    _in_parts(lambda a, b: loops.distances(*tensors, a, b, out.data_ptr()), len(queries), _SCORES_PER_THREAD)
+    return out
+
+
+def nonfinite_rows(values: Tensor) -> Tensor:
+    """Return which rows of a real tensor ``(n, ...)`` hold NaN or infinite values, as int64; one pass if there are none."""
+    if not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values)):
+        return torch.empty(0, dtype=torch.int64, device=values.device)  # NaN is the least and the most
+    return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)
+
+
+class Flag:
+    """A number in memory that other processes see; :func:`why_not` must be None.
+
+    Args:
+        memory: its first 8 bytes are the flag.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.pointer = memory, memory.data_ptr()
+        library: Any = _library()
+        self._raise = library.raise_flag
+
+    def raise_to(self, value: int) -> None:
+        """Set it; who sees it also sees what this process wrote before."""
+        self._raise(self.pointer, value)
+
+
+class Flags:
+    """Flags of other processes, to wait for."""
+
+    def __init__(self, flags: Sequence[Flag]) -> None:
+        self._flags = flags
+        self._pointers = (ctypes.c_void_p * len(flags))(*(flag.pointer for flag in flags))
+        library: Any = _library()
+        self._raised = library.flags_raised
+
+    def reached(self, value: int, awake: float = 0.0, limit: float = 0.0) -> int:
+        """Wait until all have reached a value, at most ``limit`` seconds, ``awake`` of them without sleep.
+
+        Returns:
+            How many of them have, in their order.
+        """
+        return self._raised(self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9))

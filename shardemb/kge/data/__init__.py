@@ -1,0 +1,1 @@
+"""Graphs: files of triples, splits, ingested datasets, triples in memory."""

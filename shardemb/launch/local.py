@@ -1,0 +1,151 @@
+"""Starts one process a rank on this machine, and ends all of them when one fails."""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import Any
+
+from shardemb.exceptions import WorkerError
+from shardemb.launch.ray import CAUSES
+
+
+def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300, backend: str = "gloo") -> Any:
+    """Run ``fn(*args)`` on every rank of a process group of this machine's processes.
+
+    The processes are spawned: a script that calls this needs ``if __name__ == "__main__":``.
+
+    Args:
+        fn: a module-level function; it finds its rank with ``torch.distributed``.
+        workers: number of ranks; with 1, ``fn`` runs in this process, without a group.
+        args: picklable.
+        timeout_s: seconds after which a collective gives up on a rank that does not come.
+        backend: of the group: "gloo", or "nccl" for ranks with a GPU each.
+
+    Returns:
+        What rank 0 returned (picklable).
+
+    Raises:
+        WorkerError: a rank raised, died or stopped: the one that did so first, not those that missed it. With 1 worker its
+            exception comes as it is.
+        ValueError: less than one worker.
+    """
+    if workers < 1:
+        raise ValueError(f"got {workers} workers, expected at least 1")
+    if workers == 1:
+        return fn(*args)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="shardemb-") as folder:
+        channels: list[Connection] = []
+        ranks: list[Any] = []
+        try:
+            for rank in range(workers):
+                here, there = context.Pipe(duplex=False)
+                # the store is a file of this user's: a TCP store would listen on all interfaces
+                call = (there, rank, workers, f"{folder}/store", timeout_s, backend, fn, args)
+                process = context.Process(target=_rank_main, args=call, daemon=True, name=f"shardemb-rank-{rank}")
+                process.start()
+                there.close()
+                channels.append(here)
+                ranks.append(process)
+            with _forwarding_sigterm(ranks):
+                return _collect(channels, ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.join()
+
+
+@contextmanager
+def _forwarding_sigterm(ranks: list[Any]) -> Iterator[None]:
+    """Let SIGTERM reach the ranks, which may save before they end."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows no other to take signals
+        yield
+        return
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
+    results: dict[int, Any] = {}
+    failures: list[WorkerError] = []
+    while len(results) < len(channels):
+        waiting = [channel for rank, channel in enumerate(channels) if rank not in results]
+        ready = wait(waiting, 1.0 if failures else None)
+        if not ready:
+            break
+        for channel in ready:
+            rank = channels.index(channel)  # type: ignore[arg-type]
+            try:
+                ok, value = channels[rank].recv()
+            except EOFError:
+                ranks[rank].join(10)
+                ok, value = False, ("died", f"the process ended with exit code {ranks[rank].exitcode}")
+            results[rank] = value
+            if not ok:
+                failures.append(WorkerError(rank, *value))
+    if failures:
+        raise min(failures, key=lambda failure: CAUSES.get(failure.error, 1))
+    return results[0]
+
+
+def _rank_main(
+    channel: Connection,
+    rank: int,
+    workers: int,
+    store: str,
+    timeout_s: float,
+    backend: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    _end_with_parent()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_WORLD_SIZE=str(workers))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody outside of this machine has a part in it
+    try:
+        import torch
+        import torch.distributed as dist
+
+        from shardemb.comm import watchdog
+
+        watchdog.set_timeout(timeout_s)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+        # the watch is first to give up, and says why
+        limit = timedelta(seconds=timeout_s + 10)
+        if backend == "nccl" and not torch.cuda.is_available():
+            raise ValueError("got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's CUDA build")
+        if backend == "nccl":  # which binds a rank to the current GPU
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
+        result = watchdog.attend(fn, *args)
+        dist.destroy_process_group()
+        channel.send((True, result if rank == 0 else None))
+    except KeyboardInterrupt:
+        pass  # the parent has it too, and ends the job
+    except BaseException as error:
+        if "faults" in locals():
+            watchdog.report(error)
+        channel.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however that happened."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

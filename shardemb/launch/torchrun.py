@@ -1,0 +1,48 @@
+"""Ranks that torchrun has started."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+
+def run_under_torchrun(fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo") -> Any:
+    """Run ``fn(*args)`` on this rank of those that torchrun has started: all of them call this.
+
+    Args:
+        fn: finds its rank with ``torch.distributed``.
+        args: of the function.
+        timeout_s: seconds after which a collective gives up on a rank that does not come.
+        backend: of the group.
+
+    Returns:
+        What ``fn`` returned here.
+
+    Raises:
+        ValueError: torchrun has not started this process; or the function's own exception.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from shardemb.comm import watchdog
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ValueError(
+            "got launcher 'torchrun' in a process that torchrun has not started, expected "
+            "torchrun --nproc-per-node 2 -m shardemb train ..."
+        )
+    watchdog.set_timeout(timeout_s)
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    limit = timedelta(seconds=timeout_s + 10)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun's store keeps the addresses of an attempt that failed
+    attempt = dist.PrefixStore(f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
+    try:
+        result = watchdog.attend(fn, *args)
+    except BaseException as error:
+        watchdog.report(error)
+        raise
+    dist.destroy_process_group()
+    return result

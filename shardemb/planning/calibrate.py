@@ -1,0 +1,225 @@
+"""Measures the rates of this machine that :mod:`shardemb.planning.cost_model` plans with.
+
+Matrix products, rows at random places, and messages between two ranks are measured alone; what a step costs besides is the real
+training loop's time on shapes of which each shows one part: next to no work, many ids, wide queries, many scores.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from shardemb import kernels
+from shardemb.comm import collectives
+from shardemb.kge.data.triples import Triples
+from shardemb.kge.model import ModelConfig
+from shardemb.kge.optimizers import OptimizerConfig
+from shardemb.kge.sampling import SamplingConfig
+from shardemb.kge.trainer import LOG_STEPS, TrainingConfig, train
+from shardemb.launch.local import run_local
+from shardemb.planning.cost_model import Job, Machine, estimate
+from shardemb.utils import memory, run_metrics
+from shardemb.vocabulary import Vocabulary
+
+_RELATIONS = 50
+#: columns, triples of a rank and negatives of a step that shows one part of its time, by Machine's name for that part
+_SHAPES = {
+    "overhead_seconds": (8, 16, 16),
+    "id_seconds": (8, 8192, 16),
+    "query_seconds": (256, 2048, 16),
+    "score_seconds": (8, 1024, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured; the defaults take a quarter of a minute."""
+
+    #: of the table that rows are read from
+    table_bytes: int = 1 << 30
+    #: rows of the training loop's table
+    entities: int = 100_000
+    #: of the training loop, LOG_STEPS steps each; ten times as many with next to no work
+    windows: int = 5
+    #: of all else
+    repeat: int = 200
+    #: what a rank sends to another at once
+    message_bytes: int = 2 << 20
+
+
+def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = None) -> Machine:
+    """Measure the rates of a rank on this machine, which should be idle; two processes of its own take part.
+
+    Args:
+        device: that rows lie on, "cpu" or "cuda"; on several GPUs, exchange is that of the first two.
+        threads: of a rank.
+        effort: how much is measured.
+
+    Raises:
+        ValueError: no such device, or threads that the machine has not.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= threads <= cores:
+        raise ValueError(f"calibrate: got {threads} threads for a rank, expected 1 to {cores}, this machine's cores")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"calibrate: got device {device!r}, expected 'cpu', or 'cuda' where torch finds a GPU")
+    effort, gpu = effort or Effort(), device == "cuda"
+    ranks = torch.cuda.device_count() if gpu else max(1, cores // threads)
+    alone = _alone(device, threads, effort)
+    several = ranks > 1
+    pair = run_local(_pair, 2, device, threads, effort, backend="nccl" if gpu else "gloo") if several else {}
+    machine = Machine(
+        name=f"{torch.cuda.get_device_name() if gpu else memory.cpu_name()}, {threads} thread(s) a rank",
+        source=f"measured on {platform.node() or 'this machine'}, {date.today().isoformat()}, torch {torch.__version__}",
+        memory_bytes=torch.cuda.mem_get_info()[1] if gpu else memory.total_bytes(),
+        ranks_per_host=ranks,
+        cores=ranks,
+        gpu=gpu,
+        matmul_flops=alone["matmul"],
+        row_bandwidth=alone["rows"],
+        contention=max(1.0, alone["matmul"] / pair["matmul"]) if several else 1.0,
+        overhead_seconds=0.0,
+        exchange_overhead_seconds=0.0,
+        query_seconds=0.0,
+        score_seconds=0.0,
+        id_seconds=0.0,
+        latency_seconds=pair.get("latency_seconds", 0.0),
+        exchange_bandwidth=pair.get("exchange", 0.0),
+        network_bandwidth=0.0,
+        process_bytes=alone["process_bytes"],
+    )
+    for name, shape in [*_SHAPES.items()] * 5:  # each shape shows a little of the others too: Gauss and Seidel's iteration
+        job = _job(shape, 1, effort)
+        queries = job.sides * job.rank_triples
+        units = {"id_seconds": sum(job.draws), "query_seconds": queries * job.dim, "score_seconds": queries * job.negatives}
+        without = replace(machine, **{name: 0.0})  # type: ignore[arg-type]
+        left = alone[name] - (estimate(job, without).step_seconds or 0.0)
+        machine = replace(machine, **{name: max(0.0, left) / units.get(name, 1)})
+    if several:
+        left = pair["step"] - (estimate(_job(_SHAPES["overhead_seconds"], 2, effort), machine).step_seconds or 0.0)
+        machine = replace(machine, exchange_overhead_seconds=max(0.0, left))
+    return machine
+
+
+def _job(shape: tuple[int, int, int], workers: int, effort: Effort) -> Job:
+    dim, triples, negatives = shape
+    return Job(
+        entities=effort.entities,
+        relations=_RELATIONS,
+        dim=dim,
+        workers=workers,
+        batch_size=triples * workers,
+        chunk_size=triples,
+        negatives=negatives,
+        zipf=0.0,
+    )
+
+
+def _alone(device: str, threads: int, effort: Effort) -> dict[str, Any]:
+    with _threads(threads):
+        found: dict[str, Any] = {}
+        for name, shape in _SHAPES.items():
+            found[name] = _step(shape, device, effort)
+            found.setdefault("process_bytes", _process_bytes(device))  # after the first, which has next to no rows
+        return found | {"matmul": _matmul(device, effort), "rows": _rows(device, effort)}
+
+
+def _process_bytes(device: str) -> int:
+    if device == "cpu":
+        return memory.resident_bytes()
+    free, total = torch.cuda.mem_get_info()  # of a GPU that nobody else uses
+    return total - free - torch.cuda.memory_reserved()
+
+
+def _pair(device: str, threads: int, effort: Effort) -> dict[str, Any]:
+    """Measure on two ranks at once."""
+    with _threads(threads):
+        small = torch.zeros(2, dtype=torch.int64, device=device)
+        large = torch.zeros(2, effort.message_bytes // 8, dtype=torch.int64, device=device)
+        matmul = _matmul(device, effort)
+
+        def send(message: torch.Tensor) -> Callable[[], object]:
+            out = torch.empty_like(message)
+            return lambda: collectives.all_to_all(out, message, group=None, operation="calibration")
+
+        latency = _median(send(small), device, 5 * effort.repeat)
+        seconds = _median(send(large), device, effort.repeat)
+        return {
+            "matmul": matmul,
+            "latency_seconds": latency,
+            "exchange": effort.message_bytes / max(1e-9, seconds - latency),
+            "step": _step(_SHAPES["overhead_seconds"], device, effort),
+        }
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _median(call: Callable[[], object], device: str, repeat: int) -> float:
+    """Return the median of a call's seconds, after two that warm it up."""
+    spent = []
+    for _ in range(repeat + 2):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent[2:])
+
+
+def _matmul(device: str, effort: Effort) -> float:
+    """Return the operations a second of a chunk's matrix product and those of its backward."""
+    queries, candidates = (torch.randn(2, size, 128, device=device) for size in (1024, 512))
+    scores = queries @ candidates.mT
+
+    def products() -> None:
+        torch.matmul(queries, candidates.mT), torch.matmul(scores, candidates), torch.matmul(scores.mT, queries)
+
+    return 3 * 2 * 2 * 1024 * 512 * 128 / _median(products, device, effort.repeat)
+
+
+def _rows(device: str, effort: Effort) -> float:
+    """Return the bytes a second of rows of 512 bytes at random places."""
+    table = kernels.empty((max(1, effort.table_bytes // 512), 128), torch.float32, device).zero_()
+    pool = cycle(torch.randint(len(table), (64, 8192), device=device))
+    taken = _median(lambda: kernels.take(table, next(pool)), device, effort.repeat)
+    return 8192 * 512 / taken
+
+
+def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
+    """Return the seconds of a step of the training loop on random triples. A collective."""
+    dim, triples, negatives = shape
+    workers = collectives.rank_and_size()[1]
+    steps = LOG_STEPS * (effort.windows * (10 if shape == _SHAPES["overhead_seconds"] else 1) + 1)
+    generator = torch.Generator().manual_seed(0)
+    kinds = [(effort.entities, "e"), (_RELATIONS, "r"), (effort.entities, "e")]
+    columns = [torch.randint(size, (triples * workers * steps,), generator=generator) for size, _ in kinds]
+    entities, relations = (Vocabulary([f"{letter}{number}" for number in range(size)]) for size, letter in kinds[:2])
+    none = torch.empty(0, 3, dtype=torch.int32)
+    data = Triples("calibration", torch.stack(columns, dim=1).int(), none, none, entities, relations)
+    seconds: list[float] = []
+    with run_metrics.listening(lambda kind, step, figures: seconds.append(figures["step_seconds"])):
+        train(
+            data,
+            ModelConfig(dim=dim, reciprocal=False, n3=0.0),
+            sampling=SamplingConfig(batch_size=triples * workers, chunk_size=triples, num_negatives=negatives),
+            optimizer=OptimizerConfig(schedule="constant"),
+            training=TrainingConfig(epochs=1, validate_every=0, device=device),
+            progress=False,
+        )
+    return statistics.median(seconds[1:])

@@ -1,0 +1,423 @@
+"""What a training job takes, before it is started: memory, exchange and time of a rank, and the fewest ranks that hold it.
+
+Memory and exchange are counted: what the rooms below allocate and send, with the expected number of distinct rows of a batch
+under Zipf's law. Time is a roofline (Williams et al. 2009) without overlap: each part of a step is its work over a rate of a
+:class:`Machine`, which :mod:`shardemb.planning.calibrate` measures, or which a data sheet gives.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardemb.checkpoint.writer import FILE_BYTES
+from shardemb.kge.optimizers import OPTIMIZERS
+from shardemb.sharding.exchange import message_bytes
+from shardemb.sharding.placement import RowPlan
+from shardemb.utils.files import read_text, replacing
+from shardemb.utils.validation import at_least, one_of, within
+
+#: passes over the bytes of (query, column) and of (query, negative) in ComplEx's forward and backward, for a machine of which a
+#: data sheet is all that is known; and over those of (row, column) in lookup and update
+_QUERY_PASSES, _SCORE_PASSES, _ROW_PASSES = 40, 16, 6
+#: tensors of a step that are alive at once: of (query, column), of (query, negative), of (row, column)
+_QUERY_TENSORS, _SCORE_TENSORS, _ROW_TENSORS = 12, 4, 4
+#: collectives of a step: counts, rows, gradients, and what the coordinator reduces
+COLLECTIVES = 4
+#: of a rank's memory that may be full
+FULL = 0.9
+MOST_WORKERS = 1 << 16
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one rank, and what its host has; in bytes, seconds and float32 operations."""
+
+    #: by which the command line knows it
+    name: str
+    #: where the figures come from
+    source: str
+    #: of a rank's GPU, or of a host, whose ranks share it
+    memory_bytes: int
+    #: ranks that share a host
+    ranks_per_host: int
+    #: ranks of a host that compute at once; more take turns
+    cores: int
+    #: rows lie on a GPU, and a copy for a checkpoint in the host's memory
+    gpu: bool
+    #: matrix products, operations a second
+    matmul_flops: float
+    #: rows read at random places of a large table, bytes a second
+    row_bandwidth: float
+    #: how many times as long a rank's own work takes while the host's other ranks are at work too
+    contention: float
+    #: a step without work
+    overhead_seconds: float
+    #: what several ranks add to it
+    exchange_overhead_seconds: float
+    #: of a number among a query's columns, forward and backward, without matrix products
+    query_seconds: float
+    #: of a score, likewise
+    score_seconds: float
+    #: of an id: drawn, sorted, merged
+    id_seconds: float
+    #: of a collective of a few bytes
+    latency_seconds: float
+    #: all to all within a host, bytes a second that a rank sends; 0 where there was no second rank to measure it with
+    exchange_bandwidth: float
+    #: the same between hosts; 0 where nobody has measured it, and it is taken to be as within one
+    network_bandwidth: float
+    #: memory of a process without rows
+    process_bytes: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"machine {self.name!r}: {field.name}: got {value!r}, expected a finite number, at least 0")
+        where = f"machine {self.name!r}"
+        at_least(where, self, memory_bytes=1, ranks_per_host=1, cores=1, matmul_flops=1, row_bandwidth=1, contention=1)
+
+    @property
+    def between_hosts(self) -> float:
+        """Bytes a second that a rank sends to other hosts, as far as is known."""
+        return self.network_bandwidth or self.exchange_bandwidth
+
+    @classmethod
+    def load(cls, path: Path) -> "Machine":
+        """Read what ``shardemb bench calibrate`` has written; ValueError for anything else, OSError for no file."""
+        text = read_text(path)
+        try:
+            values: dict[str, Any] = json.loads(text)["machine"]
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            why = f"got no figures of a machine ({error}), expected what shardemb bench calibrate writes"
+            raise ValueError(f"{path}: {why}: run it again") from error
+
+    def save(self, path: Path, **more: Any) -> None:
+        """Write the figures, and more about them, as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1) + "\n", encoding="utf-8")
+
+
+def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 50e9) -> Machine:
+    """Return a GPU of NVIDIA's Hopper data sheets, at a part of what they promise that well-made kernels reach."""
+    reached = 0.6
+    return Machine(
+        name=name,
+        source=f"NVIDIA's data sheet (SXM, 8 GPUs a host, NVLink 450 GB/s, {network / 1e9:.0f} GB/s of network a GPU) at "
+        f"{reached:.0%}; latencies and overheads assumed; not measured",
+        memory_bytes=memory,
+        ranks_per_host=8,
+        cores=8,
+        gpu=True,
+        matmul_flops=reached * 67e12,
+        row_bandwidth=reached * bandwidth,
+        contention=1.0,
+        overhead_seconds=3e-3,
+        exchange_overhead_seconds=1e-3,
+        query_seconds=4 * _QUERY_PASSES / (reached * bandwidth),
+        score_seconds=4 * _SCORE_PASSES / (reached * bandwidth),
+        id_seconds=1e-9,
+        latency_seconds=2e-5,
+        exchange_bandwidth=reached * 450e9,
+        network_bandwidth=reached * network,
+        process_bytes=2 * _GIB,
+    )
+
+
+#: by name
+DATA_SHEETS = {
+    "h100": _from_data_sheet("h100", 80_000_000_000, 3.35e12),
+    "h200": _from_data_sheet("h200", 141_000_000_000, 4.8e12),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the cost of a job, on one table of entities that is sharded by rows."""
+
+    #: rows of the sharded table
+    entities: int
+    #: rows of the replicated table, reciprocal ones included
+    relations: int = 1000
+    #: of an epoch; 0 for unknown
+    triples: int = 0
+    #: columns, float32
+    dim: int = 128
+    #: one of :data:`shardemb.kge.optimizers.OPTIMIZERS`
+    optimizer: str = "rowwise_adagrad"
+    #: ranks
+    workers: int = 1
+    #: triples of a step, of all ranks
+    batch_size: int = 1000
+    #: that share negatives; a rank takes whole chunks
+    chunk_size: int = 1000
+    #: of a chunk and a side
+    negatives: int = 128
+    #: sides of a triple that are corrupted
+    sides: int = 2
+    #: a chunk's other answers are negatives too
+    in_batch: bool = False
+    #: Zipf's exponent of how often entities are heads or tails; negatives are uniform
+    zipf: float = 0.8
+    #: checkpoints are written from a copy of the rows
+    background_saves: bool = True
+    #: finished checkpoints that stay
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        one_of("plan", self, {"optimizer": sorted(OPTIMIZERS)})
+        at_least("plan", self, entities=1, relations=1, triples=0, dim=1, workers=1, batch_size=1, chunk_size=1, keep=1)
+        at_least("plan", self, negatives=0 if self.in_batch else 1)
+        within("plan", self, zipf=(0, 4), workers=(1, MOST_WORKERS), sides=(1, 2), entities=(1, 1 << 40))
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a step of the rank that has most of them."""
+        return -(-math.ceil(self.batch_size / self.chunk_size) // self.workers)
+
+    @property
+    def rank_triples(self) -> int:
+        """Triples of a step of that rank."""
+        return min(self.batch_size, self.chunks * self.chunk_size)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer, a row."""
+        per_row = OPTIMIZERS[self.optimizer].state_per_row  # type: ignore[attr-defined]
+        return sum(4 * (1 if one_number else self.dim) for one_number in per_row.values())
+
+    @property
+    def draws(self) -> tuple[int, int]:
+        """Ids of a step of that rank: heads and tails, and negatives."""
+        return 2 * self.rank_triples, self.chunks * self.sides * self.negatives
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What :func:`estimate` has found, of the rank that has most."""
+
+    job: Job
+    machine: Machine | None
+    #: bytes of the device that the rows lie on, by what for
+    memory: dict[str, int]
+    #: bytes of the host's memory besides, if that is another one
+    host_bytes: int
+    #: ids looked up, distinct ones among them, and rows of the table that a step of all ranks touches
+    ids: int
+    distinct: int
+    touched: int
+    #: bytes that the rank sends to others in a step, by what
+    exchange: dict[str, int]
+    #: of all tables and their state; pieces of it that a rank writes
+    checkpoint_bytes: int
+    pieces: int
+    #: seconds of a step, by part; None without a machine, or for several ranks without its rate of exchange
+    seconds: dict[str, float] | None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the rank."""
+        return sum(self.memory.values())
+
+    @property
+    def room_bytes(self) -> int | None:
+        """Of a rank's memory that may be full; ranks beyond those of a host are on other hosts."""
+        if self.machine is None:
+            return None
+        sharing = 1 if self.machine.gpu else min(self.job.workers, self.machine.ranks_per_host)
+        return int(FULL * self.machine.memory_bytes / sharing)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory is enough; None without a machine."""
+        return None if self.room_bytes is None else self.memory_bytes <= self.room_bytes
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Of a step."""
+        return None if self.seconds is None else sum(self.seconds.values())
+
+    @property
+    def triples_per_second(self) -> float | None:
+        """Of all ranks."""
+        return None if self.step_seconds is None else self.job.batch_size / self.step_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it, as JSON holds it."""
+        told = {name: getattr(self, name) for name in ("fits", "memory_bytes", "step_seconds", "triples_per_second")}
+        return {**dataclasses.asdict(self), **told, "exchange_bytes": sum(self.exchange.values())}
+
+
+def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: float) -> float:
+    """Return the expected number of distinct rows among independent draws.
+
+    Row ``i`` of ``rows`` is drawn with probability ``i^-exponent`` over its sum, or uniformly:
+    ``sum_i 1 - (1 - p_i)^n (1 - 1/V)^m``. The first 4096 rows are summed one by one, the others in steps that grow with i.
+
+    Args:
+        rows: ``V``.
+        zipf_draws: ``n``.
+        uniform_draws: ``m``.
+        exponent: 0 for uniform draws.
+    """
+    edges = [np.arange(1, min(rows, 4096) + 2, dtype=np.float64)]
+    if rows > 4096:
+        edges.append(np.geomspace(edges[0][-1], rows + 1, 4096)[1:])
+    bounds = np.concatenate(edges)
+    width, middle = np.diff(bounds), np.sqrt(bounds[:-1] * bounds[1:])
+    middle[: len(edges[0]) - 1] = bounds[: len(edges[0]) - 1]
+    shares = middle**-exponent
+    shares /= (shares * width).sum()
+    sure = 1 - 2.0**-53  # a single row is drawn for sure, whose logarithm would be infinite
+    missed = zipf_draws * np.log1p(-np.minimum(shares, sure)) + uniform_draws * math.log1p(-min(1 / rows, sure))
+    return float((width * -np.expm1(missed)).sum())
+
+
+def estimate(job: Job, machine: Machine | None = None) -> Estimate:
+    """Count what a job takes.
+
+    Args:
+        job: to be planned.
+        machine: that shall run it; None for memory and exchange alone.
+    """
+    rank = RowPlan("entity", job.entities, job.dim, job.workers)
+    width, state = 4 * job.dim, job.state_bytes
+    zipf, uniform = job.draws
+    queries, negatives = job.sides * job.rank_triples, job.negatives + job.in_batch * min(job.chunk_size, job.rank_triples)
+    distinct = distinct_rows(job.entities, zipf, uniform, job.zipf)
+    touched = distinct_rows(job.entities, zipf * job.workers, uniform * job.workers, job.zipf)
+    several = job.workers > 1
+    saved = rank.local_bytes(4, state)
+    memory = {
+        "rows": rank.num_local * width,
+        "optimizer state": rank.num_local * state,
+        "relations": job.relations * (width * (5 if several else 2) + state),  # with gradients, and what is reduced
+        "a step's tensors": 4 * queries * (_QUERY_TENSORS * job.dim + _SCORE_TENSORS * negatives)
+        + width * _ROW_TENSORS * (zipf + uniform + several * round(distinct)),
+        "process": 0 if machine is None else machine.process_bytes,
+    }
+    gpu, copy = machine is not None and machine.gpu, saved if job.background_saves else 0
+    if not gpu:
+        memory["copy for a checkpoint"] = copy
+    sent = distinct * (job.workers - 1) / job.workers if several else 0.0
+    exchange = {
+        "ids": round(message_bytes(job.workers, distinct)) if several else 0,
+        "rows": round(sent * width),
+        "gradients": round(sent * width),
+        "relation gradients": round(2 * (job.workers - 1) / job.workers * 4 * job.relations * job.dim),  # a ring's
+    }
+    whole = (job.entities + job.relations) * (width + state)
+    found = Estimate(
+        job=job,
+        machine=machine,
+        memory=memory,
+        host_bytes=copy if gpu else 0,
+        ids=zipf + uniform,
+        distinct=round(distinct),
+        touched=round(touched),
+        exchange=exchange,
+        checkpoint_bytes=whole,
+        pieces=-(-saved // FILE_BYTES),
+        seconds=None,
+    )
+    if machine is None or (several and not machine.exchange_bandwidth):
+        return found
+    return dataclasses.replace(found, seconds=_seconds(found, machine, queries, negatives, state))
+
+
+def _seconds(found: Estimate, machine: Machine, queries: int, negatives: int, state: int) -> dict[str, float]:
+    """Return a step's time, by part."""
+    job, width = found.job, 4 * found.job.dim
+    ranks = min(job.workers, machine.ranks_per_host)
+    turns = max(1.0, ranks / machine.cores)
+    moved = _ROW_PASSES * width * found.ids + 2 * (found.touched / job.workers) * (width + state)
+    moved += _ROW_PASSES * job.relations * (width + state)  # a dense gradient
+    work = {
+        "overhead": machine.overhead_seconds,
+        "ids": machine.id_seconds * found.ids,
+        "matrix products": 6 * queries * negatives * job.dim / machine.matmul_flops,  # forward, and for both factors
+        "queries": machine.query_seconds * queries * job.dim,
+        "scores": machine.score_seconds * queries * negatives,
+        "rows": moved / machine.row_bandwidth,
+    }
+    parts = {name: turns * (machine.contention if ranks > 1 else 1.0) * value for name, value in work.items()}
+    if job.workers > 1:
+        near, far = machine.exchange_bandwidth, machine.between_hosts
+        inside, ring = (ranks - 1) / (job.workers - 1), found.exchange["relation gradients"]
+        seconds = (sum(found.exchange.values()) - ring) * (inside / near + (1 - inside) / far)
+        seconds += ring / (near if inside == 1 else min(near, far))  # as fast as its slowest link
+        parts |= {"exchange overhead": turns * machine.exchange_overhead_seconds, "exchange": turns * seconds}
+    if job.workers > 2:  # two ranks' are in the overhead
+        parts["latency"] = COLLECTIVES * machine.latency_seconds * (math.log2(job.workers) - 1)
+    return parts
+
+
+def fewest_workers(job: Job, machine: Machine, batch_grows: bool = True, most: int = MOST_WORKERS) -> int | None:
+    """Return the fewest ranks whose memory holds the job; None if ``most`` do not.
+
+    Args:
+        job: of any number of ranks.
+        machine: that shall run it.
+        batch_grows: each rank has as many chunks as now; otherwise the batch stays, and ranks share it.
+        most: ranks that are tried.
+    """
+    chunks = job.chunks
+
+    def fits(workers: int) -> bool:
+        batch = chunks * workers * job.chunk_size if batch_grows else job.batch_size
+        each = dataclasses.replace(job, workers=workers, batch_size=batch)
+        return bool(estimate(each, machine).fits)
+
+    high = 1
+    while not fits(high):
+        high *= 2
+        if high > most:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def assumptions(found: Estimate, told: Mapping[str, str]) -> list[str]:
+    """Return what an estimate takes for granted.
+
+    Args:
+        found: the estimate.
+        told: settings that nobody has given, and the values taken.
+    """
+    job, machine = found.job, found.machine
+    lines = [f"{name}: {value}" for name, value in told.items()]
+    lines += [
+        f"entities are heads or tails by Zipf's law with exponent {job.zipf:g}; negatives are uniform",
+        "rows, gradients and scores in float32; ids of a batch travel once; popular rows spread over all ranks",
+        "of the dataset nothing: triples and labels are mapped from the disk",
+    ]
+    if -(-job.batch_size // job.chunk_size) < job.workers:
+        lines.append(
+            f"a step has {-(-job.batch_size // job.chunk_size)} chunk(s) of {job.chunk_size} triples, so that some of "
+            f"{job.workers} ranks have none: raise the batch size to {job.workers * job.chunk_size}"
+        )
+    if machine is not None:
+        lines += [
+            f"{machine.name}: {machine.source}",
+            f"{machine.ranks_per_host} ranks a host, {FULL:.0%} of the memory in use",
+            "time: no overlap; latency grows with the logarithm of the number of ranks, which is the least that it can do",
+        ]
+        if found.host_bytes:
+            lines.append("the host's memory is not checked: copies for checkpoints must fit there")
+        if job.workers > machine.ranks_per_host and not machine.network_bandwidth:
+            lines.append("between hosts, exchange as fast as within one: nothing was measured there; give --network")
+        if job.workers > machine.cores and machine.cores < machine.ranks_per_host:
+            lines.append(f"{machine.cores} ranks of a host compute at once, others take turns")
+    return lines

@@ -1,0 +1,231 @@
+"""What can be asked of tables that are only read, wherever their rows lie: rows, neighbours, labels."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardemb.checkpoint.manifest import CheckpointError
+
+Metric = Literal["cosine", "dot", "l2"]
+#: ids or labels, one or many
+Keys = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The best rows for each of q queries, best first; of equal ones the smaller ids."""
+
+    #: (q, k) int64
+    ids: Tensor
+    #: (q, k): cosine or dot product, which fall, or distances, which rise
+    scores: Tensor
+    #: q lists of k labels; None without a vocabulary
+    labels: list[list[str]] | None
+
+
+class Table(ABC):
+    """A table that is only read.
+
+    Attributes:
+        name: the table's own.
+        max_id: its rows.
+        shape: of one.
+        dtype: of what :meth:`lookup` returns.
+        path: of the checkpoint.
+    """
+
+    name: str
+    max_id: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    path: Path
+
+    @property
+    @abstractmethod
+    def labelled(self) -> bool:
+        """Whether its rows have labels."""
+
+    @abstractmethod
+    def _ids_of(self, labels: list[str]) -> np.ndarray:
+        """Return the ids of labels; KeyError for an unknown one."""
+
+    @abstractmethod
+    def _labels_of(self, ids: Tensor) -> list[list[str]]:
+        """Return labels for ids ``(q, k)``."""
+
+    @abstractmethod
+    def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
+        """Return rows ``(n, *shape)`` for ids ``(n,)`` in range."""
+
+    @abstractmethod
+    def _search(self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return scores, the higher the nearer, and ids ``(q, k)`` as :func:`best_of` does; -inf for those left out."""
+
+    def ids(self, keys: Keys) -> Tensor:
+        """Return int64 ids for ids or labels of any shape.
+
+        Raises:
+            KeyError: an unknown label, or a label where there is no vocabulary.
+            IndexError: an id out of range.
+            TypeError: neither integers nor labels.
+        """
+        where = f"{self.path}: table {self.name!r}"
+        labels = [keys] if isinstance(keys, str) else keys
+        if isinstance(labels, Sequence) and labels and all(isinstance(label, str) for label in labels):
+            if not self.labelled:
+                raise KeyError(f"{where}: got a label, but there is no vocabulary beside the checkpoint: give ids")
+            try:
+                found = torch.from_numpy(self._ids_of([str(label) for label in labels]))
+            except KeyError as error:
+                raise KeyError(f"{where}: {error.args[0]}") from None
+            return found[0] if isinstance(keys, str) else found
+        ids = torch.as_tensor(keys)
+        if ids.dtype not in (torch.int32, torch.int64) and ids.numel():
+            raise TypeError(f"{where}: got keys of {ids.dtype}, expected integers or labels")
+        ids = ids.long()
+        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.max_id):
+            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise IndexError(f"{where}: got id {bad}, expected 0 <= id < {self.max_id}")
+        return ids
+
+    @torch.no_grad()
+    def lookup(self, keys: Keys, raw: bool = False) -> Tensor:
+        """Look rows up by ids or labels.
+
+        Args:
+            keys: an id, a label, or many of one kind, of any shape ``s``.
+            raw: leave the normalizer out.
+
+        Returns:
+            ``(*s, *shape)``, normalized as the table's forward does; a copy.
+
+        Raises:
+            KeyError, IndexError, TypeError: as :meth:`ids`.
+        """
+        ids = self.ids(keys)
+        return self._look_up(ids.reshape(-1), raw).reshape(*ids.shape, *self.shape)
+
+    @torch.no_grad()
+    def nearest(self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True) -> Nearest:
+        """Find the nearest rows exactly, by comparing with all of them.
+
+        Args:
+            query: ids or labels, one or ``(q,)``; or a floating point or complex tensor ``(q, *shape)`` of vectors.
+            k: how many.
+            metric: "cosine" (0 for a zero row), "dot" (complex: the real part of the Hermitian product), or "l2", the distance.
+            exclude_query: leave the rows that were asked for out.
+
+        Raises:
+            ValueError: another metric, vectors of another shape, k below 1.
+            KeyError, IndexError, TypeError: as :meth:`ids`.
+        """
+        if metric not in ("cosine", "dot", "l2") or k < 1:
+            raise ValueError(f"got metric={metric!r}, k={k}, expected 'cosine', 'dot' or 'l2', and at least 1")
+        exclude = None
+        if isinstance(query, Tensor) and (query.is_floating_point() or query.is_complex()):
+            vectors = query
+            if tuple(vectors.shape[1:]) != self.shape or not vectors.dim():
+                raise ValueError(f"table {self.name!r}: got vectors of shape {tuple(query.shape)}, expected (q, *{self.shape})")
+        else:
+            ids = self.ids(query).reshape(-1)
+            vectors, exclude = self.lookup(ids), ids if exclude_query else None
+        found = self._named(*self._search(vectors, k, metric, exclude))
+        return found if metric != "l2" else Nearest(found.ids, -found.scores, found.labels)
+
+    def _named(self, scores: Tensor, ids: Tensor) -> Nearest:
+        # those that are left out come last, if there are not k others
+        kept = int((scores > -torch.inf).sum(1).min()) if scores.numel() else 0
+        scores, ids = scores[:, :kept], ids[:, :kept]
+        return Nearest(ids, scores, self._labels_of(ids) if self.labelled else None)
+
+
+AnyTable = TypeVar("AnyTable", bound=Table)
+
+
+class Tables(Generic[AnyTable]):
+    """The tables of a checkpoint, by their names in the model.
+
+    Attributes:
+        path: of the checkpoint.
+        step: its optimizer step.
+        tables: by their names in the model.
+    """
+
+    path: Path
+    step: int
+    tables: Mapping[str, AnyTable]
+
+    def __getitem__(self, name: str) -> AnyTable:
+        try:
+            return self.tables[name]
+        except KeyError:
+            raise KeyError(f"{self.path}: got table {name!r}, expected one of {sorted(self.tables)}") from None
+
+    @property
+    def table(self) -> AnyTable:
+        """The table with the most rows: the entities' of a knowledge graph, or the only one."""
+        if not self.tables:
+            raise CheckpointError(f"{self.path}: has no table")
+        return max(self.tables.values(), key=lambda table: table.max_id)
+
+    def lookup(self, keys: Keys, table: str | None = None, raw: bool = False) -> Tensor:
+        """Look rows of a table up, by default of :attr:`table`; see :meth:`Table.lookup`."""
+        return (self.table if table is None else self[table]).lookup(keys, raw)
+
+    def nearest(
+        self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True, table: str | None = None
+    ) -> Nearest:
+        """Find the nearest rows of a table, by default of :attr:`table`; see :meth:`Table.nearest`."""
+        return (self.table if table is None else self[table]).nearest(query, k, metric, exclude_query)
+
+
+def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest of scores ``(q, n)``, falling, and their ids; of equal scores those of the smallest ids, rising.
+
+    So the best of all rows do not depend on how the rows were parted, as topk's choice among equal scores does.
+
+    Args:
+        scores: ``(q, n)``.
+        ids: ``(q, n)``, or ``(n,)`` for all lines.
+        k: how many; fewer if there are fewer.
+    """
+    ids, n, k = ids.expand(scores.shape), scores.shape[1], min(k, scores.shape[1])
+    best, found = scores.topk(min(k + 1, n), dim=1)  # one more, which tells whether there are more of the last score
+    tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1).tolist() if 0 < k < n else []
+    best, found = best[:, :k], ids.gather(1, found[:, :k])
+    for line in tied:
+        equal = (scores[line] == best[line, -1]).nonzero().squeeze(1)
+        room = int((best[line] == best[line, -1]).sum())
+        found[line, k - room :] = ids[line, equal].topk(room, largest=False).values
+    order = found.argsort(dim=1)
+    found, best = found.gather(1, order), best.gather(1, order)
+    best, order = best.sort(dim=1, descending=True, stable=True)
+    return best, found.gather(1, order)
+
+
+def scores_of(queries: Tensor, metric: Metric) -> Callable[[Tensor], Tensor]:
+    """Return what maps rows ``(n, *shape)`` to their scores for queries ``(q, *shape)``, ``(q, n)``, the higher the nearer."""
+    flat = _real(queries)
+
+    def scores(rows: Tensor) -> Tensor:
+        other = _real(rows)
+        if metric == "l2":  # without the matmul, whose rounding is as large as small distances
+            return -torch.cdist(flat, other, compute_mode="donot_use_mm_for_euclid_dist")
+        product = flat @ other.T
+        if metric == "dot":
+            return product
+        return product / (flat.norm(dim=1, keepdim=True) * other.norm(dim=1)).clamp_min(torch.finfo(flat.dtype).tiny)
+
+    return scores
+
+
+def _real(x: Tensor) -> Tensor:
+    """Flatten rows into real numbers, float32 at least."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))
