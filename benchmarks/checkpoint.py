@@ -1,9 +1,13 @@
-"""What saving costs a training run, and how fast a checkpoint is loaded and opened, next to the disk's own speed.
+"""What saving costs a training run, and how fast a checkpoint is loaded and opened.
 
-    .venv/bin/python benchmarks/checkpoint.py [--rows 10000000] [--seconds 20] [--windows 8] [--open-rows 40000000]
+Next to the disk's own speed.
 
-One process with all cores, a table of rows x 64 in float32 with row-wise Adagrad. Files are taken out of the page cache before
-they are read. Writes ``benchmarks/results/checkpoint_<cores>_<date>.json``.
+    .venv/bin/python benchmarks/checkpoint.py [--rows 10000000] [--seconds 20] [--windows 8]
+    [--open-rows 40000000]
+
+One process with all cores, a table of rows x 64 in float32 with row-wise Adagrad. Files are taken
+out of the page cache before they are read. Writes
+``benchmarks/results/checkpoint_<cores>_<date>.json``.
 """
 
 import argparse
@@ -82,7 +86,8 @@ def files(table: Embedding, optimizer: RowWiseAdagrad, base: Path, rounds: int) 
         peaks["save"] = proc_bytes("/proc/self/status", "VmHWM") - before
         path = Path(checkpoint.checkpoints(base / "run")[-1])
         size = _size(path)
-        # as a save does: the new one first, then the old one goes; blocks that no file had before may be slower to write
+        # as a save does: the new one first, then the old one goes; blocks that no file had before
+        # may be slower to write
         note("write", _timed(_write_all, base / f"plain-{step}", size))
         (base / f"plain-{step - 1}").unlink(missing_ok=True)
         for name, how in (("read", None), ("load, sha256", "sha256"), ("load, size", "size")):
@@ -95,13 +100,17 @@ def files(table: Embedding, optimizer: RowWiseAdagrad, base: Path, rounds: int) 
                 peaks[name] = proc_bytes("/proc/self/status", "VmHWM") - before
     median = {name: statistics.median(values) for name, values in times.items()}
     ratio = {
-        name: statistics.median(disk / ours for disk, ours in zip(times[against], times[name], strict=True))
+        name: statistics.median(
+            disk / ours for disk, ours in zip(times[against], times[name], strict=True)
+        )
         for name, against in (("save", "write"), ("load, sha256", "read"), ("load, size", "read"))
     }
     return {
         "bytes": size,
         "files": len(list(path.iterdir())) - 1,
-        "gigabytes_per_s": {name: round(size / seconds / 1e9, 3) for name, seconds in median.items()},
+        "gigabytes_per_s": {
+            name: round(size / seconds / 1e9, 3) for name, seconds in median.items()
+        },
         "seconds": {name: [round(value, 2) for value in values] for name, values in times.items()},
         "speed_relative_to_the_disk": {name: round(value, 3) for name, value in ratio.items()},
         "bar_load": 0.5,
@@ -109,12 +118,17 @@ def files(table: Embedding, optimizer: RowWiseAdagrad, base: Path, rounds: int) 
     }
 
 
-def background(table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds: float, rounds: int) -> dict:
-    """Count the steps in windows of so many seconds, with a save at the beginning of every second one, and of its CPU time.
+def background(
+    table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds: float, rounds: int
+) -> dict:
+    """Count the steps in windows of so many seconds.
 
-    What a save every 60 s costs is what a window with one loses, times the window's part of 60 s. The machine's speed changes
-    from minute to minute, so the windows are short and many, and the CPU time of a save on its own, which is what it can take
-    from training where all cores are busy, stands beside it.
+    With a save at the beginning of every second one, and of its CPU time.
+
+    What a save every 60 s costs is what a window with one loses, times the window's part of 60 s.
+    The machine's speed changes from minute to minute, so the windows are short and many, and the
+    CPU time of a save on its own, which is what it can take from training where all cores are busy,
+    stands beside it.
     """
     batches = draw_ids("zipf", table.max_id, 16 * IDS).chunk(16)
     saver = checkpoint.AsyncSaver(base / "background", keep=1)
@@ -141,7 +155,10 @@ def background(table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds:
             rates[saves].append(steps / elapsed)
             if saves:
                 whole.append(done)
-    lost = [1 - with_save / without for without, with_save in zip(rates[False], rates[True], strict=True)]
+    lost = [
+        1 - with_save / without
+        for without, with_save in zip(rates[False], rates[True], strict=True)
+    ]
     cpu = []
     for step in range(3):
         start = time.process_time()
@@ -153,7 +170,10 @@ def background(table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds:
         "ids_per_step": IDS,
         "threads": torch.get_num_threads(),
         "window_s": seconds,
-        "steps_per_s": {"without": [round(r, 2) for r in rates[False]], "with a save": [round(r, 2) for r in rates[True]]},
+        "steps_per_s": {
+            "without": [round(r, 2) for r in rates[False]],
+            "with a save": [round(r, 2) for r in rates[True]],
+        },
         "lost_in_a_window": [round(cost, 4) for cost in lost],
         "cost_every_60_s": round(statistics.median(lost) * seconds / 60, 4),
         "cpu_s_of_a_save": [round(value, 2) for value in cpu],
@@ -166,7 +186,9 @@ def background(table: Embedding, optimizer: RowWiseAdagrad, base: Path, seconds:
 
 def opening(rows: int, base: Path) -> dict:
     """Open a checkpoint of so many rows, taken out of the page cache, and look 1000 rows up."""
-    path = Path(checkpoint.save(base / "large", 1, Embedding(rows, shape=DIM, seed=1, initialize=True)))
+    path = Path(
+        checkpoint.save(base / "large", 1, Embedding(rows, shape=DIM, seed=1, initialize=True))
+    )
     _evict(path)
     start = time.perf_counter()
     store = shardemb.open_store(path)
@@ -186,13 +208,17 @@ def opening(rows: int, base: Path) -> dict:
 
 def main() -> None:
     """Run all and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--seconds", type=float, default=20.0, help="of a window of training")
     parser.add_argument("--windows", type=int, default=8, help="with a save, and as many without")
     parser.add_argument("--rounds", type=int, default=3, help="of saving and loading")
     parser.add_argument("--open-rows", type=int, default=40_000_000)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the temporary folder's")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to be measured; default: the temporary folder's"
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     body = {"rows": arguments.rows, "dim": DIM}
@@ -205,7 +231,9 @@ def main() -> None:
         body["files"] = files(table, optimizer, base, arguments.rounds)
         print(body["files"], flush=True)
         shutil.rmtree(base / "run")
-        body["background"] = background(table, optimizer, base, arguments.seconds, arguments.windows)
+        body["background"] = background(
+            table, optimizer, base, arguments.seconds, arguments.windows
+        )
         print(body["background"], flush=True)
         shutil.rmtree(base / "background")
         del table, optimizer

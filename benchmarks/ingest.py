@@ -1,9 +1,13 @@
-"""How long `shardemb ingest` takes for Debian's graph of packages and files, and in how much memory.
+"""How long `shardemb ingest` takes for Debian's graph of packages and files.
 
-    .venv/bin/python benchmarks/ingest.py --work /work/debian [--shared /work/shared] [--memory 4GiB]
+And in how much memory.
 
-11.8 million entities, 23.6 million triples. Before, as root: ``apt-get install apt-file && apt-get update``. ``--work`` keeps
-the triples as TSV for the next time. Writes ``benchmarks/results/ingest_debian_<cores>_<date>.json``.
+    .venv/bin/python benchmarks/ingest.py --work /work/debian [--shared /work/shared] [--memory
+    4GiB]
+
+11.8 million entities, 23.6 million triples. Before, as root: ``apt-get install apt-file && apt-get
+update``. ``--work`` keeps the triples as TSV for the next time. Writes
+``benchmarks/results/ingest_debian_<cores>_<date>.json``.
 """
 
 import argparse
@@ -24,7 +28,9 @@ LISTS = Path("/var/lib/apt/lists")
 #: lines that are written at once
 CHUNK = 1 << 19
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+}
 
 
 def decode(work: Path) -> list[Path]:
@@ -48,7 +54,10 @@ def label(raw: bytes) -> str:
 
 
 def prepare(work: Path, tool: Path) -> Path:
-    """Return the folder with ``train.tsv``, ``valid.tsv`` and ``test.tsv``; made if it is not there."""
+    """Return the folder with ``train.tsv``, ``valid.tsv`` and ``test.tsv``.
+
+    Made if it is not there.
+    """
     out, graph = work / "tsv", work / "debian-files"
     if out.is_dir():
         return out
@@ -64,7 +73,11 @@ def prepare(work: Path, tool: Path) -> Path:
     partial = work / "tsv.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for split, rows in (("train", np.flatnonzero(is_train)), ("valid", held["valid"]), ("test", held["test"])):
+    for split, rows in (
+        ("train", np.flatnonzero(is_train)),
+        ("valid", held["valid"]),
+        ("test", held["test"]),
+    ):
         with (partial / f"{split}.tsv").open("w", encoding="utf-8", newline="\n") as file:
             for start in range(0, len(rows), CHUNK):
                 h, r, t = triples[rows[start : start + CHUNK]].T
@@ -78,7 +91,9 @@ def measure(source: Path, out: Path, memory: str, threads: int) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     arguments = [str(source), str(out), "--memory", memory, "--threads", str(threads)]
     start, load = time.perf_counter(), os.getloadavg()[0]
-    process = subprocess.Popen([sys.executable, "-m", "shardemb", "ingest", *arguments], env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardemb", "ingest", *arguments], env=ENVIRONMENT
+    )
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:
@@ -107,30 +122,50 @@ def opened(out: Path) -> dict:
     script = """if True:
         import json, sys, time
         from shardemb.kge import Triples
-        def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) >> 10
+        def peak():
+            lines = open("/proc/self/status")
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
         before, start = peak(), time.perf_counter()
         data = Triples.load(sys.argv[1])
         loaded = time.perf_counter() - start
         label = data.entities.label(len(data.entities) // 3)
         assert data.entities.ids([label])[0] == len(data.entities) // 3
         looked = time.perf_counter() - start - loaded
-        print(json.dumps({"seconds": round(loaded, 4), "label_seconds": round(looked, 4), "extra_peak_mib": peak() - before}))
+        times = {"seconds": round(loaded, 4), "label_seconds": round(looked, 4)}
+        print(json.dumps({**times, "extra_peak_mib": peak() - before}))
     """
-    done = subprocess.run([sys.executable, "-c", script, out], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, out],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 
 def main() -> None:
     """Make the triples if they are not there, ingest, open, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the triples, and of the dataset")
-    parser.add_argument("--shared", type=Path, default=Path("/work/shared"), help="folder with tools/build_debian.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder of the triples, and of the dataset"
+    )
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        default=Path("/work/shared"),
+        help="folder with tools/build_debian.py",
+    )
     parser.add_argument("--source", type=Path, help="other triples instead")
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="of the result")
     arguments = parser.parse_args()
-    source = arguments.source or prepare(arguments.work, arguments.shared / "tools" / "build_debian.py")
+    source = arguments.source or prepare(
+        arguments.work, arguments.shared / "tools" / "build_debian.py"
+    )
     out, new = arguments.work / "dataset", arguments.work / "dataset.new"
     body = measure(source, new, arguments.memory, arguments.threads)
     shutil.rmtree(out, ignore_errors=True)  # who has mapped it keeps it

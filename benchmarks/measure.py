@@ -16,12 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Step = Callable[[Tensor, Tensor], object]  # of ids (n,) and the gradient of what they look up (n, D)
+Step = Callable[
+    [Tensor, Tensor], object
+]  # of ids (n,) and the gradient of what they look up (n, D)
 Times = dict[str, list[float]]  # ms of one step, round by round
 
 
 def draw_ids(kind: str, rows: int, number: int, seed: int = 0) -> Tensor:
-    """Draw ids ``(number,)``: "uniform", or "zipf" with exponent 0.8; the seed draws other ids, the popular stay the same.
+    """Draw ids ``(number,)``: "uniform", or "zipf" with exponent 0.8.
+
+    The seed draws other ids, the popular stay the same.
 
     Popular ids are spread over the table; those of "zipf in id order" are the first ones.
     """
@@ -30,7 +34,9 @@ def draw_ids(kind: str, rows: int, number: int, seed: int = 0) -> Tensor:
         return torch.from_numpy(generator.integers(rows, size=number))
     shares = np.cumsum(np.arange(1, rows + 1) ** -0.8)
     ids = np.minimum(np.searchsorted(shares / shares[-1], generator.random(number)), rows - 1)
-    return torch.from_numpy(ids if kind == "zipf in id order" else np.random.default_rng(0).permutation(rows)[ids])
+    return torch.from_numpy(
+        ids if kind == "zipf in id order" else np.random.default_rng(0).permutation(rows)[ids]
+    )
 
 
 def cpu_ms(step: Step, ids: Tensor, grad: Tensor) -> float:
@@ -51,7 +57,10 @@ def cuda_ms(step: Step, ids: Tensor, grad: Tensor) -> float:
 
 
 def pool_of(kind: str, rows: int, number: int, seed: int = 0) -> Sequence[Tensor]:
-    """Draw the batches that take turns; more small ones, so that they do not stay in cache either."""
+    """Draw the batches that take turns.
+
+    More small ones, so that they do not stay in cache either.
+    """
     batches = 4 if number > 10_000 else 16
     return draw_ids(kind, rows, batches * number, seed).chunk(batches)
 
@@ -65,7 +74,9 @@ def in_turn(
     before: Callable[[], object] = lambda: None,
     clock: Callable[[Step, Tensor, Tensor], float] = cpu_ms,
 ) -> Times:
-    """Time each step once a round, after two rounds at least, and the whole pool, have warmed it up.
+    """Time each step once a round, after two rounds at least, and the whole pool.
+
+    Have warmed it up.
 
     Args:
         steps: contestants by name.
@@ -92,7 +103,12 @@ def in_turn(
 @contextmanager
 def process_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
     """Be a rank of a gloo group that listens on this machine's loopback alone."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        GLOO_SOCKET_IFNAME="lo",
+    )
     where = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": world_size}
     dist.init_process_group("gloo", **where, timeout=timedelta(minutes=2))
     try:
@@ -101,7 +117,9 @@ def process_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _process_main(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: Any) -> Any:
+def _process_main(
+    rank: int, count: int, folder: str, function: Callable[..., Any], arguments: Any
+) -> Any:
     torch.set_num_threads(1)
     if count == 1:
         return function(*arguments)
@@ -111,13 +129,24 @@ def _process_main(rank: int, count: int, folder: str, function: Callable[..., An
         return result
 
 
-def in_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 1800.0) -> list[Any]:
-    """Return what the function returns in each of several fresh processes, one gloo group if they are more than one."""
+def in_processes(
+    count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 1800.0
+) -> list[Any]:
+    """Return what the function returns in each of several fresh processes.
+
+    One gloo group if they are more than one.
+    """
     # forked from one that has imported these, and done nothing else
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["torch._dynamo", "shardemb.kge"])
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, forkserver) as executor:
-        futures = [executor.submit(_process_main, rank, count, folder, function, arguments) for rank in range(count)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(count, forkserver) as executor,
+    ):
+        futures = [
+            executor.submit(_process_main, rank, count, folder, function, arguments)
+            for rank in range(count)
+        ]
         try:
             return [future.result(timeout) for future in futures]
         except BaseException:

@@ -1,10 +1,12 @@
-"""Row-wise optimizers against torch.optim's, and what a constrainer costs: CPU time of one step, in turn in one process.
+"""Row-wise optimizers against torch.optim's, and what a constrainer costs.
+
+CPU time of one step, in turn in one process.
 
 ``python benchmarks/optimizers.py [--rows 1000000] [--dim 128] [--rounds 9] [--output FILE]``
 
-A step is lookup, backward, optimizer, constrainer, on one thread. Each round times every contestant once, in turn, after a walk
-through 64 MiB, so that all of them find the same in the caches; the table gives medians of process CPU time in ms, and the
-median over rounds of the ratio to torch's.
+A step is lookup, backward, optimizer, constrainer, on one thread. Each round times every contestant
+once, in turn, after a walk through 64 MiB, so that all of them find the same in the caches; the
+table gives medians of process CPU time in ms, and the median over rounds of the ratio to torch's.
 """
 
 import argparse
@@ -30,7 +32,9 @@ PAIRS = {
 }
 
 
-def torch_step(rows: torch.Tensor, cls: type[torch.optim.Optimizer], ids: torch.Tensor) -> Callable[[], None]:
+def torch_step(
+    rows: torch.Tensor, cls: type[torch.optim.Optimizer], ids: torch.Tensor
+) -> Callable[[], None]:
     """A step of torch.nn.Embedding(sparse=True)."""
     table = torch.nn.Embedding(*rows.shape, _weight=rows.clone(), sparse=True)
     optimizer = cls(table.parameters(), lr=0.01)
@@ -44,9 +48,16 @@ def torch_step(rows: torch.Tensor, cls: type[torch.optim.Optimizer], ids: torch.
 
 
 def our_step(
-    rows: torch.Tensor, cls: type[torch.optim.Optimizer], ids: torch.Tensor, constrainer: str | None = None, apart: bool = False
+    rows: torch.Tensor,
+    cls: type[torch.optim.Optimizer],
+    ids: torch.Tensor,
+    constrainer: str | None = None,
+    apart: bool = False,
 ) -> Callable[[], None]:
-    """A step of shardemb.Embedding under the coordinator, or with the constrainer in a pass of its own."""
+    """A step of shardemb.Embedding under the coordinator.
+
+    Or with the constrainer in a pass of its own.
+    """
     table = Embedding(len(rows), shape=rows.shape[1], constrainer=constrainer, seed=0)
     table.load_state_dict({"weight": rows})
     optimizer = cls(table.parameters(), lr=0.01)
@@ -104,15 +115,26 @@ def main() -> None:
     rows = F.normalize(torch.randn(arguments.rows, arguments.dim))
     results: list[dict[str, Any]] = []
 
-    def measure(number: int, kind: str, steps: dict[str, Callable[[], None]], baseline: str) -> None:
+    def measure(
+        number: int, kind: str, steps: dict[str, Callable[[], None]], baseline: str
+    ) -> None:
         times = time_in_turn(steps, arguments.rounds)
         for name, values in times.items():
             ratio = statistics.median(a / b for a, b in zip(values, times[baseline], strict=True))
             results.append(
-                {"ids": number, "kind": kind, "step": name, "cpu_ms": round(statistics.median(values), 3)}
+                {
+                    "ids": number,
+                    "kind": kind,
+                    "step": name,
+                    "cpu_ms": round(statistics.median(values), 3),
+                }
                 | ({"ratio": round(ratio, 3), "to": baseline} if name != baseline else {})
             )
-            print(f"{number:6} {kind:8} {name:45} {statistics.median(values):9.2f} ms  {ratio:6.2f} x {baseline}", flush=True)
+            print(
+                f"{number:6} {kind:8} {name:45} {statistics.median(values):9.2f} ms  {ratio:6.2f} x"
+                f" {baseline}",
+                flush=True,
+            )
 
     for number in (4096, 65536):
         for kind in ("uniform", "zipf"):
@@ -124,8 +146,12 @@ def main() -> None:
                 measure(number, kind, steps, next(iter(steps)))
             steps = {
                 "Adagrad, no constrainer": our_step(rows, optim.SparseAdagrad, ids),
-                "Adagrad, normalize in the same pass": our_step(rows, optim.SparseAdagrad, ids, "normalize"),
-                "Adagrad, normalize in a pass of its own": our_step(rows, optim.SparseAdagrad, ids, "normalize", apart=True),
+                "Adagrad, normalize in the same pass": our_step(
+                    rows, optim.SparseAdagrad, ids, "normalize"
+                ),
+                "Adagrad, normalize in a pass of its own": our_step(
+                    rows, optim.SparseAdagrad, ids, "normalize", apart=True
+                ),
                 "torch Adagrad, normalize on all rows": all_rows_step(rows, ids),
             }
             measure(number, kind, steps, "Adagrad, no constrainer")

@@ -1,8 +1,11 @@
-"""Quality on published graphs: trains each configuration as a user would, and keeps the filtered test metrics, seed and time.
+"""Quality on published graphs.
+
+Trains each configuration as a user would, and keeps the filtered test metrics, seed and time.
 
     .venv/bin/python benchmarks/quality.py [--workers 1] [--seeds 1] [CONFIG.toml ...]
 
-Without configurations it takes all of ``configs/``. Writes ``benchmarks/results/quality_<machine>_<date>.json``.
+Without configurations it takes all of ``configs/``. Writes
+``benchmarks/results/quality_<machine>_<date>.json``.
 """
 
 import argparse
@@ -15,7 +18,9 @@ from report import write
 
 def main() -> None:
     """Run all and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("configs", nargs="*", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1)
@@ -26,9 +31,18 @@ def main() -> None:
     for config in arguments.configs or sorted((root / "configs").glob("*.toml")):
         runs = []
         for seed in range(arguments.seeds):
-            settings = [part for value in [*arguments.set, f"training.seed={seed}"] for part in ("--set", value)]
+            settings = [
+                part
+                for value in [*arguments.set, f"training.seed={seed}"]
+                for part in ("--set", value)
+            ]
             with tempfile.TemporaryDirectory() as folder:
-                runs.append({"seed": seed, **run(arguments.workers, [str(config), *settings], Path(folder) / "run")})
+                runs.append(
+                    {
+                        "seed": seed,
+                        **run(arguments.workers, [str(config), *settings], Path(folder) / "run"),
+                    }
+                )
             print(config, runs[-1], flush=True)
         body[config.stem] = {"runs": runs, "configuration": config.read_text()}
     write("quality", body, arguments.output)

@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/ray_recovery.py [--kills 5]
 
-Trains WordNet on two workers of a Ray of this machine's, with a checkpoint every second, and kills one of them with SIGKILL
-at a random moment, over and over. Times go from the kill to the first record of steps that were trained again; lost are the
-steps between the newest record before the kill and the checkpoint that the job went on from. A job that nobody kills must end
-with the same loss. Writes ``benchmarks/results/ray_recovery_<machine>_<date>.json``.
+Trains WordNet on two workers of a Ray of this machine's, with a checkpoint every second, and kills
+one of them with SIGKILL at a random moment, over and over. Times go from the kill to the first
+record of steps that were trained again; lost are the steps between the newest record before the
+kill and the checkpoint that the job went on from. A job that nobody kills must end with the same
+loss. Writes ``benchmarks/results/ray_recovery_<machine>_<date>.json``.
 """
 
 import argparse
@@ -37,14 +38,21 @@ def job(folder: Path, epochs: int) -> dict[str, float]:
     def listener(kind: str, step: int, figures: dict[str, Any]) -> None:
         if rank == 0:
             with (folder / "steps").open("a") as file:
-                file.write(json.dumps([time.time(), kind, step, figures["loss"] if kind == "train" else None]) + "\n")
+                file.write(
+                    json.dumps(
+                        [time.time(), kind, step, figures["loss"] if kind == "train" else None]
+                    )
+                    + "\n"
+                )
 
     run_metrics.listen(listener)
     _, result = train(
         Triples.load("wordnet"),
         ModelConfig(dim=64),
         sampling=SamplingConfig(num_negatives=200),
-        training=TrainingConfig(epochs=epochs, validate_every=0, checkpoint_seconds=1.0, checkpoint_every=epochs),
+        training=TrainingConfig(
+            epochs=epochs, validate_every=0, checkpoint_seconds=1.0, checkpoint_every=epochs
+        ),
         output=folder / "run",
         resume=True,
         progress=False,
@@ -73,7 +81,10 @@ def kill(folder: Path, draw: random.Random) -> dict[str, Any]:
             raise TimeoutError("not trained again after 300 s")
         time.sleep(0.05)
     again = next(entry for entry in steps(folder)[len(before) :] if entry[0] > at + 1)
-    return {"seconds": round(again[0] - at, 1), "lost_steps": max(0, before[-1][2] - (again[2] - 20))}
+    return {
+        "seconds": round(again[0] - at, 1),
+        "lost_steps": max(0, before[-1][2] - (again[2] - 20)),
+    }
 
 
 def run(folder: Path, epochs: int, kills: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -82,7 +93,11 @@ def run(folder: Path, epochs: int, kills: int) -> tuple[list[dict[str, Any]], di
 
     def call() -> None:
         with ray.connected("local", cpus=2, log_to_driver=False):
-            done.append(run_on_ray(job, 2, folder, epochs, address=None, max_failures=kills, storage=folder / "ray"))
+            done.append(
+                run_on_ray(
+                    job, 2, folder, epochs, address=None, max_failures=kills, storage=folder / "ray"
+                )
+            )
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
@@ -94,7 +109,9 @@ def run(folder: Path, epochs: int, kills: int) -> tuple[list[dict[str, Any]], di
 
 def main() -> None:
     """Measure, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--output", type=Path, help="another file for the result")
@@ -106,10 +123,15 @@ def main() -> None:
             folder.mkdir()
         found, killed = run(folders[0], arguments.epochs, arguments.kills)
         _, whole = run(folders[1], arguments.epochs, 0)
-        losses = [[entry for entry in steps(folder) if entry[1] == "train"][-1][3] for folder in folders]
+        losses = [
+            [entry for entry in steps(folder) if entry[1] == "train"][-1][3] for folder in folders
+        ]
     body = {
         "kills": found,
-        "seconds": {"median": statistics.median(each["seconds"] for each in found), "most": max(e["seconds"] for e in found)},
+        "seconds": {
+            "median": statistics.median(each["seconds"] for each in found),
+            "most": max(e["seconds"] for e in found),
+        },
         "checkpoint_seconds": 1.0,
         "last_loss": {"killed": losses[0], "whole": losses[1]},
         "test_mrr": {"killed": killed["mrr"], "whole": whole["mrr"]},

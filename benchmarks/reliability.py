@@ -1,9 +1,12 @@
-"""What is lost or torn when ranks are killed, what damage goes unnoticed, and how soon a rank learns of another's end.
+"""What is lost or torn when ranks are killed, what damage goes unnoticed.
+
+And how soon a rank learns of another's end.
 
     .venv/bin/python benchmarks/reliability.py [--kills 300] [--mutations 1000] [--faults 3]
 
-The jobs are those of tests/crash_loop.py, tests/corruption.py and tests/comm/test_watchdog.py. Writes
-``benchmarks/results/reliability_<cores>_<date>.json``; the exit code is 1 if anything was lost, torn or silent.
+The jobs are those of tests/crash_loop.py, tests/corruption.py and tests/comm/test_watchdog.py.
+Writes ``benchmarks/results/reliability_<cores>_<date>.json``; the exit code is 1 if anything was
+lost, torn or silent.
 """
 
 import argparse
@@ -19,11 +22,16 @@ from report import write
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "comm")]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo", "crash_loop", "test_watchdog"])
+_context.set_forkserver_preload(
+    ["pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo", "crash_loop", "test_watchdog"]
+)
 
 
 def crashes(kills: int) -> dict:
-    """Kill ranks of our jobs so often, and of jobs whose saver overwrites in place until that is caught."""
+    """Kill ranks of our jobs so often.
+
+    And of jobs whose saver overwrites in place until that is caught.
+    """
     from crash_loop import OURS, PLANTED, Loop
 
     start, ours = time.monotonic(), Loop(OURS, seed=0)
@@ -67,7 +75,8 @@ def mutations(count: int) -> dict:
         with tempfile.TemporaryDirectory() as base:
             folder = Path(base) / "run"
             processes = [
-                _context.Process(target=_save, args=(rank, world_size, f"{base}/store", folder)) for rank in range(world_size)
+                _context.Process(target=_save, args=(rank, world_size, f"{base}/store", folder))
+                for rank in range(world_size)
             ]
             for process in processes:
                 process.start()
@@ -85,7 +94,10 @@ def mutations(count: int) -> dict:
 
 
 def ends(rounds: int) -> dict:
-    """Return the seconds after which the others raised PeerFailureError, the slowest of all ranks, cases and rounds."""
+    """Return the seconds after which the others raised PeerFailureError, the slowest of all ranks.
+
+    Cases and rounds.
+    """
     from test_watchdog import CASES, TIMEOUT, run
 
     slowest: dict[str, float] = {}
@@ -106,7 +118,9 @@ def ends(rounds: int) -> dict:
 
 def main() -> int:
     """Run all and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--mutations", type=int, default=1000)
     parser.add_argument("--faults", type=int, default=3, help="rounds")

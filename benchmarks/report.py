@@ -16,11 +16,23 @@ from plots import draw
 from shardemb.utils.memory import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb", "pykeen", "shardemb")
+PACKAGES = (
+    "torch",
+    "torchrec",
+    "fbgemm-gpu-cpu",
+    "fbgemm-gpu",
+    "numpy",
+    "pyarrow",
+    "duckdb",
+    "pykeen",
+    "shardemb",
+)
 
 
 def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
-    """Write what was measured, with command, date, machine, versions and how memory is allocated; and draw it.
+    """Write what was measured, with command, date, machine, versions and how memory is allocated.
+
+    And draw it.
 
     Args:
         name: of the file in ``benchmarks/results``; the number of cores and the date are added.
@@ -41,7 +53,11 @@ def write(name: str, body: dict[str, Any], path: Path | None = None) -> None:
             "python": platform.python_version(),
         },
         "versions": versions,
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "LD_PRELOAD", "OMP_"))},
+        "environment": {
+            key: value
+            for key, value in os.environ.items()
+            if key.startswith(("MALLOC_", "LD_PRELOAD", "OMP_"))
+        },
         **body,
     }
     path = path or RESULTS / f"{name}_{os.cpu_count()}cores_{today}.json"

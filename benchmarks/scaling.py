@@ -1,19 +1,25 @@
-"""How training grows with ranks and rows: weak and strong scaling, exchange, memory, constraint, and what the plan predicts.
+"""How training grows with ranks and rows.
 
-    .venv/bin/python benchmarks/scaling.py [--only weak,growth] [--rounds 5] [--quick] [--output FILE]
+Weak and strong scaling, exchange, memory, constraint, and what the plan predicts.
 
-A step is the trainer's: chunks drawn, one lookup, ComplEx's softmax loss on both sides, backward, reduce, row-wise Adagrad.
-Heads and tails follow Zipf's law with exponent 0.8, negatives are uniform. A rank is a process with one thread; more ranks than
-cores ("oversubscribed") tell what waiting costs, not how a machine scales. CPU seconds and wall time are medians over windows
-of 10 steps, mean over ranks, then the median over rounds, in which contestants take turns. "2 alone" are two processes at once
-that know nothing of each other: what the machine itself gives, since its cores share memory and clock. ``shardemb bench
-calibrate`` runs first, and what the plan predicts by it is compared with what was measured.
+    .venv/bin/python benchmarks/scaling.py [--only weak,growth] [--rounds 5] [--quick] [--output
+    FILE]
 
-Sections: weak (rows and triples a rank stay), strong (the whole stays), growth (rows, one rank), memory (bytes a row),
-constraint, peers (torch.nn.Embedding and TorchRec at the same work), modelled (1e9 and 1e10 rows on machines that are not here:
-no measurement). All of them take 25 minutes and 16 GB; the JSON, and the pictures beside it, go to benchmarks/results unless
-``--quick``, which tries everything on small tables. Bars: weak scaling to 2 ranks, 0.8 of the CPU time a triple and 1.6 times
-the triples a second; 1.02 of the bytes of rows and state at 1e7 rows.
+A step is the trainer's: chunks drawn, one lookup, ComplEx's softmax loss on both sides, backward,
+reduce, row-wise Adagrad. Heads and tails follow Zipf's law with exponent 0.8, negatives are
+uniform. A rank is a process with one thread; more ranks than cores ("oversubscribed") tell what
+waiting costs, not how a machine scales. CPU seconds and wall time are medians over windows of 10
+steps, mean over ranks, then the median over rounds, in which contestants take turns. "2 alone" are
+two processes at once that know nothing of each other: what the machine itself gives, since its
+cores share memory and clock. ``shardemb bench calibrate`` runs first, and what the plan predicts by
+it is compared with what was measured.
+
+Sections: weak (rows and triples a rank stay), strong (the whole stays), growth (rows, one rank),
+memory (bytes a row), constraint, peers (torch.nn.Embedding and TorchRec at the same work), modelled
+(1e9 and 1e10 rows on machines that are not here: no measurement). All of them take 25 minutes and
+16 GB; the JSON, and the pictures beside it, go to benchmarks/results unless ``--quick``, which
+tries everything on small tables. Bars: weak scaling to 2 ranks, 0.8 of the CPU time a triple and
+1.6 times the triples a second; 1.02 of the bytes of rows and state at 1e7 rows.
 """
 
 import argparse
@@ -83,10 +89,16 @@ class Work:
 def zipf_triples(rows: int, number: int) -> torch.Tensor:
     """Draw triples ``(number, 3)``; popular entities are spread over the ids."""
     generator = np.random.default_rng(0)
-    # the inverse of the integral of x^-0.8, which is near the sum beyond the first rows, and needs no table of 1e8 shares
+    # the inverse of the integral of x^-0.8, which is near the sum beyond the first rows, and needs
+    # no table of 1e8 shares
     share = generator.random((number, 2))
     power = 1 - ZIPF
-    ranks = np.floor(((rows + 1.0) ** power * share + (1 - share)) ** (1 / power)).astype(np.int64).clip(1, rows) - 1
+    ranks = (
+        np.floor(((rows + 1.0) ** power * share + (1 - share)) ** (1 / power))
+        .astype(np.int64)
+        .clip(1, rows)
+        - 1
+    )
     ids = (ranks * 2_654_435_761 + 12_345) % rows  # a prime
     relations = generator.integers(RELATIONS, size=number)
     return torch.from_numpy(np.stack([ids[:, 0], relations, ids[:, 1]], axis=1)).int()
@@ -94,9 +106,19 @@ def zipf_triples(rows: int, number: int) -> torch.Tensor:
 
 def _steps(work: Work, model: KnowledgeGraphModel, end: Callable[[], object]) -> Iterator[None]:
     rank, ranks = rank_and_size()
-    sampling = SamplingConfig(batch_size=work.triples * ranks, chunk_size=work.chunk, num_negatives=work.negatives)
+    sampling = SamplingConfig(
+        batch_size=work.triples * ranks, chunk_size=work.chunk, num_negatives=work.negatives
+    )
     count = (work.windows + 2) * WINDOW
-    sampler = Sampler(zipf_triples(work.rows, work.triples * ranks * count), work.rows, RELATIONS, sampling, 0, rank, ranks)
+    sampler = Sampler(
+        zipf_triples(work.rows, work.triples * ranks * count),
+        work.rows,
+        RELATIONS,
+        sampling,
+        0,
+        rank,
+        ranks,
+    )
     for step in range(count):
         loss, _ = model.loss(sampler.batches(0, step))
         (loss / (2 * work.triples * ranks)).backward()
@@ -108,7 +130,13 @@ def train(work: Work) -> dict[str, float]:
     """Train on this rank of the default group, or alone; return the medians of its windows."""
     before = resident_bytes()
     options = {"maxnorm": 1.0, "dim": -1} if work.constrainer == "clamp_norm" else {}
-    config = ModelConfig(dim=work.dim, reciprocal=False, n3=0.0, constrainer=work.constrainer, constrainer_kwargs=options)
+    config = ModelConfig(
+        dim=work.dim,
+        reciprocal=False,
+        n3=0.0,
+        constrainer=work.constrainer,
+        constrainer_kwargs=options,
+    )
     start = time.perf_counter()
     model = KnowledgeGraphModel(work.rows, RELATIONS, config, seed=0)
     constructed = time.perf_counter() - start
@@ -136,8 +164,13 @@ class _Plain(torch.nn.Embedding):
 
 
 def train_plain(work: Work, sparse: bool) -> dict[str, float]:
-    """Train the same with torch.nn.Embedding for the entities, and torch's Adagrad, in one process."""
-    model = KnowledgeGraphModel(2, RELATIONS, ModelConfig(dim=work.dim, reciprocal=False, n3=0.0), seed=0)
+    """Train the same with torch.nn.Embedding for the entities, and torch's Adagrad.
+
+    In one process.
+    """
+    model = KnowledgeGraphModel(
+        2, RELATIONS, ModelConfig(dim=work.dim, reciprocal=False, n3=0.0), seed=0
+    )
     model.entity = _Plain(work.rows, work.dim, sparse=sparse)
     torch.nn.init.normal_(model.entity.weight, std=0.1)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
@@ -154,7 +187,9 @@ def _windows(steps: Iterator[None], sent: Callable[[], int]) -> dict[str, float]
     for number, _ in enumerate(steps, 1):
         if number % WINDOW == 0:
             marks.append((time.perf_counter(), time.process_time(), sent()))
-    spent = np.diff(np.array(marks[1:], dtype=np.float64), axis=0) / WINDOW  # the first two windows warm up
+    spent = (
+        np.diff(np.array(marks[1:], dtype=np.float64), axis=0) / WINDOW
+    )  # the first two windows warm up
     wall, cpu, exchanged = np.median(spent, axis=0).tolist()
     return {"step_s": wall, "cpu_s": cpu, "sent_bytes": exchanged}
 
@@ -206,13 +241,22 @@ def over_rounds(found: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(one[key] for one in found) for key in found[0]}
 
 
-def scaling(machine: Machine, works: Mapping[str, tuple[int, int, Work]], rounds: int) -> dict[str, Any]:
-    """Measure contestants ``name: (ranks, groups, work)``, and compare with what the plan predicts; the first is the base."""
+def scaling(
+    machine: Machine, works: Mapping[str, tuple[int, int, Work]], rounds: int
+) -> dict[str, Any]:
+    """Measure contestants ``name: (ranks, groups, work)``, and compare with what the plan predicts.
+
+    The first is the base.
+    """
 
     def contestant(ranks: int, groups: int, work: Work) -> dict[str, float]:
-        return of_ranks(in_processes(ranks, train, work) if groups == 1 else at_once(groups, train, work))
+        return of_ranks(
+            in_processes(ranks, train, work) if groups == 1 else at_once(groups, train, work)
+        )
 
-    found = turns({name: functools.partial(contestant, *case) for name, case in works.items()}, rounds)
+    found = turns(
+        {name: functools.partial(contestant, *case) for name, case in works.items()}, rounds
+    )
     told: dict[str, Any] = {}
     base_name = next(iter(works))
     for name, (ranks, groups, work) in works.items():
@@ -241,11 +285,17 @@ def scaling(machine: Machine, works: Mapping[str, tuple[int, int, Work]], rounds
     return told
 
 
-def predicted(machine: Machine, work: Work, ranks: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+def predicted(
+    machine: Machine, work: Work, ranks: int, measured: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what the plan says of it, and how far off that is."""
-    here = dataclasses.replace(machine, ranks_per_host=max(ranks, machine.ranks_per_host))  # all on this host
+    here = dataclasses.replace(
+        machine, ranks_per_host=max(ranks, machine.ranks_per_host)
+    )  # all on this host
     said = estimate(work.job(ranks), here)
-    sent = sum(size for name, size in said.exchange.items() if name != "relation gradients")  # which no table counts
+    sent = sum(
+        size for name, size in said.exchange.items() if name != "relation gradients"
+    )  # which no table counts
     step_ms, counted = 1e3 * (said.step_seconds or 0.0), measured["sent_bytes_per_rank"]
     return {
         "predicted_step_ms": round(step_ms, 3),
@@ -260,7 +310,9 @@ def weak(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
     """Rows and triples of a rank stay the same."""
     rows, told = 20_000 if quick else 1_000_000, {}
     for negatives in (1000, 128):
-        work = Work(rows, 1024, negatives=negatives, windows=4 if quick else 20 if negatives > 500 else 60)
+        work = Work(
+            rows, 1024, negatives=negatives, windows=4 if quick else 20 if negatives > 500 else 60
+        )
         works = {
             "1": (1, 1, work),
             "2 alone": (1, 2, work),
@@ -274,14 +326,24 @@ def weak(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
 def strong(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
     """Rows and triples of the whole stay the same."""
     work = Work(20_000 if quick else 2_000_000, 2048, windows=4 if quick else 15)
-    return scaling(machine, {str(n): (n, 1, dataclasses.replace(work, triples=2048 // n)) for n in (1, 2, 4)}, rounds)
+    return scaling(
+        machine,
+        {str(n): (n, 1, dataclasses.replace(work, triples=2048 // n)) for n in (1, 2, 4)},
+        rounds,
+    )
 
 
 def growth(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
     """Train tables of more and more rows on one rank."""
     sizes = [10**power for power in ((3, 4, 5) if quick else (4, 5, 6, 7, 8))]
-    works = {f"{rows:.0e}": Work(rows, 1024, dim=32, negatives=128, windows=4 if quick else 40) for rows in sizes}
-    found = turns({name: (lambda w=w: in_processes(1, train, w)[0]) for name, w in works.items()}, max(1, rounds // 2))
+    works = {
+        f"{rows:.0e}": Work(rows, 1024, dim=32, negatives=128, windows=4 if quick else 40)
+        for rows in sizes
+    }
+    found = turns(
+        {name: lambda w=w: in_processes(1, train, w)[0] for name, w in works.items()},
+        max(1, rounds // 2),
+    )
     told: dict[str, Any] = {}
     for name, work in works.items():
         got = over_rounds(found[name])
@@ -300,12 +362,18 @@ def growth(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
 
 
 def memory(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
-    """Compare what a row adds to the ranks' resident memory, after steps, with the row and its state."""
+    """Compare what a row adds to the ranks' resident memory, after steps.
+
+    With the row and its state.
+    """
     told: dict[str, Any] = {}
     for ranks in (1, 2):
         sizes = (1_000, 100_000) if quick else (10_000, 10_000_000)
         few, many = (Work(rows, 1024, dim=128, negatives=128, windows=3) for rows in sizes)
-        least, most = (sum(one["resident_bytes"] for one in in_processes(ranks, train, work)) for work in (few, many))
+        least, most = (
+            sum(one["resident_bytes"] for one in in_processes(ranks, train, work))
+            for work in (few, many)
+        )
         added, limit = (most - least) / (many.rows - few.rows), 4 * many.dim + 4
         told[str(ranks)] = {
             "ranks": ranks,
@@ -326,42 +394,61 @@ def constraint(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
     rows, told = 20_000 if quick else 1_000_000, {}
     for ranks in (1, 2):
         works = {
-            name or "none": Work(rows * ranks, 1024, negatives=128, constrainer=name, windows=4 if quick else 30)
+            name or "none": Work(
+                rows * ranks, 1024, negatives=128, constrainer=name, windows=4 if quick else 30
+            )
             for name in ("", "normalize", "clamp_norm")
         }
-        contestants = {name: (lambda w=w, n=ranks: of_ranks(in_processes(n, train, w))) for name, w in works.items()}
+        contestants = {
+            name: lambda w=w, n=ranks: of_ranks(in_processes(n, train, w))
+            for name, w in works.items()
+        }
         found = turns(contestants, rounds)
         ratios = {
-            name: statistics.median(a["cpu_s"] / b["cpu_s"] for a, b in zip(found[name], found["none"], strict=True))
+            name: statistics.median(
+                a["cpu_s"] / b["cpu_s"] for a, b in zip(found[name], found["none"], strict=True)
+            )
             for name in works
         }
         told[str(ranks)] = {
-            name: {"cpu_ms": round(1e3 * over_rounds(found[name])["cpu_s"], 3), "over_none": round(ratios[name], 3)}
+            name: {
+                "cpu_ms": round(1e3 * over_rounds(found[name])["cpu_s"], 3),
+                "over_none": round(ratios[name], 3),
+            }
             for name in works
         }
     return told
 
 
 def peers(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
-    """Compare with torch.nn.Embedding at the same training, and with TorchRec at the same lookups."""
+    """Compare with torch.nn.Embedding at the same training.
+
+    And with TorchRec at the same lookups.
+    """
     rows, windows = (5_000, 2) if quick else (1_000_000, 6)
     work = Work(rows, 1024, negatives=128, windows=windows)
     small = dataclasses.replace(work, rows=rows // 10)
     training = turns(
         {
             "shardemb": lambda: in_processes(1, train, work)[0],
-            "torch.nn.Embedding, sparse, Adagrad": lambda: in_processes(1, train_plain, work, True)[0],
-            "torch.nn.Embedding, dense, Adagrad": lambda: in_processes(1, train_plain, work, False)[0],
+            "torch.nn.Embedding, sparse, Adagrad": lambda: in_processes(1, train_plain, work, True)[
+                0
+            ],
+            "torch.nn.Embedding, dense, Adagrad": lambda: in_processes(1, train_plain, work, False)[
+                0
+            ],
             "shardemb, a tenth of the rows": lambda: in_processes(1, train, small)[0],
-            "torch.nn.Embedding, dense, Adagrad, a tenth of the rows": lambda: in_processes(1, train_plain, small, False)[0],
+            "torch.nn.Embedding, dense, Adagrad, a tenth of the rows": lambda: in_processes(
+                1, train_plain, small, False
+            )[0],
         },
         max(1, rounds // 2),
     )
     number, repeat = (512, 6) if quick else (16384, 40)
     lookups = turns(
         {
-            f"{whose}, {ranks} rank(s)": (
-                lambda w=whose, n=ranks: of_ranks(in_processes(n, lookup_step, rows * n, 128, number, w, repeat))
+            f"{whose}, {ranks} rank(s)": lambda w=whose, n=ranks: of_ranks(
+                in_processes(n, lookup_step, rows * n, 128, number, w, repeat)
             )
             for whose in ("shardemb", "TorchRec DistributedModelParallel")
             for ranks in (1, 2)
@@ -370,10 +457,16 @@ def peers(machine: Machine, rounds: int, quick: bool) -> dict[str, Any]:
     )
     told: dict[str, Any] = {"training": {}, "lookups": {}}
     for name, found in training.items():
-        told["training"][name] = {"triples_per_s": round(work.triples / over_rounds(found)["step_s"])}
+        told["training"][name] = {
+            "triples_per_s": round(work.triples / over_rounds(found)["step_s"])
+        }
     for name, found in lookups.items():
         got = over_rounds(found)
-        told["lookups"][name] = {"ids": number, "cpu_ms": round(1e3 * got["cpu_s"], 3), "ms": round(1e3 * got["step_s"], 3)}
+        told["lookups"][name] = {
+            "ids": number,
+            "cpu_ms": round(1e3 * got["cpu_s"], 3),
+            "ms": round(1e3 * got["step_s"], 3),
+        }
     return told
 
 
@@ -422,21 +515,32 @@ def judged(body: Mapping[str, Any]) -> dict[str, Any]:
         }
     for found in body.get("memory", {}).values():
         met = found["over_limit"] <= 1.02
-        bars[f"memory a row, {found['ranks']} rank(s)"] = {"over_limit": found["over_limit"], "bar": 1.02, "met": met}
+        bars[f"memory a row, {found['ranks']} rank(s)"] = {
+            "over_limit": found["over_limit"],
+            "bar": 1.02,
+            "met": met,
+        }
     return bars
 
 
 def main() -> None:
     """Measure, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help="sections, with commas between them"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="small tables, nothing judged")
     parser.add_argument("--output", type=Path, help="another file for the result")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
     if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"--only: got {', '.join(sorted(unknown))}, expected sections among {','.join(SECTIONS)}")
+        parser.error(
+            f"--only: got {', '.join(sorted(unknown))}, expected sections among"
+            f" {','.join(SECTIONS)}"
+        )
     effort = Effort(table_bytes=1 << 28, windows=2, repeat=11) if arguments.quick else Effort()
     machine = calibrate(effort=effort)
     print(machine, flush=True)

@@ -1,9 +1,12 @@
-"""Rows a second of a lookup: in this process from mapped files, and from a service's shards, in turn in one run.
+"""Rows a second of a lookup.
 
-``python benchmarks/serving.py [--rows 1000000] [--dim 128] [--ids 4096] [--rounds 200] [--output FILE]``
+In this process from mapped files, and from a service's shards, in turn in one run.
 
-Each round times every contestant once, by wall clock, with ids of its own, uniform; medians are written. The service runs on a
-Ray of this machine, so that shards and client share its cores.
+``python benchmarks/serving.py [--rows 1000000] [--dim 128] [--ids 4096] [--rounds 200] [--output
+FILE]``
+
+Each round times every contestant once, by wall clock, with ids of its own, uniform; medians are
+written. The service runs on a Ray of this machine, so that shards and client share its cores.
 """
 
 import argparse
@@ -34,7 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with ExitStack() as ends:
         folder = ends.enter_context(tempfile.TemporaryDirectory())
-        checkpoint.save(folder, 1, Embedding(arguments.rows, shape=arguments.dim, seed=0, name="rows"))
+        checkpoint.save(
+            folder, 1, Embedding(arguments.rows, shape=arguments.dim, seed=0, name="rows")
+        )
         ray = ends.enter_context(connected("local", cpus=4, log_to_driver=False))
         readers: dict[str, Any] = {"in process": shardemb.open_store(folder)}
         for shards in (1, 2):

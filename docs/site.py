@@ -1,4 +1,7 @@
-"""What the documentation adds to mkdocs: links out of docs/, comments of attributes, roles of Sphinx."""
+"""What the documentation adds to mkdocs.
+
+Links out of docs/, comments of attributes, roles of Sphinx.
+"""
 
 import os
 import re
@@ -15,7 +18,10 @@ FILES = "files/"
 
 
 def _target(uri: str, link: str) -> str:
-    """Return what a page's link means, as a path in the site; files outside of docs/ lie under :data:`FILES`."""
+    """Return what a page's link means, as a path in the site.
+
+    Files outside of docs/ lie under :data:`FILES`.
+    """
     page = uri.removeprefix(FILES) if uri.startswith(FILES) else f"docs/{uri}"
     path = os.path.normpath(PurePosixPath(page).parent / link)
     return path.removeprefix("docs/") if path.startswith("docs/") else FILES + path
@@ -29,7 +35,9 @@ def on_files(files: Any, config: Any) -> Any:
             uri = _target(page.src_uri, link)
             path = ROOT / uri.removeprefix(FILES)
             if uri.startswith(FILES) and path.is_file() and files.get_file_from_path(uri) is None:
-                added = File.generated(config, uri, abs_src_path=str(path), inclusion=InclusionLevel.NOT_IN_NAV)
+                added = File.generated(
+                    config, uri, abs_src_path=str(path), inclusion=InclusionLevel.NOT_IN_NAV
+                )
                 files.append(added)
                 if added.is_documentation_page():
                     todo.append(added)
@@ -39,7 +47,9 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """Point links out of docs/ to the copies."""
     uri = page.file.src_uri
-    return LINK.sub(lambda found: os.path.relpath(_target(uri, found[1]), PurePosixPath(uri).parent), markdown)
+    return LINK.sub(
+        lambda found: os.path.relpath(_target(uri, found[1]), PurePosixPath(uri).parent), markdown
+    )
 
 
 def _without_roles(text: str) -> str:
@@ -48,7 +58,10 @@ def _without_roles(text: str) -> str:
 
 
 class Comments(griffe.Extension):
-    """Takes ``#:`` comments above attributes for their docstrings, and reads Sphinx's roles as code."""
+    """Takes ``#:`` comments above attributes for their docstrings.
+
+    And reads Sphinx's roles as code.
+    """
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **kwargs: Any) -> None:
         """Give an attribute its comment."""
@@ -57,7 +70,9 @@ class Comments(griffe.Extension):
             while lines and lines[-1].strip().startswith("#:"):
                 found.insert(0, lines.pop().strip().removeprefix("#:").strip())
             if found:
-                attr.docstring = griffe.Docstring(_without_roles("\n".join(found)), lineno=len(lines) + 1, parent=attr)
+                attr.docstring = griffe.Docstring(
+                    _without_roles("\n".join(found)), lineno=len(lines) + 1, parent=attr
+                )
 
     def on_instance(self, *, node: Any, obj: griffe.Object, **kwargs: Any) -> None:
         """Turn roles into code."""

@@ -1,15 +1,18 @@
-"""PyKEEN's ``Embedding``, at a billion rows: tables row-sharded over processes behind one interface.
+"""PyKEEN's ``Embedding``, at a billion rows.
+
+Tables row-sharded over processes behind one interface.
 
 ``import shardemb`` is cheap: a name below is loaded (with torch) when it is first used.
 """
 
 from typing import TYPE_CHECKING
 
+from shardemb.exceptions import PeerFailureError, ShardembError
 from shardemb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from shardemb import checkpoint, optim
-    from shardemb.comm.watchdog import PeerFailureError, set_timeout
+    from shardemb.comm.watchdog import set_timeout
     from shardemb.coordinator import Coordinator, clip_grad_norm_
     from shardemb.embedding import Embedding, Representation
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
@@ -19,8 +22,39 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Coordinator", "Embedding", "FusedOptimizer", "PeerFailureError", "Representation", "RowPlan", "RowWiseAdagrad", "Store", "TorchRecOptions", "__version__", "checkpoint", "clip_grad_norm_", "open_store", "optim", "set_timeout"]
+__all__ = [
+    "Coordinator",
+    "Embedding",
+    "FusedOptimizer",
+    "PeerFailureError",
+    "Representation",
+    "RowPlan",
+    "RowWiseAdagrad",
+    "ShardembError",
+    "Store",
+    "TorchRecOptions",
+    "__version__",
+    "checkpoint",
+    "clip_grad_norm_",
+    "open_store",
+    "optim",
+    "set_timeout",
+]
 
-_MODULES = {"Coordinator": "coordinator", "clip_grad_norm_": "coordinator", "Embedding": "embedding", "Representation": "embedding", "FusedOptimizer": "optim", "RowWiseAdagrad": "optim", "PeerFailureError": "comm.watchdog", "set_timeout": "comm.watchdog", "RowPlan": "sharding.placement", "TorchRecOptions": "sharding.torchrec_table", "Store": "serving.store", "open_store": "serving.store", "checkpoint": "checkpoint", "optim": "optim"}
+_MODULES = {
+    "Coordinator": "coordinator",
+    "clip_grad_norm_": "coordinator",
+    "Embedding": "embedding",
+    "Representation": "embedding",
+    "FusedOptimizer": "optim",
+    "RowWiseAdagrad": "optim",
+    "set_timeout": "comm.watchdog",
+    "RowPlan": "sharding.placement",
+    "TorchRecOptions": "sharding.torchrec_table",
+    "Store": "serving.store",
+    "open_store": "serving.store",
+    "checkpoint": "checkpoint",
+    "optim": "optim",
+}
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

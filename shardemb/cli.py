@@ -15,37 +15,68 @@ from types import FrameType
 from typing import Any
 
 from shardemb import __version__
-
-#: errors of the user's input or machine: their message is enough
-_PLAIN = (
-    "CheckpointError", "FileExistsError", "FileNotFoundError", "FloatingPointError", "IndexError", "IsADirectoryError",
-    "ConnectionError", "KeyError", "MemoryError", "ModuleNotFoundError", "NotADirectoryError", "OSError", "PeerFailureError",
-    "PermissionError", "ShardUnavailableError", "ValueError", "died",
-)  # fmt: skip
+from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; ``run`` of what it parses is the function that does it."""
-    parser = argparse.ArgumentParser(prog="shardemb", description="Embedding tables, row-sharded over processes.")
+    """Return the parser of the command line.
+
+    ``run`` of what it parses is the function that does it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="shardemb", description="Embedding tables, row-sharded over processes."
+    )
     parser.add_argument("--version", action="version", version=f"shardemb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train and rank a knowledge-graph model on sharded tables")
-    train.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings; without it the defaults")
-    train.add_argument(
-        "--dataset", help="wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a file of triples"
+    train = commands.add_parser(
+        "train", help="train and rank a knowledge-graph model on sharded tables"
     )
     train.add_argument(
-        "--workers", metavar="N[:MOST]", help="ranks, one process each (default: 1); on Ray also a least and a most"
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="CONFIG.toml",
+        help="settings; without it the defaults",
     )
-    train.add_argument("--launcher", choices=("local", "torchrun", "ray"), help="what starts the ranks (default: local)")
+    train.add_argument(
+        "--dataset",
+        help=(
+            "wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a"
+            " file of triples"
+        ),
+    )
+    train.add_argument(
+        "--workers",
+        metavar="N[:MOST]",
+        help="ranks, one process each (default: 1); on Ray also a least and a most",
+    )
+    train.add_argument(
+        "--launcher",
+        choices=("local", "torchrun", "ray"),
+        help="what starts the ranks (default: local)",
+    )
     train.add_argument(
         "--address",
-        help="Ray: local, one of our own on this machine (default); auto, that of this node; or HOST:PORT of its head",
+        help=(
+            "Ray: local, one of our own on this machine (default); auto, that of this node; or"
+            " HOST:PORT of its head"
+        ),
     )
-    train.add_argument("--max-failures", type=int, metavar="N", help="Ray: start again after so many failures (default: 3)")
-    train.add_argument("--use-gpu", action="store_true", help="a GPU for each rank: training.device = cuda")
-    train.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder, made anew")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    train.add_argument(
+        "--max-failures",
+        type=int,
+        metavar="N",
+        help="Ray: start again after so many failures (default: 3)",
+    )
+    train.add_argument(
+        "--use-gpu", action="store_true", help="a GPU for each rank: training.device = cuda"
+    )
+    train.add_argument(
+        "--output", type=Path, required=True, metavar="RUN", help="run folder, made anew"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in RUN"
+    )
     train.add_argument(
         "--set",
         action="append",
@@ -53,7 +84,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override a setting, e.g. training.epochs=3; repeatable",
     )
-    train.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
+    train.add_argument(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="of a collective (default: 300)",
+    )
     train.set_defaults(run=_train)
     _add_evaluate(commands)
     _add_ingest(commands)
@@ -65,52 +102,83 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run the command line; returns the exit code.
+
+    0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     arguments = parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the newest checkpoint" if arguments.command == "train" else ""
+        hint = (
+            "; --resume goes on from the newest checkpoint" if arguments.command == "train" else ""
+        )
         print(f"shardemb: interrupted{hint}", file=sys.stderr)
         return 130
+    except TerminatedError as error:
+        print(f"shardemb: {error}; --resume goes on from there", file=sys.stderr)
+        return 143  # as a shell reports SIGTERM
     except Exception as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str(KeyError) is in quotes
-        name, message = getattr(error, "error", type(error).__name__), getattr(error, "message", str(text))
-        if name == "TerminatedError":
-            print(f"shardemb: {message}; --resume goes on from there", file=sys.stderr)
-            return 143  # as a shell tells of SIGTERM
-        if name not in _PLAIN:
-            if not getattr(error, "trace", ""):
+        if isinstance(error, WorkerError) and error.error == TerminatedError.__name__:
+            print(f"shardemb: {error.message}; --resume goes on from there", file=sys.stderr)
+            return 143
+        if not for_user(error):
+            if not isinstance(error, WorkerError) or not error.trace:
                 raise
-            print(error.trace, file=sys.stderr)  # type: ignore[attr-defined]
-        rank = f"rank {error.rank}: " if hasattr(error, "rank") else ""
-        lost = arguments.command == "train" and name in ("died", "PeerFailureError")
+            print(error.trace, file=sys.stderr)
+        rank = f"rank {error.rank}: " if isinstance(error, WorkerError) else ""
+        message = error.message if isinstance(error, WorkerError) else str(error)
+        lost = arguments.command == "train" and restart_may_help(error)
         hint = "; --resume goes on from the newest checkpoint" if lost else ""
         print(f"shardemb: error: {rank}{'; '.join(message.splitlines())}{hint}", file=sys.stderr)
         return 1
 
 
 def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser("evaluate", help="rank a split's triples with a run's newest, or best, checkpoint")
-    evaluate.add_argument("path", type=Path, metavar="RUN", help="run folder")
-    evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
-    evaluate.add_argument("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
-    evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's")
-    evaluate.add_argument(
-        "--set", action="append", default=[], metavar="evaluation.KEY=VALUE", help="override a setting; repeatable"
+    evaluate = commands.add_parser(
+        "evaluate", help="rank a split's triples with a run's newest, or best, checkpoint"
     )
-    evaluate.add_argument("--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)")
+    evaluate.add_argument("path", type=Path, metavar="RUN", help="run folder")
+    evaluate.add_argument(
+        "--split", choices=("train", "valid", "test"), default="test", help="default: test"
+    )
+    evaluate.add_argument(
+        "--workers", type=int, default=1, help="ranks, one process each (default: 1)"
+    )
+    evaluate.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's"
+    )
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="evaluation.KEY=VALUE",
+        help="override a setting; repeatable",
+    )
+    evaluate.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)"
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    evaluate.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a collective (default: 300)")
+    evaluate.add_argument(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="of a collective (default: 300)",
+    )
     evaluate.set_defaults(run=_evaluate)
     plot = commands.add_parser("plot", help="draw a run's loss, MRR and throughput")
     plot.add_argument("path", type=Path, metavar="RUN", help="run folder")
     plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
     plot.set_defaults(run=_plot)
-    top = commands.add_parser("top", help="show a run's progress, speed and memory by rank while it goes")
+    top = commands.add_parser(
+        "top", help="show a run's progress, speed and memory by rank while it goes"
+    )
     top.add_argument("path", type=Path, metavar="RUN", help="run folder")
-    top.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+    top.add_argument(
+        "--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)"
+    )
     top.add_argument("--once", action="store_true", help="look once, and end")
     top.set_defaults(run=_top)
 
@@ -125,7 +193,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     written = _of_run(run, "config.toml")
     for override in arguments.set:
         if not override.strip().startswith("evaluation."):
-            raise ValueError(f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was trained")
+            raise InputError(
+                f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was"
+                " trained"
+            )
     config = JobConfig.load(written, arguments.set)
     checkpoint = newest(arguments.checkpoint or run)
     print(f"ranking {arguments.split} triples of {config.dataset} by {checkpoint}", file=sys.stderr)
@@ -142,19 +213,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     names = list(result["sides"]["both"])
     for side, figures in result["sides"].items():
-        _print_figures(side, figures, result["triples"] * (1 + (side == "both")), names, header=side == "both")
+        _print_figures(
+            side, figures, result["triples"] * (1 + (side == "both")), names, header=side == "both"
+        )
     for number, row in enumerate(result["relations"]):
-        _print_figures(f"{row['side']} of {row['label']}", row, row["count"], names, header=number == 0)
+        _print_figures(
+            f"{row['side']} of {row['label']}", row, row["count"], names, header=number == 0
+        )
     if arguments.json is not None:
         with replacing(arguments.json) as partial:
-            partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.write_text(
+                json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
     return 0
 
 
 def _of_run(run: Path, name: str) -> Path:
     """Return a file of a run folder; FileNotFoundError if it is not there."""
     if not (run / name).is_file():
-        raise FileNotFoundError(f"{run / name}: no such file, expected a run folder that shardemb train has made")
+        raise FileNotFoundError(
+            f"{run / name}: no such file, expected a run folder that shardemb train has made"
+        )
     return run / name
 
 
@@ -178,12 +257,15 @@ def _top(arguments: argparse.Namespace) -> int:
 
     clear = "\x1b[H\x1b[2J" * sys.stdout.isatty()
     if not arguments.every > 0:
-        raise ValueError(f"--every: got {arguments.every} seconds, expected more than 0")
+        raise InputError(f"--every: got {arguments.every} seconds, expected more than 0")
     shown = None
     while True:
         records = read_metrics(_of_run(arguments.path, "metrics.jsonl"))
         if clear or len(records) != shown:  # a log file gets what is new
-            print(f"{clear}{arguments.path}\n{describe(records, time.time()) or 'no record yet'}", flush=True)
+            print(
+                f"{clear}{arguments.path}\n{describe(records, time.time()) or 'no record yet'}",
+                flush=True,
+            )
         shown = len(records)
         if arguments.once or (records and records[-1]["kind"] == "test"):
             return 0
@@ -192,17 +274,24 @@ def _top(arguments: argparse.Namespace) -> int:
 
 def _add_ingest(commands: Any) -> None:
     ingest = commands.add_parser(
-        "ingest", help="make a dataset folder of files of triples of any size", usage="%(prog)s [options] SOURCE... OUT"
+        "ingest",
+        help="make a dataset folder of files of triples of any size",
+        usage="%(prog)s [options] SOURCE... OUT",
     )
     ingest.add_argument(
         "paths",
         nargs="+",
         type=Path,
         metavar="SOURCE... OUT",
-        help="a folder with train/valid/test files or folders of part files; or files, or folders of part files, of one graph "
-        "to be split; then the dataset folder, made anew. Files are .tsv, .txt, .nt (also .gz) or .parquet",
+        help=(
+            "a folder with train/valid/test files or folders of part files; or files, or folders of"
+            " part files, of one graph to be split; then the dataset folder, made anew. Files are"
+            " .tsv, .txt, .nt (also .gz) or .parquet"
+        ),
     )
-    ingest.add_argument("--memory", default="4GiB", help="that the process may take (default: 4GiB)")
+    ingest.add_argument(
+        "--memory", default="4GiB", help="that the process may take (default: 4GiB)"
+    )
     ingest.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     for split in ("valid", "test"):
         text = f"triples of one graph that become {split} (default: a twentieth, 5,000 at most)"
@@ -211,7 +300,10 @@ def _add_ingest(commands: Any) -> None:
         "--unseen",
         choices=("keep", "drop", "error"),
         default="keep",
-        help="what becomes of valid and test triples with labels that no training triple holds (default: keep)",
+        help=(
+            "what becomes of valid and test triples with labels that no training triple holds"
+            " (default: keep)"
+        ),
     )
     ingest.add_argument(
         "--literals",
@@ -219,7 +311,11 @@ def _add_ingest(commands: Any) -> None:
         default="error",
         help="what becomes of N-Triples whose object is a literal (default: error)",
     )
-    ingest.add_argument("--verify", action="store_true", help="check the hashes of a dataset folder, the only path, instead")
+    ingest.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the hashes of a dataset folder, the only path, instead",
+    )
     ingest.set_defaults(run=_ingest)
 
 
@@ -229,12 +325,21 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
     *sources, out = arguments.paths
     if arguments.verify == bool(sources):
-        raise ValueError(f"ingest: got {len(arguments.paths)} path(s), expected SOURCE... OUT, or --verify FOLDER")
+        raise InputError(
+            f"ingest: got {len(arguments.paths)} path(s), expected SOURCE... OUT, or --verify"
+            " FOLDER"
+        )
     if arguments.verify:
         told, _, _ = dataset.read(out, verify=True)
-        print(f"{out}: {len(told['files'])} files, {sum(e['size'] for e in told['files'].values()):,} bytes: undamaged")
+        print(
+            f"{out}: {len(told['files'])} files, {sum(e['size'] for e in told['files'].values()):,}"
+            " bytes: undamaged"
+        )
         return 0
-    start, options = time.perf_counter(), ("memory", "threads", "valid", "test", "unseen", "literals")
+    start, options = (
+        time.perf_counter(),
+        ("memory", "threads", "valid", "test", "unseen", "literals"),
+    )
     before = signal.signal(signal.SIGTERM, _end)
     try:
         ingest(sources, out, **{name: getattr(arguments, name) for name in options}, progress=True)
@@ -256,13 +361,24 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _add_query(commands: Any) -> None:
-    query = commands.add_parser("query", help="print an entity's nearest neighbours, or the best tails of (head, relation)")
+    query = commands.add_parser(
+        "query", help="print an entity's nearest neighbours, or the best tails of (head, relation)"
+    )
     query.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint")
     query.add_argument("entity", help="label, or id if there are no labels")
-    query.add_argument("relation", nargs="?", help="with it: the best tails of (entity, relation, ?)")
+    query.add_argument(
+        "relation", nargs="?", help="with it: the best tails of (entity, relation, ?)"
+    )
     query.add_argument("-k", type=int, default=10, help="how many (default: 10)")
-    query.add_argument("--metric", choices=("cosine", "dot", "l2"), default="cosine", help="of neighbours (default: cosine)")
-    query.add_argument("--inverse", action="store_true", help="the best heads of (?, relation, entity) instead")
+    query.add_argument(
+        "--metric",
+        choices=("cosine", "dot", "l2"),
+        default="cosine",
+        help="of neighbours (default: cosine)",
+    )
+    query.add_argument(
+        "--inverse", action="store_true", help="the best heads of (?, relation, entity) instead"
+    )
     query.add_argument("--table", help="the table to search for neighbours (default: the largest)")
     query.set_defaults(run=_query)
 
@@ -280,8 +396,14 @@ def _query(arguments: argparse.Namespace) -> int:
     if arguments.relation is not None:
         from shardemb.kge.predict import best_tails
 
-        head, relation = key(store["entity"], arguments.entity), key(store["relation"], arguments.relation)
-        table, found = store["entity"], best_tails(store, head, relation, arguments.k, arguments.inverse)
+        head, relation = (
+            key(store["entity"], arguments.entity),
+            key(store["relation"], arguments.relation),
+        )
+        table, found = (
+            store["entity"],
+            best_tails(store, head, relation, arguments.k, arguments.inverse),
+        )
     else:
         table = store.table if arguments.table is None else store[arguments.table]
         found = table.nearest(key(table, arguments.entity), arguments.k, arguments.metric)
@@ -291,11 +413,27 @@ def _query(arguments: argparse.Namespace) -> int:
 
 
 def _add_serve(commands: Any) -> None:
-    serve = commands.add_parser("serve", help="serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM")
-    serve.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint, which every node must see")
-    serve.add_argument("--shards", type=int, default=1, metavar="N", help="processes that share the rows (default: 1)")
-    serve.add_argument("--name", default="shardemb", help="by which clients find it (default: shardemb)")
-    text = "of Ray: local starts one for this machine, auto is the cluster that it is a node of (default: local)"
+    serve = commands.add_parser(
+        "serve",
+        help="serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM",
+    )
+    serve.add_argument(
+        "path", type=Path, metavar="RUN", help="run folder or checkpoint, which every node must see"
+    )
+    serve.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the rows (default: 1)",
+    )
+    serve.add_argument(
+        "--name", default="shardemb", help="by which clients find it (default: shardemb)"
+    )
+    text = (
+        "of Ray: local starts one for this machine, auto is the cluster that it is a node of"
+        " (default: local)"
+    )
     serve.add_argument("--address", default="local", metavar="local|auto|HOST:PORT", help=text)
     text = "requests that may wait at a shard; more are refused, and asked again (default: 64)"
     serve.add_argument("--max-pending", type=int, default=64, metavar="K", help=text)
@@ -312,13 +450,27 @@ def _serve(arguments: argparse.Namespace) -> int:
     with connected(arguments.address, cpus=cpus, log_to_driver=False) as ray:
         before = signal.signal(signal.SIGTERM, _end)  # after Ray has set its own
         try:
-            with serve(path, arguments.shards, arguments.name, max_pending=arguments.max_pending) as service:
-                tables = ", ".join(f"{prefix or t.name} ({t.max_id:,} rows)" for prefix, t in service.info.tables.items())
+            with serve(
+                path, arguments.shards, arguments.name, max_pending=arguments.max_pending
+            ) as service:
+                tables = ", ".join(
+                    f"{prefix or t.name} ({t.max_id:,} rows)"
+                    for prefix, t in service.info.tables.items()
+                )
                 address = ray.get_runtime_context().gcs_address
-                print(f"serving {service.info.path} as {arguments.name!r} from {arguments.shards} shard(s): {tables}")
+                print(
+                    f"serving {service.info.path} as {arguments.name!r} from {arguments.shards}"
+                    f" shard(s): {tables}"
+                )
                 print(f"on Ray at {address}; until Ctrl-C or SIGTERM")
-                print(f"in a job of it: client = shardemb.serving.connect({arguments.name!r}); client.lookup([0, 1])")
-                print(f"elsewhere on its nodes: with shardemb.launch.ray.connected({address!r}): ...", flush=True)
+                print(
+                    f"in a job of it: client = shardemb.serving.connect({arguments.name!r});"
+                    " client.lookup([0, 1])"
+                )
+                print(
+                    f"elsewhere on its nodes: with shardemb.launch.ray.connected({address!r}): ...",
+                    flush=True,
+                )
                 _watch(service)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -347,25 +499,52 @@ def _add_checkpoint(commands: Any) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     for name, run, text in (
         ("ls", _list, "list the finished checkpoints of a run, and what they hold"),
-        ("verify", _verify, "check all files of all checkpoints; the exit code is 1 at the first fault"),
+        (
+            "verify",
+            _verify,
+            "check all files of all checkpoints; the exit code is 1 at the first fault",
+        ),
     ):
         action = actions.add_parser(name, help=text)
-        action.add_argument("path", type=Path, metavar="RUN", help="run folder, folder of checkpoints, or one checkpoint")
+        action.add_argument(
+            "path",
+            type=Path,
+            metavar="RUN",
+            help="run folder, folder of checkpoints, or one checkpoint",
+        )
         action.set_defaults(run=run)
     export = actions.add_parser("export", help="write a table for other programs")
-    export.add_argument("path", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint")
-    export.add_argument("out", type=Path, metavar="OUT", help="file, or folder for sharded; must not be there")
+    export.add_argument(
+        "path", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint"
+    )
+    export.add_argument(
+        "out", type=Path, metavar="OUT", help="file, or folder for sharded; must not be there"
+    )
     formats = ("safetensors", "sharded", "parquet", "npy", "word2vec")
-    export.add_argument("--format", choices=formats, help="default: by the suffix .safetensors, .parquet, .npy, .txt or .vec")
+    export.add_argument(
+        "--format",
+        choices=formats,
+        help="default: by the suffix .safetensors, .parquet, .npy, .txt or .vec",
+    )
     export.add_argument("--table", help="default: the largest")
     export.add_argument("--raw", action="store_true", help="rows as stored, without the normalizer")
     export.set_defaults(run=_export)
     importing = actions.add_parser("import", help="make a run folder of other programs' rows")
-    importing.add_argument("source", type=Path, metavar="FILE", help=".npy, .safetensors, .parquet, or word2vec's .txt or .vec")
+    importing.add_argument(
+        "source",
+        type=Path,
+        metavar="FILE",
+        help=".npy, .safetensors, .parquet, or word2vec's .txt or .vec",
+    )
     importing.add_argument("out", type=Path, metavar="RUN", help="run folder, made anew")
     importing.add_argument("--table", default="entity", help="name of the table (default: entity)")
     importing.add_argument("--key", help="the tensor or column to take, if there are several")
-    importing.add_argument("--labels", type=Path, metavar="FILE", help="text with a label a line, in the order of the rows")
+    importing.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="text with a label a line, in the order of the rows",
+    )
     importing.set_defaults(run=_import)
 
 
@@ -386,13 +565,22 @@ def _list(arguments: argparse.Namespace) -> int:
     for path in _found(arguments.path):
         manifest = Manifest(path)
         values, size = manifest.values, sum(entry["size"] for entry in manifest.files.values())
-        print(f"{path}  {values['time']}  {values['world_size']} rank(s)  {len(manifest.files)} file(s)  {size:,} bytes")
+        print(
+            f"{path}  {values['time']}  {values['world_size']} rank(s)  {len(manifest.files)}"
+            f" file(s)  {size:,} bytes"
+        )
         for prefix, told in values["tables"].items():
             dtype = manifest.parts.get(f"{prefix}.weight" if prefix else "weight", [None])[0]
             shape = " x ".join(f"{size:,}" for size in (told["max_id"], *told["shape"]))
-            print(f"  {prefix or told['name']}: {shape}  {dtype.dtype if dtype else ''}{' complex' * told['complex']}")
+            print(
+                f"  {prefix or told['name']}: {shape} "
+                f" {dtype.dtype if dtype else ''}{' complex' * told['complex']}"
+            )
         if values["optimizers"]:
-            print(f"  optimizers: {', '.join(optimizer['class'] for optimizer in values['optimizers'])}")
+            print(
+                "  optimizers:"
+                f" {', '.join(optimizer['class'] for optimizer in values['optimizers'])}"
+            )
     return 0
 
 
@@ -401,14 +589,26 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     for path in _found(arguments.path):
         manifest = verify(path)
-        print(f"{path}: {len(manifest.files)} file(s), {sum(e['size'] for e in manifest.files.values()):,} bytes: undamaged")
+        print(
+            f"{path}: {len(manifest.files)} file(s),"
+            f" {sum(e['size'] for e in manifest.files.values()):,} bytes: undamaged"
+        )
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from shardemb.serving.export import export_table
 
-    print(export_table(arguments.path, arguments.out, arguments.format, arguments.table, arguments.raw, shown=True))
+    print(
+        export_table(
+            arguments.path,
+            arguments.out,
+            arguments.format,
+            arguments.table,
+            arguments.raw,
+            shown=True,
+        )
+    )
     return 0
 
 
@@ -424,38 +624,101 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="estimate memory, exchange and time of a job, and the fewest workers that hold it")
-    plan.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings of the job; without it the defaults"
+    plan = commands.add_parser(
+        "plan",
+        help="estimate memory, exchange and time of a job, and the fewest workers that hold it",
     )
-    plan.add_argument("--entities", type=_count, required=True, metavar="N", help="rows of the sharded table, e.g. 1e9")
-    plan.add_argument("--relations", type=_count, default=1000, metavar="N", help="of the graph (default: 1000)")
-    plan.add_argument("--triples", type=_count, default=0, metavar="N", help="of an epoch, to tell how long it takes")
+    plan.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="CONFIG.toml",
+        help="settings of the job; without it the defaults",
+    )
+    plan.add_argument(
+        "--entities",
+        type=_count,
+        required=True,
+        metavar="N",
+        help="rows of the sharded table, e.g. 1e9",
+    )
+    plan.add_argument(
+        "--relations", type=_count, default=1000, metavar="N", help="of the graph (default: 1000)"
+    )
+    plan.add_argument(
+        "--triples",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="of an epoch, to tell how long it takes",
+    )
     for option, key, text in _PLANNED:
-        kind: Any = {"metavar": "NAME"} if option == "optimizer" else {"type": _count, "metavar": "N"}
+        kind: Any = (
+            {"metavar": "NAME"} if option == "optimizer" else {"type": _count, "metavar": "N"}
+        )
         plan.add_argument(f"--{option}", help=f"{text}: {key}", **kind)
-    plan.add_argument("--batch-size", type=_count, metavar="N", help="triples of a step of all ranks (default: a chunk a rank)")
-    plan.add_argument("--workers", type=_count, metavar="N", help="ranks (default: the fewest that fit)")
-    plan.add_argument("--zipf", type=float, default=0.8, metavar="A", help="exponent of entities' frequency (default: 0.8)")
+    plan.add_argument(
+        "--batch-size",
+        type=_count,
+        metavar="N",
+        help="triples of a step of all ranks (default: a chunk a rank)",
+    )
+    plan.add_argument(
+        "--workers", type=_count, metavar="N", help="ranks (default: the fewest that fit)"
+    )
+    plan.add_argument(
+        "--zipf",
+        type=float,
+        default=0.8,
+        metavar="A",
+        help="exponent of entities' frequency (default: 0.8)",
+    )
     text = (
-        "cpu, the machine that bench calibrate has measured last (default); its FILE.json; or h100 or h200 by their data sheets"
+        "cpu, the machine that bench calibrate has measured last (default); its FILE.json; or h100"
+        " or h200 by their data sheets"
     )
     plan.add_argument("--device", default="cpu", metavar="cpu|h100|h200|FILE.json", help=text)
-    plan.add_argument("--memory", metavar="SIZE", help="another memory of a GPU, or of a host, e.g. 80GiB")
-    plan.add_argument("--ranks-per-host", type=_count, metavar="N", help="another number of ranks that share a host")
-    plan.add_argument("--network", metavar="SIZE", help="bytes a second that a rank sends to other hosts, e.g. 3GB")
-    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable")
-    plan.add_argument("--torchrec", action="store_true", help="let TorchRec's planner place the same table too")
+    plan.add_argument(
+        "--memory", metavar="SIZE", help="another memory of a GPU, or of a host, e.g. 80GiB"
+    )
+    plan.add_argument(
+        "--ranks-per-host",
+        type=_count,
+        metavar="N",
+        help="another number of ranks that share a host",
+    )
+    plan.add_argument(
+        "--network",
+        metavar="SIZE",
+        help="bytes a second that a rank sends to other hosts, e.g. 3GB",
+    )
+    plan.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting; repeatable",
+    )
+    plan.add_argument(
+        "--torchrec", action="store_true", help="let TorchRec's planner place the same table too"
+    )
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the estimate there too")
     plan.set_defaults(run=_plan)
     bench = commands.add_parser("bench", help="measure this machine")
     actions = bench.add_subparsers(dest="action", required=True)
     calibrate = actions.add_parser(
-        "calibrate", help="measure the rates that plan needs, a quarter of a minute on an idle machine"
+        "calibrate",
+        help="measure the rates that plan needs, a quarter of a minute on an idle machine",
     )
-    calibrate.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that rows lie on (default: cpu)")
-    calibrate.add_argument("--threads", type=int, default=1, metavar="N", help="of a rank (default: 1)")
-    calibrate.add_argument("--output", type=Path, metavar="FILE.json", help="default: where plan --device cpu looks")
+    calibrate.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="that rows lie on (default: cpu)"
+    )
+    calibrate.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="of a rank (default: 1)"
+    )
+    calibrate.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="default: where plan --device cpu looks"
+    )
     calibrate.set_defaults(run=_calibrate)
 
 
@@ -475,7 +738,9 @@ def _count(text: str) -> int:
         if number != int(number):
             raise ValueError
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number such as 1000000 or 1e6") from None
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a whole number such as 1000000 or 1e6"
+        ) from None
     return int(number)
 
 
@@ -487,7 +752,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     for option, key, _ in _PLANNED:
         if (value := getattr(arguments, option.replace("-", "_"))) is not None:
             overrides.append(f"{key}={value}")
-    machine = report.machine_of(arguments.device, arguments.memory, arguments.ranks_per_host, arguments.network)
+    machine = report.machine_of(
+        arguments.device, arguments.memory, arguments.ranks_per_host, arguments.network
+    )
     plan = report.plan(
         JobConfig.load(arguments.config, overrides),
         machine,
@@ -514,7 +781,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     machine.save(path, shardemb=__version__)
     for field in dataclasses.fields(machine):
         value = getattr(machine, field.name)
-        print(f"{field.name:>26}: {value:,.4g}" if isinstance(value, float) else f"{field.name:>26}: {value}")
+        print(
+            f"{field.name:>26}: {value:,.4g}"
+            if isinstance(value, float)
+            else f"{field.name:>26}: {value}"
+        )
     print(path)
     return 0
 
@@ -541,24 +812,38 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _holds_a_run(output: Path) -> bool:
-    return output.is_dir() and any(path.name not in ("config.toml", "run.json") for path in output.iterdir())
+    return output.is_dir() and any(
+        path.name not in ("config.toml", "run.json") for path in output.iterdir()
+    )
 
 
 def _job(arguments: argparse.Namespace) -> Any:
-    """Return the configuration of a run; ValueError if it is not that of the run that shall be resumed."""
+    """Return the configuration of a run.
+
+    ValueError if it is not that of the run that shall be resumed.
+    """
     from shardemb.kge.config import JobConfig
 
     written = arguments.output / "config.toml"
     resumed = arguments.resume and _holds_a_run(arguments.output) and written.exists()
-    base = arguments.config or (written if resumed else None)  # --resume alone keeps the run's settings
-    config = JobConfig.load(base, [*arguments.set, *_launch_overrides(arguments)], arguments.dataset)
+    base = arguments.config or (
+        written if resumed else None
+    )  # --resume alone keeps the run's settings
+    config = JobConfig.load(
+        base, [*arguments.set, *_launch_overrides(arguments)], arguments.dataset
+    )
     if resumed and (changed := config.differences(JobConfig.load(written))):
-        raise ValueError(f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}")
+        raise InputError(
+            f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}"
+        )
     return config
 
 
 def _prepare(arguments: argparse.Namespace, config: Any) -> None:
-    """Make the run folder, or find it; FileExistsError if there is a run that shall not be resumed."""
+    """Make the run folder, or find it.
+
+    FileExistsError if there is a run that shall not be resumed.
+    """
     from shardemb.checkpoint.manifest import checkpoints
     from shardemb.checkpoint.storage import name_of
     from shardemb.utils.files import replacing
@@ -566,23 +851,38 @@ def _prepare(arguments: argparse.Namespace, config: Any) -> None:
     output: Path = arguments.output
     started, written = _holds_a_run(output), output / "config.toml"
     if started and not arguments.resume:
-        raise FileExistsError(f"{output} is not empty: give another --output, or go on with --resume")
+        raise FileExistsError(
+            f"{output} is not empty: give another --output, or go on with --resume"
+        )
     _make_writable(output)
     if not (started and written.exists()):
         with replacing(written) as partial:
             partial.write_text(config.to_toml(), encoding="utf-8")
     launch = config.launch
-    workers = f"{launch.workers} to {launch.max_workers}" if launch.max_workers else str(launch.workers)
+    workers = (
+        f"{launch.workers} to {launch.max_workers}" if launch.max_workers else str(launch.workers)
+    )
     if launch.launcher == "torchrun":
         workers = os.environ["WORLD_SIZE"]
     _write_run(output, arguments, workers)
     found = checkpoints(output / "checkpoints")
-    how = f"resuming from {name_of(found[-1])}" if found else "no checkpoint to resume from, starting anew"
-    print(f"training on {config.dataset}, {workers} worker(s), into {output}" + f": {how}" * arguments.resume, file=sys.stderr)
+    how = (
+        f"resuming from {name_of(found[-1])}"
+        if found
+        else "no checkpoint to resume from, starting anew"
+    )
+    print(
+        f"training on {config.dataset}, {workers} worker(s), into {output}"
+        + f": {how}" * arguments.resume,
+        file=sys.stderr,
+    )
 
 
 def _prepare_and_train(arguments: argparse.Namespace, config: Any) -> dict[str, float] | None:
-    """Train on a rank that torchrun has started; rank 0 makes the run folder, and alone returns the result."""
+    """Train on a rank that torchrun has started.
+
+    Rank 0 makes the run folder, and alone returns the result.
+    """
     import torch.distributed as dist
 
     from shardemb.comm import collectives
@@ -610,7 +910,10 @@ def _launch_overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _write_run(output: Path, arguments: argparse.Namespace, workers: str) -> None:
-    """Add to ``run.json`` how the run was started, and with what: beside ``config.toml``, all that reproduces it."""
+    """Add to ``run.json`` how the run was started, and with what.
+
+    Beside ``config.toml``, all that reproduces it.
+    """
     import platform
     import shlex
     from datetime import datetime
@@ -620,7 +923,9 @@ def _write_run(output: Path, arguments: argparse.Namespace, workers: str) -> Non
 
     path = output / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    packages = {name: version(name) for name in ("numpy", "torch", "torchrec")} | {"shardemb": __version__}
+    packages = {name: version(name) for name in ("numpy", "torch", "torchrec")} | {
+        "shardemb": __version__
+    }
     here = {"python": platform.python_version(), "platform": platform.platform(), **packages}
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     command = shlex.join(["shardemb", *arguments.argv])
@@ -630,14 +935,19 @@ def _write_run(output: Path, arguments: argparse.Namespace, workers: str) -> Non
 
 
 def _make_writable(output: Path) -> None:
-    """Make the run folder and try to write there: a run that cannot save anything ends before it starts."""
+    """Make the run folder and try to write there.
+
+    A run that cannot save anything ends before it starts.
+    """
     try:
         str(output).encode()  # Arrow writes under no other names
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except (OSError, UnicodeEncodeError) as error:
-        raise OSError(f"--output {output}: expected a folder that can be made and written to: {error}") from error
+        raise OSError(
+            f"--output {output}: expected a folder that can be made and written to: {error}"
+        ) from error
 
 
 def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str, Any]:
@@ -651,9 +961,13 @@ def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str
     data = _load(config)
     triples = getattr(data, split)
     if not len(triples):
-        raise ValueError(f"{config.dataset}: got no {split} triples, expected some to rank")
+        raise InputError(f"{config.dataset}: got no {split} triples, expected some to rank")
     model = KnowledgeGraphModel(
-        len(data.entities), len(data.relations), config.model, config.training.seed, device=resolve_device(device)
+        len(data.entities),
+        len(data.relations),
+        config.model,
+        config.training.seed,
+        device=resolve_device(device),
     )
     told = {name: getattr(data, name).fingerprint for name in ("entities", "relations")}
     checkpoint.load(path, model, optimizer_state=False, fingerprints=told)
@@ -661,7 +975,12 @@ def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str
     found = report(model, triples, data.splits, config.evaluation, config.training.seed, shown)
     rows = [{"label": data.relations.labels[row["relation"]], **row} for row in found.table]
     rows.sort(key=lambda row: -row["count"])
-    settings = {"checkpoint": str(path), "split": split, "triples": len(triples), **dataclasses.asdict(config.evaluation)}
+    settings = {
+        "checkpoint": str(path),
+        "split": split,
+        "triples": len(triples),
+        **dataclasses.asdict(config.evaluation),
+    }
     return {**settings, "sides": found.sides, "relations": rows}
 
 

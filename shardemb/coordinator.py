@@ -12,6 +12,7 @@ from torch import nn
 from shardemb import kernels
 from shardemb.comm import collectives, watchdog
 from shardemb.embedding import Embedding
+from shardemb.exceptions import InputError, InputTypeError, NonfiniteError
 from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only, why_refused
 from shardemb.utils.types import few
 
@@ -21,28 +22,34 @@ class Coordinator:
 
     After ``loss.backward()``, :meth:`step` does in this order
 
-    1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers of a model), by mean,
-       or by sum for a replicated table that says so. A collective, one all-reduce for all of them;
-    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks. A collective, one all-reduce;
-    3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward; replicas of TorchRec's are averaged,
-       a collective). Those of :mod:`shardemb.optim`
-       constrain the rows of sparse tables in the same pass, while they are in cache;
-    4. ``post_parameter_update()`` of each module that had one when the coordinator was made: tables constrain their own
-       changed rows;
+    1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers of
+       a model), by mean, or by sum for a replicated table that says so. A collective, one
+       all-reduce for all of them;
+    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks. A
+       collective, one all-reduce;
+    3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward; replicas of
+       TorchRec's are averaged, a collective). Those of :mod:`shardemb.optim` constrain the rows of
+       sparse tables in the same pass, while they are in cache;
+    4. ``post_parameter_update()`` of each module that had one when the coordinator was made: tables
+       constrain their own changed rows;
     5. forget the gradients.
 
-    With ``nonfinite`` it first checks the gradients for NaN and infinite values: a pass over them, and an all-reduce of one
-    number. :meth:`backward` checks the loss for next to nothing, and is all that protects fused tables.
+    With ``nonfinite`` it first checks the gradients for NaN and infinite values: a pass over them,
+    and an all-reduce of one number. :meth:`backward` checks the loss for next to nothing, and is
+    all that protects fused tables.
 
-    The constructor is a collective too: it looks whether all ranks have the same parameters, optimizers and step, and copies
-    rank 0's values of the parameters and buffers that every rank holds whole to all ranks, as DistributedDataParallel does.
+    The constructor is a collective too: it looks whether all ranks have the same parameters,
+    optimizers and step, and copies rank 0's values of the parameters and buffers that every rank
+    holds whole to all ranks, as DistributedDataParallel does.
 
     Args:
         model: module that holds the tables.
         optimizers: over the model's parameters; none for fused tables alone.
-        max_grad_norm: clip gradients to this 2-norm in each step, see :func:`clip_grad_norm_`; None for no clipping.
-        nonfinite: what a NaN or infinite loss or gradient does, on all ranks: "error" raises FloatingPointError before anything
-            is updated, "warn" tells and goes on, "skip" tells and forgets the step's gradients; None does not look.
+        max_grad_norm: clip gradients to this 2-norm in each step, see :func:`clip_grad_norm_`; None
+            for no clipping.
+        nonfinite: what a NaN or infinite loss or gradient does, on all ranks: "error" raises
+            FloatingPointError before anything is updated, "warn" tells and goes on, "skip" tells
+            and forgets the step's gradients; None does not look.
         steps: that were done before, by the run that this one goes on with.
 
     Attributes:
@@ -51,9 +58,10 @@ class Coordinator:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: an optimizer of torch's that takes no sparse gradients, over a sparse table; one that moves rows which got
-            no gradient (momentum, weight decay) over a sparse table with a constrainer, so that touched rows alone would not
-            do; a table on a process group of its own; clipping with a fused table.
+        ValueError: an optimizer of torch's that takes no sparse gradients, over a sparse table; one
+            that moves rows which got no gradient (momentum, weight decay) over a sparse table with
+            a constrainer, so that touched rows alone would not do; a table on a process group of
+            its own; clipping with a fused table.
     """
 
     def __init__(
@@ -65,17 +73,23 @@ class Coordinator:
         steps: int = 0,
     ) -> None:
         if nonfinite not in (None, "error", "warn", "skip"):
-            raise ValueError(f"got nonfinite={nonfinite!r}, expected 'error', 'warn', 'skip' or None")
+            raise InputError(
+                f"got nonfinite={nonfinite!r}, expected 'error', 'warn', 'skip' or None"
+            )
         self.tables = _tables_in(model)
         self.model = model
         self._updated: list[Any] = [
-            module for module in model.modules() if callable(getattr(module, "post_parameter_update", None))
+            module
+            for module in model.modules()
+            if callable(getattr(module, "post_parameter_update", None))
         ]
         self.max_grad_norm = max_grad_norm
         self.nonfinite, self.steps, self.skipped = nonfinite, steps, 0
         self._reduced = False
         watchdog.at_step(steps + 1)
-        self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self.optimizers = (
+            [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        )
         sharded: set[torch.Tensor] = set()
         by_sum, sparse, watched, name_of = set(), set(), set(), {}
         for table in self.tables:
@@ -105,18 +119,26 @@ class Coordinator:
                 named = [name_of[p] for p in group["params"] if p in sparse]
                 refused = why_refused(optimizer, group, True)
                 if named and refused is not None:
-                    raise ValueError(f"table {named[0]!r}: {refused}")
+                    raise InputError(f"table {named[0]!r}: {refused}")
                 named = [name_of[p] for p in group["params"] if p in watched]
                 if named and not moves_touched_rows_only(optimizer, group):
-                    moving = [f"{key}={group[key]}" for key in ("momentum", "weight_decay") if group.get(key)]
-                    raise ValueError(
-                        f"table {named[0]!r}: {type(optimizer).__name__} with {' and '.join(moving) or 'sparse gradients'} "
-                        f"moves rows that got no gradient, so every step would constrain all rows: use one of shardemb.optim "
-                        f"(their weight_decay is of touched rows), or gradient='dense'"
+                    moving = [
+                        f"{key}={group[key]}"
+                        for key in ("momentum", "weight_decay")
+                        if group.get(key)
+                    ]
+                    raise InputError(
+                        f"table {named[0]!r}: {type(optimizer).__name__} with"
+                        f" {' and '.join(moving) or 'sparse gradients'} moves rows that got no"
+                        " gradient, so every step would constrain all rows: use one of"
+                        " shardemb.optim (their weight_decay is of touched rows), or"
+                        " gradient='dense'"
                     )
 
     def backward(self, loss: torch.Tensor) -> bool:
-        """Run ``loss.backward()`` unless the loss of any rank is NaN or infinite; what then, ``nonfinite`` says. A collective.
+        """Run ``loss.backward()`` unless the loss of any rank is NaN or infinite.
+
+        What then, ``nonfinite`` says. A collective.
 
         Args:
             loss: of this rank, a number.
@@ -127,14 +149,21 @@ class Coordinator:
         Raises:
             FloatingPointError: the loss of a rank is NaN or infinite, and ``nonfinite`` is "error".
         """
-        bad = "" if self.nonfinite is None or torch.isfinite(loss.detach()).all() else f"the loss is {loss.item()}"
+        bad = (
+            ""
+            if self.nonfinite is None or torch.isfinite(loss.detach()).all()
+            else f"the loss is {loss.item()}"
+        )
         if not self._trains(bad):
             return False
         loss.backward()
         return True
 
     def _trains(self, bad: str) -> bool:
-        """Return whether a step goes on, with what this rank has found to be bad. A collective if ``nonfinite`` is set."""
+        """Return whether a step goes on, with what this rank has found to be bad.
+
+        A collective if ``nonfinite`` is set.
+        """
         if self.nonfinite is None:
             return True
         several = dist.is_initialized() and dist.get_world_size() > 1
@@ -148,7 +177,7 @@ class Coordinator:
         text = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(told) if what)
         text = f"step {self.steps + 1}: {text}"
         if self.nonfinite == "error":
-            raise FloatingPointError(f"{text}: lower the learning rate, or go on with nonfinite='skip'")
+            raise NonfiniteError(f"{text}: lower the learning rate, or go on with nonfinite='skip'")
         if self.nonfinite == "warn":
             warnings.warn(text, stacklevel=3)
             return True
@@ -174,14 +203,18 @@ class Coordinator:
                 continue
             rows = (grad._indices()[0, rows] if grad.is_sparse else rows).unique().cpu()
             ids = tables[parameter].plan.local_ids()[rows].tolist()
-            found.append(f"table {tables[parameter].name!r}: the gradient of {len(ids)} rows is NaN or infinite: {few(ids)}")
+            found.append(
+                f"table {tables[parameter].name!r}: the gradient of {len(ids)} rows is NaN or"
+                f" infinite: {few(ids)}"
+            )
         return "; ".join(found)
 
     def step(self) -> None:
         """Do all five; see the class.
 
         Raises:
-            FloatingPointError: a gradient is NaN or infinite, on all ranks, if ``nonfinite`` is "error".
+            FloatingPointError: a gradient is NaN or infinite, on all ranks, if ``nonfinite`` is
+                "error".
         """
         if not self._reduced:
             self.reduce()
@@ -191,7 +224,13 @@ class Coordinator:
             clip_grad_norm_(self.model, self.max_grad_norm)
         for optimizer in self.optimizers:
             if isinstance(optimizer, RowWiseOptimizer):
-                optimizer.step(constrain={key: f for table in self.tables for key, f in table.constrainer_in_step().items()})
+                optimizer.step(
+                    constrain={
+                        key: f
+                        for table in self.tables
+                        for key, f in table.constrainer_in_step().items()
+                    }
+                )
             else:
                 optimizer.step()
         for table in self.tables:
@@ -220,9 +259,12 @@ class Coordinator:
 
     @torch.no_grad()
     def reduce(self, flags: Sequence[float] = ()) -> list[float]:
-        """Do the first part of :meth:`step`, which leaves it out then, and add numbers up over ranks in the same message.
+        """Do the first part of :meth:`step`, which leaves it out then.
 
-        So a loop can agree on what to do with the step, to :meth:`forget` it for example, at no cost. A collective.
+        And add numbers up over ranks in the same message.
+
+        So a loop can agree on what to do with the step, to :meth:`forget` it for example, at no
+        cost. A collective.
 
         Args:
             flags: small whole numbers, as many on every rank.
@@ -239,30 +281,48 @@ class Coordinator:
             collectives.all_reduce(told, operation="the coordinator: flags")
         for number, dtype in enumerate(sorted({p.dtype for p in self._replicated}, key=str)):
             parameters = [p for p in self._replicated if p.dtype == dtype]
-            # every rank sends every gradient, zeros where it has none, and whether it has one; of a sparse one, which rows
+            # every rank sends every gradient, zeros where it has none, and whether it has one; of a
+            # sparse one, which rows
             touched = [self._touched(p) for p in parameters]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+            grads = [
+                torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters
+            ]
             extra = told.to(touched[0]) if number == 0 else touched[0][:0]
             flat = torch.cat([part.reshape(-1) for part in (*touched, *grads, extra)])
-            collectives.all_reduce(flat, operation="the coordinator: gradients of replicated parameters")
+            collectives.all_reduce(
+                flat, operation="the coordinator: gradients of replicated parameters"
+            )
             if number == 0:
                 told = flat[len(flat) - len(flags) :]
-            parts = flat[: len(flat) - len(extra)].split([part.numel() for part in (*touched, *grads)])
-            for parameter, mask, part in zip(parameters, parts, parts[len(parameters) :], strict=False):
-                grad = part.reshape(parameter.shape) / (1 if parameter in self._by_sum else dist.get_world_size())
+            parts = flat[: len(flat) - len(extra)].split(
+                [part.numel() for part in (*touched, *grads)]
+            )
+            for parameter, mask, part in zip(
+                parameters, parts, parts[len(parameters) :], strict=False
+            ):
+                grad = part.reshape(parameter.shape) / (
+                    1 if parameter in self._by_sum else dist.get_world_size()
+                )
                 if not mask[0]:
                     continue
                 if parameter in self._sparse:
                     rows = mask[1:].nonzero().squeeze(1)  # also those whose gradients add up to 0
                     parameter.grad = torch.sparse_coo_tensor(
-                        rows[None], grad[rows], grad.shape, is_coalesced=True, check_invariants=False
+                        rows[None],
+                        grad[rows],
+                        grad.shape,
+                        is_coalesced=True,
+                        check_invariants=False,
                     )
                 else:
                     parameter.grad = grad
         return told.tolist()
 
     def _touched(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return whether there is a gradient, and for each row of a sparse table whether it has one: ``(1,)``, ``(1 + R,)``."""
+        """Return whether there is a gradient.
+
+        And for each row of a sparse table whether it has one: ``(1,)``, ``(1 + R,)``.
+        """
         grad, rows = parameter.grad, len(parameter) if parameter in self._sparse else 0
         mask = torch.zeros(1 + rows, dtype=parameter.dtype, device=parameter.device)
         if grad is None:
@@ -275,10 +335,13 @@ class Coordinator:
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-    """Scale all gradients of a model so that their common norm is at most ``max_norm``, as torch.nn.utils.clip_grad_norm_.
+    """Scale all gradients of a model so that their common norm is at most ``max_norm``.
 
-    The norm is that of the whole gradient: each row of a sharded table counts on the rank that owns it, after duplicates are
-    merged; what every rank holds whole (its gradients already reduced) counts once. A collective.
+    As torch.nn.utils.clip_grad_norm_.
+
+    The norm is that of the whole gradient: each row of a sharded table counts on the rank that owns
+    it, after duplicates are merged; what every rank holds whole (its gradients already reduced)
+    counts once. A collective.
 
     Args:
         model: module that holds the tables.
@@ -286,11 +349,12 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         norm_type: ``p`` of the norm; ``inf`` for the largest absolute value.
 
     Returns:
-        The norm before clipping, the same on every rank; a NaN or infinite one leaves NaN or 0 in the gradients, as in torch.
+        The norm before clipping, the same on every rank; a NaN or infinite one leaves NaN or 0 in
+        the gradients, as in torch.
 
     Raises:
-        ValueError: ``max_norm`` or ``norm_type`` not above 0; a fused table, which has no gradient to scale; a table on a
-            process group of its own.
+        ValueError: ``max_norm`` or ``norm_type`` not above 0; a fused table, which has no gradient
+            to scale; a table on a process group of its own.
     """
     tables = _tables_in(model)
     _check_clipping(tables, max_norm, norm_type)
@@ -305,15 +369,21 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         if grad.is_sparse:
             rows, values = merged_gradient(grad)
             values = values.reshape(len(rows), *grad.shape[1:])
-            grad = torch.sparse_coo_tensor(rows[None], values, grad.shape, is_coalesced=True, check_invariants=False)
+            grad = torch.sparse_coo_tensor(
+                rows[None], values, grad.shape, is_coalesced=True, check_invariants=False
+            )
             parameter.grad = grad
             grad = grad._values()
         if grad.numel():  # a norm of nothing may be none (inf), and this rank alone would raise
             (sharded if parameter in mine else whole).append(grad)
     norms = [
-        torch.stack([torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads])
-        if grads
-        else torch.zeros(1, dtype=torch.float64, device=device)
+        (
+            torch.stack(
+                [torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads]
+            )
+            if grads
+            else torch.zeros(1, dtype=torch.float64, device=device)
+        )
         for grads in (sharded, whole)
     ]
     infinite = norm_type == math.inf
@@ -330,33 +400,53 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 
 def _description(coordinator: Coordinator) -> dict[str, object]:
     """Return what must be the same on all ranks."""
-    model, tables = coordinator.model, {p: table for table in coordinator.tables for p in table.parameters()}
+    model, tables = (
+        coordinator.model,
+        {p: table for table in coordinator.tables for p in table.parameters()},
+    )
     shapes = {
-        name: f"{list(p.shape) if p not in tables else [tables[p].max_id, *tables[p].shape]} {p.dtype} {p.requires_grad}"
+        name: (
+            f"{list(p.shape) if p not in tables else [tables[p].max_id, *tables[p].shape]}"
+            f" {p.dtype} {p.requires_grad}"
+        )
         for name, p in model.named_parameters()
     }
     plain = int | float | str | bool | tuple | None
     optimizers = [
-        [type(o).__name__, [{k: v for k, v in group.items() if isinstance(v, plain)} for group in o.param_groups]]
+        [
+            type(o).__name__,
+            [{k: v for k, v in group.items() if isinstance(v, plain)} for group in o.param_groups],
+        ]
         for o in coordinator.optimizers
     ]
     options = [coordinator.max_grad_norm, coordinator.nonfinite]
-    return {"parameters": shapes, "optimizers": optimizers, "options": options, "step": coordinator.steps}
+    return {
+        "parameters": shapes,
+        "optimizers": optimizers,
+        "options": options,
+        "step": coordinator.steps,
+    }
 
 
 def _tables_in(model: nn.Module) -> list[Embedding]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables")
+        raise InputTypeError(
+            f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables"
+        )
     return [module for module in model.modules() if isinstance(module, Embedding)]
 
 
 def _check_clipping(tables: list[Embedding], max_norm: float, norm_type: float = 2.0) -> None:
     if not max_norm > 0 or not norm_type > 0:
-        raise ValueError(f"gradient clipping: got max_norm={max_norm}, norm_type={norm_type}, expected both above 0")
+        raise InputError(
+            f"gradient clipping: got max_norm={max_norm}, norm_type={norm_type}, expected both"
+            " above 0"
+        )
     for table in tables:
         table.require_default_group("gradient clipping")
         if table.gradient == "fused":
-            raise ValueError(
-                f"table {table.name!r}: gradient='fused' updates rows in backward, so there is no gradient to clip: use "
-                f"gradient='sparse' with shardemb.optim.RowWiseAdagrad, the same rule"
+            raise InputError(
+                f"table {table.name!r}: gradient='fused' updates rows in backward, so there is no"
+                " gradient to clip: use gradient='sparse' with shardemb.optim.RowWiseAdagrad, the"
+                " same rule"
             )

@@ -1,4 +1,7 @@
-"""The interface: PyKEEN's ``Representation`` and ``Embedding``, over a table whose rows lie on several ranks."""
+"""The interface.
+
+PyKEEN's ``Representation`` and ``Embedding``, over a table whose rows lie on several ranks.
+"""
 
 import math
 import os
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from shardemb import kernels
 from shardemb.comm import collectives
+from shardemb.exceptions import InputError, InputTypeError, UsageError
 from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_initializer
 from shardemb.optim import FusedOptimizer
 from shardemb.regularizers import resolve_regularizer
@@ -22,20 +26,41 @@ from shardemb.sharding.exchange import Exchange, Route, RowsUnderWay
 from shardemb.sharding.fused_table import FusedTable
 from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.table import ParameterTable, Table
-from shardemb.sharding.torchrec_table import Groups, Sent, TorchRecOptions, TorchRecTable, make_groups
-from shardemb.transforms import is_plain_normalize, probe_constrainer, resolve_constrainer, resolve_normalizer
-from shardemb.utils.types import Backend, Gradient, GradientReduction, Initializer, Placement, RowFunction
+from shardemb.sharding.torchrec_table import (
+    Groups,
+    Sent,
+    TorchRecOptions,
+    TorchRecTable,
+    make_groups,
+)
+from shardemb.transforms import (
+    is_plain_normalize,
+    probe_constrainer,
+    resolve_constrainer,
+    resolve_normalizer,
+)
+from shardemb.utils.types import (
+    Backend,
+    Gradient,
+    GradientReduction,
+    Initializer,
+    Placement,
+    RowFunction,
+)
 
 
 class Representation(nn.Module, ABC):
-    """Maps ids of any shape ``s`` to tensors ``(*s, *shape)``; all of it is a tensor ``(max_id, *shape)``.
+    """Maps ids of any shape ``s`` to tensors ``(*s, *shape)``.
+
+    All of it is a tensor ``(max_id, *shape)``.
 
     Args:
         max_id: ids are 0 to ``max_id - 1``.
         shape: of one representation.
         normalizer: applied to what was looked up, in every forward: a name, a callable or None.
         normalizer_kwargs: its keyword arguments.
-        regularizer: collects a term of the loss from every forward: a name, a class, an instance or None.
+        regularizer: collects a term of the loss from every forward: a name, a class, an instance or
+            None.
         regularizer_kwargs: its keyword arguments.
         dropout: probability; each looked-up id has its own mask.
         unique: look each id of a batch up once, and repeat it after normalizing.
@@ -58,7 +83,9 @@ class Representation(nn.Module, ABC):
         self.normalizer: RowFunction | None = resolve_normalizer(normalizer, normalizer_kwargs)
         self.regularizer: Any = resolve_regularizer(regularizer, regularizer_kwargs)
         self.dropout = None if dropout is None else nn.Dropout(dropout)
-        self.unique = (not isinstance(self, Embedding) and not dropout) if unique is None else unique
+        self.unique = (
+            (not isinstance(self, Embedding) and not dropout) if unique is None else unique
+        )
 
     @abstractmethod
     def _plain_forward(self, indices: Tensor | None = None) -> Tensor:
@@ -84,8 +111,15 @@ class Representation(nn.Module, ABC):
         return x if self.dropout is None else self.dropout(x)
 
     def _unique(self, indices: Any) -> tuple[Any, Tensor | None]:
-        """With ``unique``: return each index once, and where each of the given ones stands among them."""
-        return indices.unique(return_inverse=True) if self.unique and isinstance(indices, Tensor) else (indices, None)
+        """With ``unique``.
+
+        Return each index once, and where each of the given ones stands among them.
+        """
+        return (
+            indices.unique(return_inverse=True)
+            if self.unique and isinstance(indices, Tensor)
+            else (indices, None)
+        )
 
     def reset_parameters(self) -> None:
         """Start anew."""
@@ -101,7 +135,9 @@ class Representation(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show what makes this representation what it is."""
         parts = [f"max_id={self.max_id}", f"shape={self.shape}", f"unique={self.unique}"]
-        return ", ".join(parts + ([f"normalizer={self.normalizer}"] if self.normalizer is not None else []))
+        return ", ".join(
+            parts + ([f"normalizer={self.normalizer}"] if self.normalizer is not None else [])
+        )
 
 
 @dataclass(frozen=True)
@@ -119,30 +155,34 @@ class Prefetched:
 
 
 class Embedding(Representation):
-    """A trainable table, row-sharded over the ranks of a process group; PyKEEN's arguments mean what they mean there.
+    """A trainable table, row-sharded over the ranks of a process group.
 
-    Without an initialized ``torch.distributed`` it is one shard in this process. Within a group of several ranks the
-    constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are collectives: every rank calls them, in
-    the same order, each with its own ids (an empty tensor if it has none). As in PyKEEN, rows are N(0, 1) until
-    :meth:`reset_parameters` runs the initializer. ``forward(None)`` aliases the rows in one process under ``torch.no_grad``;
+    PyKEEN's arguments mean what they mean there.
+
+    Without an initialized ``torch.distributed`` it is one shard in this process. Within a group of
+    several ranks the constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are
+    collectives: every rank calls them, in the same order, each with its own ids (an empty tensor if
+    it has none). As in PyKEEN, rows are N(0, 1) until :meth:`reset_parameters` runs the
+    initializer. ``forward(None)`` aliases the rows in one process under ``torch.no_grad``;
     otherwise it is a copy, of all ranks' rows.
 
-    A ``state_dict`` (and a pickle) holds this rank's rows, and says which; the fused optimizer's state is only in a pickle.
-    ``load_state_dict`` takes it back, or the state dict of a whole table, pykeen.nn.Embedding's or torch.nn.Embedding's, of
-    which each rank keeps its part; :meth:`full_state_dict` is the way back. To save and load a job use
-    :mod:`shardemb.checkpoint`.
+    A ``state_dict`` (and a pickle) holds this rank's rows, and says which; the fused optimizer's
+    state is only in a pickle. ``load_state_dict`` takes it back, or the state dict of a whole
+    table, pykeen.nn.Embedding's or torch.nn.Embedding's, of which each rank keeps its part;
+    :meth:`full_state_dict` is the way back. To save and load a job use :mod:`shardemb.checkpoint`.
 
     Args:
         max_id: ids are 0 to ``max_id - 1``.
         num_embeddings: older name of ``max_id``.
         embedding_dim: one-dimensional ``shape``.
         shape: of one row; give it or ``embedding_dim``.
-        initializer: fills rows ``(n, *shape)`` (complex ones as real ``(n, *shape, 2)``): a name, a callable,
-            :class:`~shardemb.initializers.PretrainedInitializer` or None for normal. It is called for fixed blocks of
-            global rows with a seeded generator, so the table is the same at every number of ranks.
+        initializer: fills rows ``(n, *shape)`` (complex ones as real ``(n, *shape, 2)``): a name, a
+            callable, :class:`~shardemb.initializers.PretrainedInitializer` or None for normal. It
+            is called for fixed blocks of global rows with a seeded generator, so the table is the
+            same at every number of ranks.
         initializer_kwargs: its keyword arguments.
-        constrainer: row-wise function that :meth:`post_parameter_update` applies to the rows that changed: a name, a
-            callable or None.
+        constrainer: row-wise function that :meth:`post_parameter_update` applies to the rows that
+            changed: a name, a callable or None.
         constrainer_kwargs: its keyword arguments.
         trainable: whether rows get gradients.
         dtype: of the rows, complex ones included; torch's default.
@@ -152,33 +192,38 @@ class Embedding(Representation):
         regularizer_kwargs: its keyword arguments.
         dropout: probability.
         unique: look each id of a batch up once.
-        gradient: "sparse": a COO gradient on the shard's Parameter, for torch.optim.SGD, Adagrad, SparseAdam or
-            :class:`~shardemb.RowWiseAdagrad`; a step costs what it touches. "dense": an ordinary gradient for any
-            optimizer; every step costs all rows. "fused": FBGEMM updates the rows in backward as ``optimizer`` says; one
-            lookup a step, no gradient is kept.
+        gradient: "sparse": a COO gradient on the shard's Parameter, for torch.optim.SGD, Adagrad,
+            SparseAdam or :class:`~shardemb.RowWiseAdagrad`; a step costs what it touches. "dense":
+            an ordinary gradient for any optimizer; every step costs all rows. "fused": FBGEMM
+            updates the rows in backward as ``optimizer`` says; one lookup a step, no gradient is
+            kept.
         optimizer: of the fused gradient, :class:`~shardemb.FusedOptimizer`.
-        backend: of the fused gradient: "fbgemm", this package's exchange around FBGEMM's tables, or "torchrec", TorchRec's
-            ShardedEmbeddingCollection, with the same results; it needs a process group, also with one rank.
-        torchrec: what TorchRec does with ``backend="torchrec"``, :class:`~shardemb.TorchRecOptions`.
-        placement: "row_wise": each row on one rank; "replicated": all rows on every rank, whose lookups are local and
-            whose gradients :class:`~shardemb.Coordinator` reduces. For small tables. (A bad id in a replicated table
-            raises on its own rank only.)
+        backend: of the fused gradient: "fbgemm", this package's exchange around FBGEMM's tables, or
+            "torchrec", TorchRec's ShardedEmbeddingCollection, with the same results; it needs a
+            process group, also with one rank.
+        torchrec: what TorchRec does with ``backend="torchrec"``,
+            :class:`~shardemb.TorchRecOptions`.
+        placement: "row_wise": each row on one rank; "replicated": all rows on every rank, whose
+            lookups are local and whose gradients :class:`~shardemb.Coordinator` reduces. For small
+            tables. (A bad id in a replicated table raises on its own rank only.)
         gradient_reduction: "mean" over ranks, as DistributedDataParallel does, or "sum".
-        deduplicate: on several ranks, send each id of a batch once, and the sum of its gradients back. Sums are then made in
-            another order than in one process: False keeps it, so that SGD on summed gradients is the same bit by bit.
-        wire_dtype: torch.float16 or torch.bfloat16, in which rows and gradients travel between ranks; None for the table's own.
-            A value is off by at most 2^-11 (float16) or 2^-8 (bfloat16) of itself. float16 ends at 65504, above which values
-            become infinite, and has fewer digits below 6e-5: keep gradients above, by the loss's scale, or take bfloat16.
-        initialize: run the initializer in the constructor, instead of filling rows with N(0, 1) that
-            :meth:`reset_parameters` overwrites: half the time for a large table.
+        deduplicate: on several ranks, send each id of a batch once, and the sum of its gradients
+            back. Sums are then made in another order than in one process: False keeps it, so that
+            SGD on summed gradients is the same bit by bit.
+        wire_dtype: torch.float16 or torch.bfloat16, in which rows and gradients travel between
+            ranks; None for the table's own. A value is off by at most 2^-11 (float16) or 2^-8
+            (bfloat16) of itself. float16 ends at 65504, above which values become infinite, and has
+            fewer digits below 6e-5: keep gradients above, by the loss's scale, or take bfloat16.
+        initialize: run the initializer in the constructor, instead of filling rows with N(0, 1)
+            that :meth:`reset_parameters` overwrites: half the time for a large table.
         process_group: default: the default group, if there is one.
         seed: of the initial rows; None draws one from torch's generator (rank 0's, for all ranks).
         device: of the rows.
         name: of the table, for errors and checkpoints.
 
     Raises:
-        ValueError: missing or contradictory sizes, options that do not go together, a constrainer that is not row-wise,
-            ranks that disagree.
+        ValueError: missing or contradictory sizes, options that do not go together, a constrainer
+            that is not row-wise, ranks that disagree.
         TypeError: a shape that is neither an int nor a sequence of ints, a function that is none.
         KeyError: an unknown name of a function.
         MemoryError: the shard does not fit the free memory.
@@ -223,33 +268,55 @@ class Embedding(Representation):
             ("gradient_reduction", gradient_reduction, ("mean", "sum")),
         ):
             if value not in allowed:
-                raise ValueError(f"table {name!r}: got {key}={value!r}, expected one of {allowed}")
+                raise InputError(f"table {name!r}: got {key}={value!r}, expected one of {allowed}")
         if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
-            raise TypeError(f"table {name!r}: got optimizer={optimizer!r}, expected a shardemb.FusedOptimizer")
+            raise InputTypeError(
+                f"table {name!r}: got optimizer={optimizer!r}, expected a shardemb.FusedOptimizer"
+            )
         if optimizer is not None and gradient != "fused":
-            raise ValueError(f"table {name!r}: optimizer={optimizer} needs gradient='fused', got gradient={gradient!r}")
+            raise InputError(
+                f"table {name!r}: optimizer={optimizer} needs gradient='fused', got"
+                f" gradient={gradient!r}"
+            )
         if backend == "torchrec" and wire_dtype is not None:
-            raise ValueError(f"table {name!r}: wire_dtype={wire_dtype} is for backend='fbgemm', got backend='torchrec'")
+            raise InputError(
+                f"table {name!r}: wire_dtype={wire_dtype} is for backend='fbgemm', got"
+                " backend='torchrec'"
+            )
         if backend == "torchrec" and (gradient != "fused" or placement != "row_wise"):
-            raise ValueError(
-                f"table {name!r}: backend='torchrec' is for gradient='fused' and placement='row_wise', got "
-                f"gradient={gradient!r} and placement={placement!r}: change them, or use backend='fbgemm'"
+            raise InputError(
+                f"table {name!r}: backend='torchrec' is for gradient='fused' and"
+                f" placement='row_wise', got gradient={gradient!r} and placement={placement!r}:"
+                " change them, or use backend='fbgemm'"
             )
         if torchrec is not None and not isinstance(torchrec, TorchRecOptions):
-            raise TypeError(f"table {name!r}: got torchrec={torchrec!r}, expected a shardemb.TorchRecOptions")
+            raise InputTypeError(
+                f"table {name!r}: got torchrec={torchrec!r}, expected a shardemb.TorchRecOptions"
+            )
         if torchrec is not None and backend != "torchrec":
-            raise ValueError(f"table {name!r}: torchrec={torchrec} needs backend='torchrec', got backend={backend!r}")
+            raise InputError(
+                f"table {name!r}: torchrec={torchrec} needs backend='torchrec', got"
+                f" backend={backend!r}"
+            )
         if placement == "replicated" and gradient == "fused":
-            raise ValueError(
-                f"table {name!r}: placement='replicated' with gradient='fused' would update each rank's copy by its own "
-                f"gradients alone: use gradient='sparse' or 'dense'"
+            raise InputError(
+                f"table {name!r}: placement='replicated' with gradient='fused' would update each"
+                " rank's copy by its own gradients alone: use gradient='sparse' or 'dense'"
             )
         if wire_dtype not in (None, torch.float16, torch.bfloat16):
-            raise ValueError(f"table {name!r}: got wire_dtype={wire_dtype}, expected torch.float16, torch.bfloat16 or None")
+            raise InputError(
+                f"table {name!r}: got wire_dtype={wire_dtype}, expected torch.float16,"
+                " torch.bfloat16 or None"
+            )
         if max_id < 0 or any(size < 0 for size in shape):
-            raise RuntimeError(f"table {name!r}: got max_id={max_id} and shape={shape}, expected no negative size")
+            raise UsageError(
+                f"table {name!r}: got max_id={max_id} and shape={shape}, expected no negative size"
+            )
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise ValueError(f"table {name!r}: got seed={seed!r}, expected an int, at least 0 and below 2**63, or None")
+            raise InputError(
+                f"table {name!r}: got seed={seed!r}, expected an int, at least 0 and below 2**63,"
+                " or None"
+            )
         self.name = name
         self.gradient: Gradient = gradient
         self.placement: Placement = placement
@@ -260,29 +327,41 @@ class Embedding(Representation):
         self.initializer: Initializer = resolve_initializer(initializer, initializer_kwargs)
         self.constrainer: RowFunction | None = resolve_constrainer(constrainer, constrainer_kwargs)
         if not (dtype.is_floating_point or dtype.is_complex):
-            raise RuntimeError(f"table {name!r}: got dtype {dtype}, expected a floating point or complex one")
+            raise UsageError(
+                f"table {name!r}: got dtype {dtype}, expected a floating point or complex one"
+            )
         # replicas also get the rows that other ranks changed, which this one has not seen
         self._changed_only = gradient != "dense" and placement == "row_wise"
         if self.constrainer is not None:
             self._changed_only &= probe_constrainer(self.constrainer, self.shape, dtype, name)
 
         self._due: bool | None = None
-        self._group = process_group if dist.is_initialized() and process_group is not dist.group.WORLD else None
-        ranks = (dist.get_world_size(self._group), dist.get_rank(self._group)) if dist.is_initialized() else (1, 0)
+        self._group = (
+            process_group
+            if dist.is_initialized() and process_group is not dist.group.WORLD
+            else None
+        )
+        ranks = (
+            (dist.get_world_size(self._group), dist.get_rank(self._group))
+            if dist.is_initialized()
+            else (1, 0)
+        )
         self._world_size = ranks[0]
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             warnings.warn(
-                f"table {name!r}: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialized, so each "
-                f"process makes a whole table of its own: call torch.distributed.init_process_group first",
+                f"table {name!r}: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed"
+                " is not initialized, so each process makes a whole table of its own: call"
+                " torch.distributed.init_process_group first",
                 stacklevel=2,
             )
         self._seed = seed
         drawn = self._agree(
-            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction} {optimizer} {backend} {torchrec} "
-            f"seed {seed} deduplicate {deduplicate} wire {wire_dtype} initialize {initialize} "
-            f"trainable {trainable} unique {self.unique} initializer {_describe(self.initializer)} "
-            f"constrainer {_describe(self.constrainer)} normalizer {_describe(self.normalizer)} "
-            f"regularizer {type(self.regularizer).__name__}"
+            f"{max_id} x {self.shape} {dtype} {gradient} {placement} {gradient_reduction}"
+            f" {optimizer} {backend} {torchrec} seed {seed} deduplicate {deduplicate} wire"
+            f" {wire_dtype} initialize {initialize} trainable {trainable} unique {self.unique}"
+            f" initializer {_describe(self.initializer)} constrainer {_describe(self.constrainer)}"
+            f" normalizer {_describe(self.normalizer)} regularizer"
+            f" {type(self.regularizer).__name__}"
         )
         device = torch.device(device)
         self._groups: Groups | None = None
@@ -291,12 +370,19 @@ class Embedding(Representation):
             ranks = (dist.get_world_size(self._groups.shard), dist.get_rank(self._groups.shard))
         #: of the ranks that share the rows
         self._row_group = self._group if self._groups is None else self._groups.shard
-        self.plan = RowPlan(name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0)))
-        self._exchange = Exchange(self.plan, self._row_group, gradient_reduction, deduplicate, wire_dtype)
+        self.plan = RowPlan(
+            name, max_id, math.prod(self._shape), *(ranks if placement == "row_wise" else (1, 0))
+        )
+        self._exchange = Exchange(
+            self.plan, self._row_group, gradient_reduction, deduplicate, wire_dtype
+        )
         track = self.constrains_changed_rows_only
         self._embeddings: Table
         if gradient == "fused":
-            common: dict[str, Any] = {"optimizer": optimizer or FusedOptimizer(), "trainable": trainable}
+            common: dict[str, Any] = {
+                "optimizer": optimizer or FusedOptimizer(),
+                "trainable": trainable,
+            }
             common |= {"dtype": stored, "device": device, "track": track}
             if self._groups is None:
                 self._embeddings = FusedTable(self.plan, **common)
@@ -311,32 +397,49 @@ class Embedding(Representation):
                 )
         else:
             self._embeddings = ParameterTable(
-                self.plan, sparse=gradient == "sparse", trainable=trainable, dtype=stored, device=device, track=track
+                self.plan,
+                sparse=gradient == "sparse",
+                trainable=trainable,
+                dtype=stored,
+                device=device,
+                track=track,
             )
         self._fill(self.initializer if initialize else nn.init.normal_, drawn)
 
     @classmethod
     def from_pretrained(cls, tensor: Any, *, trainable: bool = False, **kwargs: Any) -> Self:
-        """Make a table for a tensor ``(max_id, *shape)``, or a pretrained initializer that holds one.
+        """Make a table for a tensor ``(max_id, *shape)``.
 
-        As in PyKEEN, :meth:`reset_parameters` puts the tensor into the table, and the table is frozen unless
-        ``trainable``.
+        Or a pretrained initializer that holds one.
+
+        As in PyKEEN, :meth:`reset_parameters` puts the tensor into the table, and the table is
+        frozen unless ``trainable``.
         """
         initializer = PretrainedInitializer(tensor) if isinstance(tensor, Tensor) else tensor
         max_id, *shape = initializer.tensor.shape
-        return cls(max_id=max_id, shape=shape, initializer=initializer, trainable=trainable, **kwargs)
+        return cls(
+            max_id=max_id, shape=shape, initializer=initializer, trainable=trainable, **kwargs
+        )
 
     def _agree(self, what: str) -> int:
-        """Return a seed that all ranks share. A collective; raises on all ranks if they make different tables."""
+        """Return a seed that all ranks share. A collective.
+
+        Raises on all ranks if they make different tables.
+        """
         drawn = int(torch.randint(2**62, ())) if self._seed is None else self._seed
         if self._world_size == 1:
             return drawn
-        told = collectives.gather((self.name, what, drawn), group=self._group, operation=f"table {self.name!r}: construction")
+        told = collectives.gather(
+            (self.name, what, drawn),
+            group=self._group,
+            operation=f"table {self.name!r}: construction",
+        )
         for rank, (name, other, _) in enumerate(told):
             if [name, other] != told[0][:2]:
-                raise ValueError(
-                    f"ranks make different tables: rank 0 {told[0][0]!r} ({told[0][1]}), rank {rank} {name!r} ({other}): "
-                    f"construct tables in the same order with the same arguments on every rank"
+                raise InputError(
+                    f"ranks make different tables: rank 0 {told[0][0]!r} ({told[0][1]}), rank"
+                    f" {rank} {name!r} ({other}): construct tables in the same order with the same"
+                    " arguments on every rank"
                 )
         return told[0][2]
 
@@ -355,10 +458,13 @@ class Embedding(Representation):
         self._fill(self.initializer, self._agree("reset_parameters"))
 
     def post_parameter_update(self) -> None:
-        """Constrain this rank's rows in place; call it after each optimizer step. Local to the rank.
+        """Constrain this rank's rows in place; call it after each optimizer step.
 
-        The first call constrains all rows. Later ones take the rows that got a gradient since the last call; for a
-        constrainer that is not idempotent, and with dense gradients, all rows again.
+        Local to the rank.
+
+        The first call constrains all rows. Later ones take the rows that got a gradient since the
+        last call; for a constrainer that is not idempotent, and with dense gradients, all rows
+        again.
         """
         if self.constrainer is not None and self._due is not False:
             if self._due:
@@ -366,7 +472,10 @@ class Embedding(Representation):
             self._embeddings.constrain_(self._row_constrainer, self._changed_only)
 
     def update_once(self, on: bool) -> None:
-        """Let only the next :meth:`post_parameter_update` count until switched off: the table's model may call it too."""
+        """Let only the next :meth:`post_parameter_update` count until switched off.
+
+        The table's model may call it too.
+        """
         self._due = True if on else None
 
     @property
@@ -392,30 +501,44 @@ class Embedding(Representation):
         return torch.view_as_complex(x) if self.is_complex else x
 
     def forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
-        """As :meth:`Representation.forward`, of ids that may have been prefetched. A collective on several ranks."""
+        """As :meth:`Representation.forward`, of ids that may have been prefetched.
+
+        A collective on several ranks.
+        """
         return super().forward(indices)  # type: ignore[arg-type]
 
     def _unique(self, indices: Any) -> tuple[Any, Tensor | None]:
-        return (indices, indices.inverse) if isinstance(indices, Prefetched) else super()._unique(indices)
+        return (
+            (indices, indices.inverse)
+            if isinstance(indices, Prefetched)
+            else super()._unique(indices)
+        )
 
     def prefetch(self, indices: Tensor, stale_rows: bool = False) -> Prefetched:
-        """Send the ids of a later lookup to the owners of their rows while something else is computed. A collective.
+        """Send the ids of a later lookup to the owners of their rows now. A collective.
 
-        ``table(table.prefetch(ids))`` is ``table(ids)``: call this once the ids are known, say before the backward of the step
-        before, and give the result to the table when the rows are wanted. On one rank there is nothing to send.
+        ``table(table.prefetch(ids))`` is ``table(ids)``: call this once the ids are known, say
+        before the backward of the step before, and give the result to the table when the rows are
+        wanted. On one rank there is nothing to send.
 
         Args:
             indices: integers of any shape.
-            stale_rows: look the rows up now, so that they travel meanwhile too. They lack what an optimizer does to them
-                between this call and the lookup; their gradients go to the rows all the same. (A fused Adagrad refuses
-                it while another lookup is pending.)
+            stale_rows: look the rows up now, so that they travel meanwhile too. They lack what an
+                optimizer does to them between this call and the lookup; their gradients go to the
+                rows all the same. (A fused Adagrad refuses it while another lookup is pending.)
 
         Raises:
             IndexError: ids out of range, on all ranks; and as forward.
         """
         indices, inverse = self._unique(indices)
         route = self._send(indices, wait=False)
-        return Prefetched(self, tuple(indices.shape), inverse, route, self._start(route, wait=False) if stale_rows else None)
+        return Prefetched(
+            self,
+            tuple(indices.shape),
+            inverse,
+            route,
+            self._start(route, wait=False) if stale_rows else None,
+        )
 
     def _send(self, indices: Any, wait: bool = True) -> Route | Sent:
         flat = indices.reshape(-1) if isinstance(indices, Tensor) else indices
@@ -436,7 +559,10 @@ class Embedding(Representation):
     def _plain_forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
         if isinstance(indices, Prefetched):
             if indices.table is not self:
-                raise ValueError(f"table {self.name!r}: got ids that were prefetched by table {indices.table.name!r}")
+                raise InputError(
+                    f"table {self.name!r}: got ids that were prefetched by table"
+                    f" {indices.table.name!r}"
+                )
             route, way = indices.route, indices.rows
         else:
             if indices is None:
@@ -451,16 +577,24 @@ class Embedding(Representation):
 
     @property
     def torchrec_table(self) -> TorchRecTable:
-        """TorchRec's side of the table: its ``torchrec_module`` and ``torchrec_plan``; RuntimeError for other backends."""
+        """TorchRec's side of the table: its ``torchrec_module`` and ``torchrec_plan``.
+
+        RuntimeError for other backends.
+        """
         if not isinstance(self._embeddings, TorchRecTable):
-            raise RuntimeError(f"table {self.name!r} is not TorchRec's: make it with gradient='fused', backend='torchrec'")
+            raise UsageError(
+                f"table {self.name!r} is not TorchRec's: make it with gradient='fused',"
+                " backend='torchrec'"
+            )
         return self._embeddings
 
     def synchronize_replicas(self) -> None:
-        """Average the rows that moved, and their optimizer state, over replicas; :class:`~shardemb.Coordinator` does it.
+        """Average the rows that moved, and their optimizer state, over replicas.
 
-        For ``TorchRecOptions(sharding_group_size=...)``, once a step or less often, before :meth:`post_parameter_update`, and
-        before saving. A collective; other tables do nothing.
+        :class:`~shardemb.Coordinator` does it.
+
+        For ``TorchRecOptions(sharding_group_size=...)``, once a step or less often, before
+        :meth:`post_parameter_update`, and before saving. A collective; other tables do nothing.
         """
         if isinstance(self._embeddings, TorchRecTable):
             self._embeddings.synchronize_replicas()
@@ -471,49 +605,69 @@ class Embedding(Representation):
         return self._groups is None or self._groups.holds_first_copy
 
     def constrainer_in_step(self) -> dict[Tensor, RowFunction]:
-        """Return, by Parameter, what a row-wise optimizer may apply to the rows ``(n, D)`` that it updates.
+        """Return, by Parameter, what a row-wise optimizer may apply to the rows ``(n.
 
-        Empty if there is no constrainer, or if :meth:`post_parameter_update` has other rows to look at too.
+        D)`` that it updates.
+
+        Empty if there is no constrainer, or if :meth:`post_parameter_update` has other rows to look
+        at too.
         """
-        if self.gradient != "sparse" or not self.constrains_changed_rows_only or self._embeddings.any_changed:
+        if (
+            self.gradient != "sparse"
+            or not self.constrains_changed_rows_only
+            or self._embeddings.any_changed
+        ):
             return {}
         return {self._embeddings.weight: self._row_constrainer}
 
     def full_state_dict(self, layout: Literal["pykeen", "torch"] = "pykeen") -> dict[str, Any]:
-        """Return the state of the whole table, on every rank. A collective; needs memory for all rows.
+        """Return the state of the whole table, on every rank. A collective.
+
+        Needs memory for all rows.
 
         Args:
-            layout: "pykeen" for ``pykeen.nn.Embedding.load_state_dict``, "torch" for ``torch.nn.Embedding.load_state_dict``
-                (the weight alone, ``(V, D)``, complex rows as pairs of real numbers). This class's own loads both, at any
-                number of ranks.
+            layout: "pykeen" for ``pykeen.nn.Embedding.load_state_dict``, "torch" for
+                ``torch.nn.Embedding.load_state_dict`` (the weight alone, ``(V, D)``, complex rows
+                as pairs of real numbers). This class's own loads both, at any number of ranks.
 
         Raises:
             ValueError: another layout.
         """
         if layout not in ("pykeen", "torch"):
-            raise ValueError(f"table {self.name!r}: got layout={layout!r}, expected 'pykeen' or 'torch'")
+            raise InputError(
+                f"table {self.name!r}: got layout={layout!r}, expected 'pykeen' or 'torch'"
+            )
         weight = self._embeddings.weight.detach()
         if self.plan.world_size > 1:
             blocks = weight.new_empty(self.plan.world_size * self.plan.block, self.plan.dim)
             mine = weight.new_zeros(self.plan.block, self.plan.dim)
             mine[: len(weight)] = weight
             parts = list(blocks.split(self.plan.block))
-            collectives.all_gather(parts, mine, group=self._row_group, operation=f"table {self.name!r}: all rows")
-            weight = kernels.take(blocks, self.plan.slots(torch.arange(self.max_id, device=blocks.device)))
+            collectives.all_gather(
+                parts, mine, group=self._row_group, operation=f"table {self.name!r}: all rows"
+            )
+            weight = kernels.take(
+                blocks, self.plan.slots(torch.arange(self.max_id, device=blocks.device))
+            )
         if layout == "torch":
             return {"weight": weight}
         mine_only = "_embeddings.rows"
         state = {key: value for key, value in self.state_dict().items() if key != mine_only}
         return state | {"_embeddings.weight": weight}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         if f"{prefix}weight" in state_dict:  # torch.nn.Embedding's name
             state_dict[f"{prefix}_embeddings.weight"] = state_dict.pop(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._group is not None:
-            raise RuntimeError(f"table {self.name!r} lies on a process group of its own, so it cannot be copied or pickled")
+            raise UsageError(
+                f"table {self.name!r} lies on a process group of its own, so it cannot be copied or"
+                " pickled"
+            )
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -521,9 +675,10 @@ class Embedding(Representation):
         here = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         saved = (self.plan.world_size, self.plan.rank)
         if self.placement == "row_wise" and saved != here:
-            raise RuntimeError(
-                f"table {self.name!r}: got the rows of rank {saved[1]} of {saved[0]}, this is rank {here[1]} of {here[0]}: a "
-                f"pickle holds one rank's rows; to load at another number of ranks use shardemb.checkpoint or full_state_dict"
+            raise UsageError(
+                f"table {self.name!r}: got the rows of rank {saved[1]} of {saved[0]}, this is rank"
+                f" {here[1]} of {here[0]}: a pickle holds one rank's rows; to load at another"
+                " number of ranks use shardemb.checkpoint or full_state_dict"
             )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -534,27 +689,40 @@ class Embedding(Representation):
         return self
 
     def require_default_group(self, who: str) -> None:
-        """Raise ValueError if the rows lie on another group than the default one, which is all that ``who`` takes."""
+        """Raise ValueError if the rows lie on another group than the default one.
+
+        Which is all that ``who`` takes.
+        """
         if self._group is not None:
-            raise ValueError(f"table {self.name!r} lies on a process group of its own, {who} takes the default group only")
+            raise InputError(
+                f"table {self.name!r} lies on a process group of its own, {who} takes the default"
+                " group only"
+            )
 
     @property
     def exchanged_bytes(self) -> int:
-        """What this rank has sent to others in lookups and their backward so far; TorchRec's own exchange is not counted."""
+        """What this rank has sent to others in lookups and their backward so far.
+
+        TorchRec's own exchange is not counted.
+        """
         return self._exchange.sent_bytes
 
     def local_rows(self, trainable: bool = False) -> Tensor:
-        """Return this rank's rows ``(R, *shape)``, normalized as forward does; ``plan.local_ids()`` are their ids.
+        """Return this rank's rows ``(R, *shape)``, normalized as forward does.
+
+        ``plan.local_ids()`` are their ids.
 
         Args:
-            trainable: with a gradient, for a loss over all rows; on several ranks it is this rank's alone, not reduced.
+            trainable: with a gradient, for a loss over all rows; on several ranks it is this rank's
+                alone, not reduced.
 
         Raises:
             ValueError: ``trainable`` rows of a table whose gradient is not dense.
         """
         if trainable and self.gradient != "dense":
-            raise ValueError(
-                f"table {self.name!r}: got gradient={self.gradient!r}, expected 'dense' for trainable rows: all of them get one"
+            raise InputError(
+                f"table {self.name!r}: got gradient={self.gradient!r}, expected 'dense' for"
+                " trainable rows: all of them get one"
             )
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
             weight = self._embeddings.weight
@@ -566,13 +734,22 @@ class Embedding(Representation):
         self._embeddings.set_learning_rate(lr)
 
     def stored_rows(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps of this rank's rows: "weight" ``(R, D)`` and the fused optimizer's state."""
+        """Return what a checkpoint keeps of this rank's rows.
+
+        "weight" ``(R, D)`` and the fused optimizer's state.
+        """
         return {"weight": self._embeddings.weight.detach(), **self._embeddings.optimizer_state()}
 
     @torch.no_grad()
     def load_stored_rows(self, rows: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`stored_rows` gave, for this rank's rows; the weight alone leaves the optimizer's state."""
-        weight, state = self._embeddings.weight.detach(), {key: value for key, value in rows.items() if key != "weight"}
+        """Put back what :meth:`stored_rows` gave, for this rank's rows.
+
+        The weight alone leaves the optimizer's state.
+        """
+        weight, state = (
+            self._embeddings.weight.detach(),
+            {key: value for key, value in rows.items() if key != "weight"},
+        )
         if rows["weight"].data_ptr() != weight.data_ptr():  # otherwise it was filled in place
             weight.copy_(rows["weight"])
         if state:
@@ -582,7 +759,11 @@ class Embedding(Representation):
     def fused_hyperparameters(self) -> dict[str, Any] | None:
         """Return name, learning rate and eps of the fused optimizer; None for other gradients."""
         table = self._embeddings
-        return {**asdict(table.optimizer), "lr": table.learning_rate} if isinstance(table, FusedTable) else None
+        return (
+            {**asdict(table.optimizer), "lr": table.learning_rate}
+            if isinstance(table, FusedTable)
+            else None
+        )
 
     def extra_repr(self) -> str:
         """Show the interface's part and this rank's share."""
@@ -593,7 +774,11 @@ class Embedding(Representation):
 def _describe(function: Any) -> str:
     """Name a function so that all ranks name it alike: no addresses."""
     if isinstance(function, partial):
-        simple = {key: value for key, value in function.keywords.items() if isinstance(value, int | float | str | tuple)}
+        simple = {
+            key: value
+            for key, value in function.keywords.items()
+            if isinstance(value, int | float | str | tuple)
+        }
         return f"{_describe(function.func)}({simple})"
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
@@ -601,28 +786,34 @@ def _describe(function: Any) -> str:
 def _as_shape(shape: Any) -> tuple[int, ...]:
     if isinstance(shape, int):
         return (shape,)
-    if isinstance(shape, Sequence) and not isinstance(shape, str) and all(isinstance(n, int) for n in shape):
+    if (
+        isinstance(shape, Sequence)
+        and not isinstance(shape, str)
+        and all(isinstance(n, int) for n in shape)
+    ):
         return tuple(shape)
-    raise TypeError(f"Invalid type for shape: ({type(shape)}) {shape}: expected an int or a sequence of ints")
+    raise InputTypeError(
+        f"Invalid type for shape: ({type(shape)}) {shape}: expected an int or a sequence of ints"
+    )
 
 
 def _one_max_id(max_id: int | None, num_embeddings: int | None) -> int:
     if max_id is not None and num_embeddings is not None and max_id != num_embeddings:
-        raise ValueError(
-            f"Cannot provide both, 'max_id' over 'num_embeddings': got {max_id} and {num_embeddings}; the size of a row is "
-            f"embedding_dim= or shape="
+        raise InputError(
+            f"Cannot provide both, 'max_id' over 'num_embeddings': got {max_id} and"
+            f" {num_embeddings}; the size of a row is embedding_dim= or shape="
         )
     if max_id is not None:
         return max_id
     if num_embeddings is None:
-        raise ValueError("Must provide max_id")
+        raise InputError("Must provide max_id")
     warnings.warn("prefer using 'max_id' over 'num_embeddings'", DeprecationWarning, stacklevel=3)
     return num_embeddings
 
 
 def _one_shape(embedding_dim: int | None, shape: int | Sequence[int] | None) -> tuple[int, ...]:
     if shape is None and embedding_dim is None:
-        raise ValueError("Missing both, shape and embedding_dim")
+        raise InputError("Missing both, shape and embedding_dim")
     if shape is not None and embedding_dim is not None:
-        raise ValueError("Provided both, shape and embedding_dim")
+        raise InputError("Provided both, shape and embedding_dim")
     return _as_shape(embedding_dim if shape is None else shape)

@@ -1,10 +1,12 @@
 """Initial rows that depend on the seed and the id, never on the shard or the number of ranks.
 
-A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.sharding.placement`), or, if it is no larger, in one of all
-ids. Each block has its own random stream, and a rank makes every block that it holds a row of, whole, and keeps its part. So
-any initializer works, also a user's callable, as long as a row's value does not depend on how many rows the table has. Where
-it does, and the function is known, its scale is corrected (Glorot's and Kaiming's fan out, quaternions), or every rank makes
-the whole table for itself once (orthogonal, sparse, eye, dirac).
+A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see
+:mod:`shardemb.sharding.placement`), or, if it is no larger, in one of all ids. Each block has its
+own random stream, and a rank makes every block that it holds a row of, whole, and keeps its part.
+So any initializer works, also a user's callable, as long as a row's value does not depend on how
+many rows the table has. Where it does, and the function is known, its scale is corrected (Glorot's
+and Kaiming's fan out, quaternions), or every rank makes the whole table for itself once
+(orthogonal, sparse, eye, dirac).
 """
 
 import math
@@ -19,41 +21,57 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from shardemb import kernels
+from shardemb.exceptions import InputError, InputTypeError, OutOfMemoryError, UnknownNameError
 from shardemb.sharding.placement import RowPermutation, RowPlan
 from shardemb.utils.memory import free_bytes
 from shardemb.utils.progress import progress
 from shardemb.utils.types import Initializer, normalize_name
 
-#: Rows that share one random stream. A constant of the format: another value gives other initial tables.
+#: Rows that share one random stream. A constant of the format: another value gives other initial
+#: tables.
 BLOCK_ROWS = 4096
 
 
 def xavier_uniform_(tensor: Tensor, gain: float = 1.0) -> Tensor:
-    """Fill rows ``(n, *shape)`` from U(-a, a), a = gain * sqrt(6 / prod(shape)): PyKEEN's form of Glorot's rule."""
+    """Fill rows ``(n, *shape)`` from U(-a, a), a = gain * sqrt(6 / prod(shape)).
+
+    PyKEEN's form of Glorot's rule.
+    """
     bound = gain * math.sqrt(6.0 / math.prod(tensor.shape[1:]))
     return init.uniform_(tensor, -bound, bound)
 
 
 def xavier_normal_(tensor: Tensor, gain: float = 1.0) -> Tensor:
-    """Fill rows ``(n, *shape)`` from N(0, s^2), s = gain * sqrt(2 / prod(shape)): PyKEEN's form of Glorot's rule."""
+    """Fill rows ``(n, *shape)`` from N(0, s^2), s = gain * sqrt(2 / prod(shape)).
+
+    PyKEEN's form of Glorot's rule.
+    """
     return init.normal_(tensor, std=gain * math.sqrt(2.0 / math.prod(tensor.shape[1:])))
 
 
 def xavier_uniform_norm_(tensor: Tensor) -> Tensor:
-    """Unit vectors of uniform direction cosines; the scale of Glorot's rule, which uses the row count, cancels."""
+    """Unit vectors of uniform direction cosines.
+
+    The scale of Glorot's rule, which uses the row count, cancels.
+    """
     _require_rows_of_numbers(tensor)
     return F.normalize(init.uniform_(tensor, -1.0, 1.0))
 
 
 def xavier_normal_norm_(tensor: Tensor) -> Tensor:
-    """Unit vectors of uniform direction; the scale of Glorot's rule, which uses the row count, cancels."""
+    """Unit vectors of uniform direction.
+
+    The scale of Glorot's rule, which uses the row count, cancels.
+    """
     _require_rows_of_numbers(tensor)
     return F.normalize(init.normal_(tensor))
 
 
 def _require_rows_of_numbers(tensor: Tensor) -> None:
     if tensor.dim() < 2:  # as torch says it, whose rule needs two fans
-        raise ValueError("Fan in and fan out can not be computed for tensor with fewer than 2 dimensions")
+        raise InputError(
+            "Fan in and fan out can not be computed for tensor with fewer than 2 dimensions"
+        )
 
 
 def normal_norm_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -67,23 +85,30 @@ def uniform_norm_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
 
 
 def init_phases(tensor: Tensor) -> Tensor:
-    """Complex numbers of modulus 1 and uniform phase, for a real view ``(..., 2)`` of complex rows."""
+    """Complex numbers of modulus 1 and uniform phase, for a real view ``(....
+
+    2)`` of complex rows.
+    """
     pairs = tensor if tensor.shape[-1] == 2 else tensor.view(*tensor.shape[:-1], -1, 2)
     phases = 2 * math.pi * torch.rand(pairs.shape[:-1], dtype=tensor.dtype, device=tensor.device)
     return torch.stack([phases.cos(), phases.sin()], dim=-1)
 
 
 def init_quaternions(tensor: Tensor) -> Tensor:
-    """Fill ``(n, *, d, 4)`` with quaternions of random modulus in [-s, s], s = 1 / sqrt(2 n prod(*)), and uniform phase.
+    """Fill ``(n, *, d, 4)`` with quaternions of random modulus in [-s, s].
+
+    S = 1 / sqrt(2 n prod(*)), and uniform phase.
 
     PyKEEN's rule; Raises ValueError if the last dimension is not 4.
     """
     if tensor.dim() < 2 or tensor.shape[-1] != 4:
-        raise ValueError(f"shape must be (..., 4) but is {tensor.shape}.")
+        raise InputError(f"shape must be (..., 4) but is {tensor.shape}.")
     scale = 1 / math.sqrt(2 * math.prod(tensor.shape[:-2]))
     modulus = scale * (2 * torch.rand(tensor.shape[:-1]) - 1)
     phase = 2 * math.pi * torch.rand(tensor.shape[:-1])
-    imaginary = F.normalize(torch.rand(*tensor.shape[:-1], 3), dim=-1) * (modulus * phase.sin()).unsqueeze(-1)
+    imaginary = F.normalize(torch.rand(*tensor.shape[:-1], 3), dim=-1) * (
+        modulus * phase.sin()
+    ).unsqueeze(-1)
     return torch.cat([(modulus * phase.cos()).unsqueeze(-1), imaginary], dim=-1)
 
 
@@ -96,7 +121,9 @@ class PretrainedInitializer:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the tensor in ``x``'s dtype and place; its shape must be ``x``'s."""
         if x.shape != self.tensor.shape:
-            raise ValueError(f"shape does not match: expected {self.tensor.shape} but got {x.shape}")
+            raise InputError(
+                f"shape does not match: expected {self.tensor.shape} but got {x.shape}"
+            )
         return self.tensor.to(device=x.device, dtype=x.dtype)
 
 
@@ -126,15 +153,27 @@ _BY_NAME: dict[str, Initializer] = {
 _WHOLE_TABLE = {init.dirac_, init.eye_, init.orthogonal_, init.sparse_}
 
 
-def _row_count_scale(function: Any, kwargs: Mapping[str, Any], rows: int, total: int, shape: tuple[int, ...]) -> float:
-    """Return what turns values made for ``rows`` rows into those for ``total``, for functions that look at the number."""
+def _row_count_scale(
+    function: Any, kwargs: Mapping[str, Any], rows: int, total: int, shape: tuple[int, ...]
+) -> float:
+    """Return what turns values made for ``rows`` rows into those for ``total``.
+
+    For functions that look at the number.
+    """
     if rows == total:
         return 1.0
     field = math.prod(shape[1:])  # torch's fans: fan_in = shape[0] * field, fan_out = rows * field
     if function in (init.xavier_uniform_, init.xavier_normal_):
         return math.sqrt((shape[0] + rows) / (shape[0] + total)) if shape and field else 1.0
-    by_fan_out = function in (init.kaiming_uniform_, init.kaiming_normal_) and kwargs.get("mode") == "fan_out"
-    return math.sqrt(rows / total) if by_fan_out or (function is init_quaternions and len(shape) > 1) else 1.0
+    by_fan_out = (
+        function in (init.kaiming_uniform_, init.kaiming_normal_)
+        and kwargs.get("mode") == "fan_out"
+    )
+    return (
+        math.sqrt(rows / total)
+        if by_fan_out or (function is init_quaternions and len(shape) > 1)
+        else 1.0
+    )
 
 
 def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> Initializer:
@@ -152,24 +191,31 @@ def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> I
             "pykeen.nn.init",
             "init_quaternions",
         ):
-            function = init_quaternions  # the same rule, whose dependence on the row count is known here
+            function = (
+                init_quaternions  # the same rule, whose dependence on the row count is known here
+            )
     elif isinstance(initializer, str):
         key = normalize_name(initializer)
         if key not in _BY_NAME:
-            raise KeyError(f"{initializer} is an invalid. Try one of: {sorted(_BY_NAME)}")
+            raise UnknownNameError(f"{initializer} is an invalid. Try one of: {sorted(_BY_NAME)}")
         function = _BY_NAME[key]
     elif isinstance(initializer, Tensor):
-        raise TypeError(
-            "Invalid function: a tensor: use Embedding.from_pretrained, or shardemb.initializers.PretrainedInitializer"
+        raise InputTypeError(
+            "Invalid function: a tensor: use Embedding.from_pretrained, or"
+            " shardemb.initializers.PretrainedInitializer"
         )
     else:
-        raise TypeError(f"Invalid function: {type(initializer)} - {initializer}")
+        raise InputTypeError(f"Invalid function: {type(initializer)} - {initializer}")
     return partial(function, **kwargs) if kwargs else function
 
 
 @torch.no_grad()
-def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], plan: RowPlan, seed: int) -> None:
-    """Fill a shard in place, block by block; at most two blocks of memory besides it. A bar shows what takes long.
+def fill_rows(
+    out: Tensor, initializer: Initializer, shape: tuple[int, ...], plan: RowPlan, seed: int
+) -> None:
+    """Fill a shard in place, block by block; at most two blocks of memory besides it.
+
+    A bar shows what takes long.
 
     Args:
         out: ``(R, D)``, this rank's rows.
@@ -179,28 +225,42 @@ def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], pla
         seed: of the table.
 
     Raises:
-        ValueError: the initializer returned another shape, or a pretrained tensor does not fit the table.
+        ValueError: the initializer returned another shape, or a pretrained tensor does not fit the
+            table.
         MemoryError: an initializer that needs the whole table, which does not fit.
     """
     total = plan.num_rows
     pretrained = getattr(initializer, "tensor", None)
-    if isinstance(pretrained, Tensor):  # PyKEEN's PretrainedInitializer and its subclasses: rows by id
+    if isinstance(
+        pretrained, Tensor
+    ):  # PyKEEN's PretrainedInitializer and its subclasses: rows by id
         real = torch.view_as_real(pretrained) if pretrained.is_complex() else pretrained
         if tuple(real.shape) != (total, *shape):
-            raise ValueError(f"shape does not match: expected {(total, *shape)} but got {tuple(real.shape)}")
+            raise InputError(
+                f"shape does not match: expected {(total, *shape)} but got {tuple(real.shape)}"
+            )
         _cut(out, real.reshape(total, out.shape[1]), plan)
         return
     first, last = plan.first, plan.first + len(out)
-    function, kwargs = (initializer.func, initializer.keywords) if isinstance(initializer, partial) else (initializer, {})
+    function, kwargs = (
+        (initializer.func, initializer.keywords)
+        if isinstance(initializer, partial)
+        else (initializer, {})
+    )
     whole = function in _WHOLE_TABLE
     by_id = whole or total <= BLOCK_ROWS  # in one block rows may depend on each other, as in PyKEEN
     size = max(1, total) if by_id else BLOCK_ROWS
-    # even a rank without rows lets the initializer look at an empty block: what it refuses, it refuses on every rank
+    # even a rank without rows lets the initializer look at an empty block: what it refuses, it
+    # refuses on every rank
     blocks = range(0, 1) if by_id or last == first else range(first // size, -(-last // size))
     with torch.random.fork_rng(devices=[]):
-        for block in progress(blocks, f"filling table {plan.table!r}", len(out) / max(1, len(blocks)), plan.rank == 0):
+        for block in progress(
+            blocks, f"filling table {plan.table!r}", len(out) / max(1, len(blocks)), plan.rank == 0
+        ):
             start, stop = block * size, min((block + 1) * size, total)
-            torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0]))
+            torch.default_generator.manual_seed(
+                int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0])
+            )
             rows = _make(initializer, torch.zeros(stop - start, *shape, dtype=out.dtype), whole)
             scale = _row_count_scale(function, kwargs, stop - start, total, shape)
             if by_id:
@@ -210,7 +270,11 @@ def fill_rows(out: Tensor, initializer: Initializer, shape: tuple[int, ...], pla
             part = rows[low - start : high - start]
             part = part if scale == 1 else part * scale
             if plan.spread is None:  # the block's slots, where their ids are
-                kernels.put(out, RowPermutation(total).ids(torch.arange(low, high)).to(out.device), part.to(out.device, out.dtype))
+                kernels.put(
+                    out,
+                    RowPermutation(total).ids(torch.arange(low, high)).to(out.device),
+                    part.to(out.device, out.dtype),
+                )
             else:
                 out[low - first : high - first] = part
 
@@ -226,11 +290,15 @@ def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
     """Return the rows ``(n, D)`` that an initializer makes of empty ones ``(n, *shape)``."""
     threads = torch.get_num_threads()
     if whole:
-        need, free = 3 * empty.numel() * empty.itemsize, free_bytes(empty.device)  # orthogonal: input, copy, factor
+        need, free = (
+            3 * empty.numel() * empty.itemsize,
+            free_bytes(empty.device),
+        )  # orthogonal: input, copy, factor
         if free is not None and need > free:
-            raise MemoryError(
-                f"initializer {initializer} makes the whole table at once, {tuple(empty.shape)}: about {need:,} bytes, "
-                f"{free:,} are free: use another one, or save the rows and load them with Embedding.load_state_dict"
+            raise OutOfMemoryError(
+                f"initializer {initializer} makes the whole table at once, {tuple(empty.shape)}:"
+                f" about {need:,} bytes, {free:,} are free: use another one, or save the rows and"
+                " load them with Embedding.load_state_dict"
             )
         torch.set_num_threads(1)  # a factorization on other numbers of threads has other last bits
     try:
@@ -239,5 +307,7 @@ def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
         if whole:
             torch.set_num_threads(threads)
     if rows.numel() != empty.numel():
-        raise ValueError(f"initializer {initializer} returned shape {tuple(rows.shape)} for {tuple(empty.shape)}")
+        raise InputError(
+            f"initializer {initializer} returned shape {tuple(rows.shape)} for {tuple(empty.shape)}"
+        )
     return rows.reshape(len(empty), math.prod(empty.shape[1:]))

@@ -1,13 +1,16 @@
-"""Row-wise optimizers: for a shard's Parameter with a sparse gradient, and a specification of what FBGEMM does in backward.
+"""Row-wise optimizers.
 
-Each is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of a sparse gradient, those of all lookups
-together, then goes over them once, in chunks that stay in cache: add the gradients of a row up, read it, decay, update,
-constrain (if the coordinator asks for it), write. Rows that got no gradient are not looked at; nor are their moments decayed
-("lazy", as torch.optim.SparseAdam). A dense gradient touches all rows. float32 rows on the CPU go through
+For a shard's Parameter with a sparse gradient, and a specification of what FBGEMM does in backward.
+
+Each is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of a sparse gradient,
+those of all lookups together, then goes over them once, in chunks that stay in cache: add the
+gradients of a row up, read it, decay, update, constrain (if the coordinator asks for it), write.
+Rows that got no gradient are not looked at; nor are their moments decayed ("lazy", as
+torch.optim.SparseAdam). A dense gradient touches all rows. float32 rows on the CPU go through
 :mod:`shardemb.kernels.rows`'s loops if there are any, others through torch's operators.
 
-No class has the name of one in torch.optim: PyKEEN's class_resolver, which finds every subclass of Optimizer by its name,
-could not be imported any more.
+No class has the name of one in torch.optim: PyKEEN's class_resolver, which finds every subclass of
+Optimizer by its name, could not be imported any more.
 """
 
 import math
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shardemb import kernels
+from shardemb.exceptions import InputError
 from shardemb.kernels import CHUNK_ROWS
 from shardemb.utils.types import RowFunction
 
@@ -31,7 +35,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters ``(R, ...)``, or groups of them.
-        defaults: hyper-parameters; ``lr``, ``eps`` and ``weight_decay`` must not be negative, ``betas`` lie in [0, 1).
+        defaults: hyper-parameters; ``lr``, ``eps`` and ``weight_decay`` must not be negative,
+            ``betas`` lie in [0, 1).
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -43,37 +48,55 @@ class RowWiseOptimizer(torch.optim.Optimizer):
     rows_updated: Counter[Tensor]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take more parameters, with hyper-parameters of their own; ValueError for what is out of range, or complex."""
+        """Take more parameters, with hyper-parameters of their own.
+
+        ValueError for what is out of range, or complex.
+        """
         check_hyperparameters(type(self).__name__, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         if not hasattr(self, "rows_updated"):
             self.rows_updated = Counter()
         if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
-            raise ValueError(f"{type(self).__name__}: got a complex parameter, expected real ones: use torch.view_as_real")
+            raise InputError(
+                f"{type(self).__name__}: got a complex parameter, expected real ones: use"
+                " torch.view_as_real"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.rows_updated = Counter()
-        for group in self.param_groups:  # a state dict of torch.optim, or of an older version, may lack some
+        for group in (
+            self.param_groups
+        ):  # a state dict of torch.optim, or of an older version, may lack some
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what ``state_dict`` gave; torch would cast float32 state to a half parameter's dtype."""
+        """Take what ``state_dict`` gave.
+
+        Torch would cast float32 state to a half parameter's dtype.
+        """
         super().load_state_dict(state_dict)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        for name, parameter in zip(names, (p for group in self.param_groups for p in group["params"]), strict=True):
+        for name, parameter in zip(
+            names, (p for group in self.param_groups for p in group["params"]), strict=True
+        ):
             for key, value in state_dict["state"].get(name, {}).items():
                 if key in self.state_per_row:
                     self.state[parameter][key] = value.to(parameter.device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, constrain: Mapping[Tensor, RowFunction] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        constrain: Mapping[Tensor, RowFunction] | None = None,
+    ) -> Any:
         """Update the rows that have a gradient.
 
         Args:
             closure: computes the gradients anew.
-            constrain: functions of rows ``(n, D)``, by parameter; applied to the updated rows before they are written.
+            constrain: functions of rows ``(n, D)``, by parameter; applied to the updated rows
+                before they are written.
 
         Returns:
             What ``closure`` returned.
@@ -88,13 +111,17 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                     self._step_one(parameter, group, (constrain or {}).get(parameter))
         return loss
 
-    def _step_one(self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None) -> None:
+    def _step_one(
+        self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None
+    ) -> None:
         assert parameter.grad is not None
         state = self._state_of(parameter)
         state["step"] += 1
         data = parameter.detach()
         weights = data.contiguous()
-        tensors = [_as_rows(tensor) for tensor in (weights, *(state[name] for name in self.state_per_row))]
+        tensors = [
+            _as_rows(tensor) for tensor in (weights, *(state[name] for name in self.state_per_row))
+        ]
         if parameter.grad.is_sparse:
             rows, values = _rows_and_values(parameter.grad)
             merged = kernels.merge(rows, parameter.shape[0])
@@ -103,12 +130,31 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             if rule is not None and kernels.can_update(tensors[0], values, merged, tensors[1:]):
                 rate, decay = self.rate(group, state["step"]), group["weight_decay"] * group["lr"]
                 options = {key: group[key] for key in ("eps", "betas") if key in group}
-                kernels.update(rule, tensors[0], values, merged, tensors[1:], rate, decay, constrain=constrain, **options)
+                kernels.update(
+                    rule,
+                    tensors[0],
+                    values,
+                    merged,
+                    tensors[1:],
+                    rate,
+                    decay,
+                    constrain=constrain,
+                    **options,
+                )
             else:
-                self._update(tensors, merged.unique, merged.sum(values), group, state["step"], constrain)
+                self._update(
+                    tensors, merged.unique, merged.sum(values), group, state["step"], constrain
+                )
         else:
             self.rows_updated[parameter] += len(tensors[0])
-            self._update(tensors, None, _as_rows(parameter.grad.contiguous()), group, state["step"], constrain)
+            self._update(
+                tensors,
+                None,
+                _as_rows(parameter.grad.contiguous()),
+                group,
+                state["step"],
+                constrain,
+            )
         if weights is not data:  # not contiguous
             data.copy_(weights)
 
@@ -121,7 +167,10 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         step: int,
         constrain: RowFunction | None,
     ) -> None:
-        """Update rows and their state ``(R, D)``, all or those that are named, in chunks; ``grad`` has one row for each."""
+        """Update rows and their state ``(R, D)``, all or those that are named, in chunks.
+
+        ``grad`` has one row for each.
+        """
         for start in range(0, len(grad), CHUNK_ROWS):
             stop = min(start + CHUNK_ROWS, len(grad))
             chunk = None if rows is None else rows[start:stop]
@@ -145,21 +194,34 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         return float(group["lr"])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """Return a parameter's state, made if there is none; ValueError if it is another optimizer's."""
+        """Return a parameter's state, made if there is none.
+
+        ValueError if it is another optimizer's.
+        """
         state = self.state[parameter]
         state.setdefault("step", 0)
         for name, per_row in self.state_per_row.items():
             shape = parameter.shape[:1] if per_row else parameter.shape
             if name not in state:
-                state[name] = kernels.empty(shape, _state_dtype(parameter), parameter.device).zero_()
+                state[name] = kernels.empty(
+                    shape, _state_dtype(parameter), parameter.device
+                ).zero_()
             if state[name].shape != shape:
-                raise ValueError(
-                    f"{type(self).__name__}: got {name!r} of shape {tuple(state[name].shape)} for a parameter "
-                    f"{tuple(parameter.shape)}, expected {tuple(shape)}: was the state saved by another optimizer?"
+                raise InputError(
+                    f"{type(self).__name__}: got {name!r} of shape {tuple(state[name].shape)} for a"
+                    f" parameter {tuple(parameter.shape)}, expected {tuple(shape)}: was the state"
+                    " saved by another optimizer?"
                 )
         return state
 
-    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+    def update_rows(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        step: int,
+    ) -> None:
         """Change rows and state in place.
 
         Args:
@@ -173,7 +235,10 @@ class RowWiseOptimizer(torch.optim.Optimizer):
 
 
 def merged_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the touched rows ``(n,)`` of a sparse gradient, each once, ascending, and their summed gradients ``(n, D)``."""
+    """Return the touched rows ``(n,)`` of a sparse gradient, each once, ascending.
+
+    And their summed gradients ``(n, D)``.
+    """
     rows, values = _rows_and_values(grad)
     if grad.is_coalesced():
         return rows, values
@@ -183,7 +248,9 @@ def merged_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
     if grad.sparse_dim() != 1:
-        raise ValueError(f"got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1: that of rows")
+        raise InputError(
+            f"got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1: that of rows"
+        )
     return grad._indices()[0], _as_rows(kernels.contiguous(grad._values()))
 
 
@@ -195,13 +262,24 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.view(num_rows, math.prod(tensor.shape[1:]))
 
 
-def why_refused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], sparse: bool) -> str | None:
-    """Say what torch's optimizer cannot do with a table's gradient, and what can; None if it can, or is not torch's."""
+def why_refused(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], sparse: bool
+) -> str | None:
+    """Say what torch's optimizer cannot do with a table's gradient, and what can.
+
+    None if it can, or is not torch's.
+    """
     name = type(optimizer).__name__
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
     if isinstance(optimizer, torch.optim.SparseAdam):
-        return None if sparse else "SparseAdam takes no dense gradients: use shardemb.optim.LazyAdam, which takes both"
+        return (
+            None
+            if sparse
+            else (
+                "SparseAdam takes no dense gradients: use shardemb.optim.LazyAdam, which takes both"
+            )
+        )
     if not sparse:
         return None
     if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad):
@@ -209,19 +287,25 @@ def why_refused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], spar
         return f"{name} takes no sparse gradients: use {ours}, or gradient='dense'"
     if group.get("weight_decay"):
         return (
-            f"{name} takes no sparse gradients with weight_decay={group['weight_decay']}: use one of shardemb.optim, whose "
-            f"weight_decay is of touched rows, or gradient='dense'"
+            f"{name} takes no sparse gradients with weight_decay={group['weight_decay']}: use one"
+            " of shardemb.optim, whose weight_decay is of touched rows, or gradient='dense'"
         )
     return None
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:
-    """Half precision keeps its state, and computes, in float32: eps would be 0 there, and 0 / 0 NaN."""
+    """Half precision keeps its state, and computes, in float32.
+
+    Eps would be 0 there, and 0 / 0 NaN.
+    """
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether a step on a sparse gradient leaves all other rows as they are; False where that is not known."""
+    """Whether a step on a sparse gradient leaves all other rows as they are.
+
+    False where that is not known.
+    """
     if isinstance(optimizer, RowWiseOptimizer):
         return True
     known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad | torch.optim.SparseAdam)
@@ -232,44 +316,70 @@ def check_hyperparameters(who: str, values: Mapping[str, Any]) -> None:
     """Raise ValueError for a rate, eps, decay or beta out of its range."""
     for key in ("lr", "eps", "weight_decay"):
         if key in values and not 0 <= values[key] < math.inf:
-            raise ValueError(f"{who}: got {key}={values[key]}, expected a finite number, at least 0")
+            raise InputError(
+                f"{who}: got {key}={values[key]}, expected a finite number, at least 0"
+            )
     if "betas" in values and not all(0 <= beta < 1 for beta in values["betas"]):
-        raise ValueError(f"{who}: got betas={values['betas']}, expected two numbers, at least 0 and below 1")
+        raise InputError(
+            f"{who}: got betas={values['betas']}, expected two numbers, at least 0 and below 1"
+        )
 
 
 class SparseSGD(RowWiseOptimizer):
-    """``w -= lr * g`` for touched rows. Momentum would move the others too; torch.optim.SGD has it, for dense gradients.
+    """``w -= lr * g`` for touched rows. Momentum would move the others too.
+
+    Torch.optim.SGD has it, for dense gradients.
 
     Args:
         params: parameters ``(R, ...)``.
         lr: learning rate.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
+            weight_decay`` first.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
-    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+    def update_rows(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        step: int,
+    ) -> None:
         """See the class."""
         weight.add_(grad, alpha=-group["lr"])
 
 
 class SparseAdagrad(RowWiseOptimizer):
-    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)`` (Duchi et al. 2011), as torch.optim.Adagrad on sparse gradients.
+    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)`` (Duchi et al.
+
+    2011), as torch.optim.Adagrad on sparse gradients.
 
     Args:
         params: parameters ``(R, ...)``.
         lr: learning rate.
         eps: added to the root.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
+            weight_decay`` first.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": False}
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
-    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+    def update_rows(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        step: int,
+    ) -> None:
         """See the class."""
         root = state["sum"].addcmul_(grad, grad).sqrt().add_(group["eps"])
         weight.addcdiv_(grad, root, value=-group["lr"])
@@ -278,22 +388,32 @@ class SparseAdagrad(RowWiseOptimizer):
 class RowWiseAdagrad(RowWiseOptimizer):
     """Adagrad with one accumulator a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
 
-    The rule is FBGEMM's EXACT_ROWWISE_ADAGRAD (one update a row and step, gradients of duplicate ids summed first), so
-    this class gives what the fused kernel gives.
+    The rule is FBGEMM's EXACT_ROWWISE_ADAGRAD (one update a row and step, gradients of duplicate
+    ids summed first), so this class gives what the fused kernel gives.
 
     Args:
         params: parameters ``(R, ...)``.
         lr: learning rate.
         eps: added to the root; torch.optim.Adagrad's 1e-10.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
+            weight_decay`` first.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": True}
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.1, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float = 0.1, eps: float = 1e-10, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
-    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+    def update_rows(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        step: int,
+    ) -> None:
         """See the class."""
         if grad.shape[1]:  # the mean of no numbers is NaN
             state["sum"].add_(grad.square().mean(1, keepdim=True))
@@ -301,7 +421,9 @@ class RowWiseAdagrad(RowWiseOptimizer):
 
 
 class LazyAdam(RowWiseOptimizer):
-    """Adam (Kingma & Ba 2015) that leaves untouched rows and their moments alone: torch.optim.SparseAdam's rule.
+    """Adam (Kingma & Ba 2015) that leaves untouched rows and their moments alone.
+
+    Torch.optim.SparseAdam's rule.
 
     Bias correction counts the parameter's steps, not the row's.
 
@@ -310,7 +432,8 @@ class LazyAdam(RowWiseOptimizer):
         lr: learning rate.
         betas: decay of the first and second moment.
         eps: added to the root.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
+            weight_decay`` first.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": False}
@@ -323,14 +446,27 @@ class LazyAdam(RowWiseOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
-    def update_rows(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], step: int) -> None:
+    def update_rows(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        step: int,
+    ) -> None:
         """See the class."""
         beta1, beta2 = group["betas"]
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
         if self.state_per_row["exp_avg_sq"]:
-            square = grad.square().mean(1, keepdim=True) if grad.shape[1] else grad.new_zeros(len(grad), 1)
+            square = (
+                grad.square().mean(1, keepdim=True)
+                if grad.shape[1]
+                else grad.new_zeros(len(grad), 1)
+            )
         else:
             square = grad.square()
         # SparseAdam adds eps before the second bias correction, torch.optim.Adam after it
@@ -344,7 +480,9 @@ class LazyAdam(RowWiseOptimizer):
 
 
 class RowWiseAdam(LazyAdam):
-    """:class:`LazyAdam` with one second moment a row, of ``mean(g^2)``: FBGEMM's PARTIAL_ROWWISE_ADAM, half of Adam's memory.
+    """:class:`LazyAdam` with one second moment a row, of ``mean(g^2)``.
+
+    FBGEMM's PARTIAL_ROWWISE_ADAM, half of Adam's memory.
 
     Args: as :class:`LazyAdam`.
     """
@@ -364,7 +502,10 @@ _RULES = {
 
 @dataclass(frozen=True)
 class FusedOptimizer:
-    """What FBGEMM does to the touched rows in backward, with ``Embedding(gradient="fused", optimizer=...)``."""
+    """What FBGEMM does to the touched rows in backward, with ``Embedding(gradient="fused".
+
+    Optimizer=...)``.
+    """
 
     #: "sgd", "adagrad" or "rowwise_adagrad": what FBGEMM has on CPU and CUDA
     name: str = "rowwise_adagrad"
@@ -377,15 +518,17 @@ class FusedOptimizer:
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adagrad", "rowwise_adagrad"):
-            raise ValueError(
-                f"got fused optimizer {self.name!r}, expected 'sgd', 'adagrad' or 'rowwise_adagrad'; for others use "
-                f"gradient='sparse' with one of shardemb.optim or torch.optim"
+            raise InputError(
+                f"got fused optimizer {self.name!r}, expected 'sgd', 'adagrad' or"
+                " 'rowwise_adagrad'; for others use gradient='sparse' with one of shardemb.optim"
+                " or torch.optim"
             )
         check_hyperparameters("FusedOptimizer", vars(self))
         if self.weight_decay:
-            raise ValueError(
-                f"got weight_decay={self.weight_decay} for a fused optimizer, which FBGEMM would silently ignore: use "
-                f"gradient='sparse' with e.g. shardemb.optim.RowWiseAdagrad(parameters, weight_decay=...)"
+            raise InputError(
+                f"got weight_decay={self.weight_decay} for a fused optimizer, which FBGEMM would"
+                " silently ignore: use gradient='sparse' with e.g."
+                " shardemb.optim.RowWiseAdagrad(parameters, weight_decay=...)"
             )
 
     @property

@@ -1,4 +1,7 @@
-"""Regularizers: terms of the loss that representations collect in forward, as PyKEEN 1.11.1's of the same names."""
+"""Regularizers.
+
+Terms of the loss that representations collect in forward, as PyKEEN 1.11.1's of the same names.
+"""
 
 import math
 import warnings
@@ -9,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardemb.exceptions import InputError, InputTypeError, UnknownNameError
 from shardemb.utils.types import normalize_name
 
 
 def _expected_norm(p: float, d: int) -> float:
-    """Return ``E[|x|^p]^(1/p)`` of the p-norm of ``d`` standard normal numbers, as PyKEEN's get_expected_norm."""
+    """Return ``E[|x|^p]^(1/p)`` of the p-norm of ``d`` standard normal numbers.
+
+    As PyKEEN's get_expected_norm.
+    """
     if math.isinf(p):
         raise NotImplementedError("Normalization for inf norm is not implemented")
     moment = 2 ** (p / 2) * math.gamma((p + 1) / 2) / math.sqrt(math.pi)
@@ -39,7 +46,12 @@ class Regularizer(nn.Module):
     weight: Tensor
     regularization_term: Tensor
 
-    def __init__(self, weight: float = 1.0, apply_only_once: bool = False, parameters: Iterable[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        apply_only_once: bool = False,
+        parameters: Iterable[Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.tracked_parameters = list(parameters) if parameters else []
         self.register_buffer("weight", torch.as_tensor(weight))
@@ -53,7 +65,11 @@ class Regularizer(nn.Module):
 
     def update(self, *tensors: Tensor) -> None:
         """Add the terms of ``tensors``; does nothing in eval mode or without gradients."""
-        if not self.training or not torch.is_grad_enabled() or (self.apply_only_once and self.updated):
+        if (
+            not self.training
+            or not torch.is_grad_enabled()
+            or (self.apply_only_once and self.updated)
+        ):
             return
         for x in tensors:
             self.regularization_term = self.regularization_term + self(x)
@@ -80,7 +96,10 @@ class Regularizer(nn.Module):
     def post_parameter_update(self) -> None:
         """Forget the term; warns if nobody took it."""
         if self.updated:
-            warnings.warn("Resetting regularization term without using it; this may be an error.", stacklevel=2)
+            warnings.warn(
+                "Resetting regularization term without using it; this may be an error.",
+                stacklevel=2,
+            )
         self.reset()
 
 
@@ -96,11 +115,16 @@ class NoRegularizer(Regularizer):
 
 
 class LpRegularizer(Regularizer):
-    """Mean Lp norm along ``dim``; ``normalize`` divides by its expectation for standard normal numbers."""
+    """Mean Lp norm along ``dim``.
+
+    ``normalize`` divides by its expectation for standard normal numbers.
+    """
 
     _root = True
 
-    def __init__(self, *, p: float = 2.0, dim: int | None = -1, normalize: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, p: float = 2.0, dim: int | None = -1, normalize: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.p, self.dim, self.normalize = p, dim, normalize
 
@@ -110,32 +134,56 @@ class LpRegularizer(Regularizer):
 
 
 class PowerSumRegularizer(LpRegularizer):
-    """Mean of the sum of absolute values to the power ``p``; with p=3 on complex rows, the N3 of Lacroix et al. 2018."""
+    """Mean of the sum of absolute values to the power ``p``.
+
+    With p=3 on complex rows, the N3 of Lacroix et al. 2018.
+    """
 
     _root = False
 
 
 class NormLimitRegularizer(Regularizer):
-    """Sum of what the norms exceed ``max_norm`` by; with ``power_norm`` the norms stay without their root."""
+    """Sum of what the norms exceed ``max_norm`` by.
+
+    With ``power_norm`` the norms stay without their root.
+    """
 
     def __init__(
-        self, *, p: float = 2.0, dim: int | None = -1, max_norm: float = 1.0, power_norm: bool = True, **kwargs: Any
+        self,
+        *,
+        p: float = 2.0,
+        dim: int | None = -1,
+        max_norm: float = 1.0,
+        power_norm: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.p, self.dim, self.max_norm, self.power_norm = p, dim, max_norm, power_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a scalar for ``(..., d)``."""
-        return (_reduce(x, self.p, self.dim, False, not self.power_norm) - self.max_norm).relu().sum()
+        return (
+            (_reduce(x, self.p, self.dim, False, not self.power_norm) - self.max_norm).relu().sum()
+        )
 
 
 class OrthogonalityRegularizer(Regularizer):
-    """Soft orthogonality of two tensors (Wang et al. 2014, TransH): sum of what squared cosines exceed ``epsilon`` by.
+    """Soft orthogonality of two tensors (Wang et al. 2014, TransH).
 
-    As in PyKEEN, :meth:`update` takes exactly two tensors, so a model calls it, not a single representation.
+    Sum of what squared cosines exceed ``epsilon`` by.
+
+    As in PyKEEN, :meth:`update` takes exactly two tensors, so a model calls it, not a single
+    representation.
     """
 
-    def __init__(self, *, weight: float = 1.0, apply_only_once: bool = True, epsilon: float = 1e-5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        apply_only_once: bool = True,
+        epsilon: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(weight=weight, apply_only_once=apply_only_once, **kwargs)
         self.epsilon = epsilon
 
@@ -146,11 +194,13 @@ class OrthogonalityRegularizer(Regularizer):
     def update(self, *tensors: Tensor) -> None:
         """Add the term of two tensors ``(..., d)``; ValueError for another number of them."""
         if len(tensors) != 2:
-            raise ValueError(f"Expects exactly two tensors, got {len(tensors)}")
+            raise InputError(f"Expects exactly two tensors, got {len(tensors)}")
         if self.apply_only_once and self.updated:
             return
         cosine = F.cosine_similarity(*tensors, dim=-1)
-        self.regularization_term = self.regularization_term + cosine.pow(2).subtract(self.epsilon).relu().sum()
+        self.regularization_term = (
+            self.regularization_term + cosine.pow(2).subtract(self.epsilon).relu().sum()
+        )
         self.updated = True
 
 
@@ -165,19 +215,25 @@ class CombinedRegularizer(Regularizer):
 
     normalization_factor: Tensor
 
-    def __init__(self, regularizers: Iterable[Any], total_weight: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self, regularizers: Iterable[Any], total_weight: float = 1.0, **kwargs: Any
+    ) -> None:
         super().__init__(weight=total_weight, **kwargs)
         self.regularizers = nn.ModuleList(regularizers)
         if any(isinstance(r, NoRegularizer) for r in self.regularizers):
-            raise TypeError("Can not combine a no-op regularizer")
-        self.register_buffer("normalization_factor", torch.as_tensor(sum(self._weights())).reciprocal())
+            raise InputTypeError("Can not combine a no-op regularizer")
+        self.register_buffer(
+            "normalization_factor", torch.as_tensor(sum(self._weights())).reciprocal()
+        )
 
     def _weights(self) -> list[Tensor]:
         return [r.weight for r in self.regularizers]  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weighted mean of the terms."""
-        terms = [weight * r(x) for weight, r in zip(self._weights(), self.regularizers, strict=True)]
+        terms = [
+            weight * r(x) for weight, r in zip(self._weights(), self.regularizers, strict=True)
+        ]
         return self.normalization_factor * torch.stack(terms).sum()
 
 
@@ -198,15 +254,18 @@ def resolve_regularizer(regularizer: Any, kwargs: Mapping[str, Any] | None) -> n
         KeyError: an unknown name.
         TypeError: anything else.
     """
-    if regularizer is None or (hasattr(regularizer, "update") and not isinstance(regularizer, type)):
+    if regularizer is None or (
+        hasattr(regularizer, "update") and not isinstance(regularizer, type)
+    ):
         return regularizer
     if isinstance(regularizer, str):
         key = normalize_name(regularizer).removesuffix("regularizer")
         if key not in _REGULARIZERS:
-            raise KeyError(
-                f"Invalid Regularizer name: {regularizer} (normalized to: {key}). Valid choices are: {sorted(_REGULARIZERS)}"
+            raise UnknownNameError(
+                f"Invalid Regularizer name: {regularizer} (normalized to: {key}). Valid choices"
+                f" are: {sorted(_REGULARIZERS)}"
             )
         regularizer = _REGULARIZERS[key]
     if not (isinstance(regularizer, type) and issubclass(regularizer, nn.Module)):
-        raise TypeError(f"Invalid regularizer: {type(regularizer)} - {regularizer}")
+        raise InputTypeError(f"Invalid regularizer: {type(regularizer)} - {regularizer}")
     return regularizer(**(kwargs or {}))

@@ -1,7 +1,10 @@
-"""Functions of rows: normalizers (in forward), constrainers (after a step), regularizers (terms of the loss).
+"""Functions of rows.
 
-They follow PyKEEN 1.11.1's of the same names. A constrainer runs on the rows that a rank holds and that changed, so it
-must treat each row alone; :func:`probe_constrainer` checks that when the table is made.
+Normalizers (in forward), constrainers (after a step), regularizers (terms of the loss).
+
+They follow PyKEEN 1.11.1's of the same names. A constrainer runs on the rows that a rank holds and
+that changed, so it must treat each row alone; :func:`probe_constrainer` checks that when the table
+is made.
 """
 
 import warnings
@@ -13,20 +16,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardemb.exceptions import InputError, InputTypeError, UnknownNameError
 from shardemb.utils.types import RowFunction, normalize_name
 
 
 def complex_normalize(x: Tensor) -> Tensor:
-    """Divide each complex element by its modulus; ``x`` is ``(..., d)`` complex (real input warns, and is paired)."""
+    """Divide each complex element by its modulus.
+
+    ``x`` is ``(..., d)`` complex (real input warns, and is paired).
+    """
     if torch.is_complex(x):
         return x / x.abs().clamp_min(torch.finfo(x.dtype).eps)
-    warnings.warn("Applying complex_normalize on non-complex input: pairs of the last dimension are taken.", stacklevel=2)
+    warnings.warn(
+        "Applying complex_normalize on non-complex input: pairs of the last dimension are taken.",
+        stacklevel=2,
+    )
     pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(complex_normalize(pairs)).view(x.shape)
 
 
-def clamp_norm(x: Tensor, maxnorm: float, p: str | float = "fro", dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Scale ``x`` down where its ``p``-norm along ``dim`` exceeds ``maxnorm``; None is the norm of all of ``x``."""
+def clamp_norm(
+    x: Tensor, maxnorm: float, p: str | float = "fro", dim: int | tuple[int, ...] | None = None
+) -> Tensor:
+    """Scale ``x`` down where its ``p``-norm along ``dim`` exceeds ``maxnorm``.
+
+    None is the norm of all of ``x``.
+    """
     norm = x.norm(p=p, dim=dim, keepdim=True)
     eps = torch.finfo(x.dtype).eps
     return torch.where(norm < maxnorm, x, x / norm.clamp_min(eps) * maxnorm)
@@ -41,28 +56,39 @@ _CONSTRAINERS = {
 _NORMALIZERS = {"normalize": F.normalize, "softmax": F.softmax}
 
 
-def _resolve(kind: Mapping[str, Any], query: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
+def _resolve(
+    kind: Mapping[str, Any], query: Any, kwargs: Mapping[str, Any] | None
+) -> RowFunction | None:
     if query is None:
         return None
     if callable(query):
         function = query
     elif isinstance(query, str):
         if normalize_name(query) not in kind:
-            raise KeyError(f"{query} is an invalid. Try one of: {sorted(kind)}")
+            raise UnknownNameError(f"{query} is an invalid. Try one of: {sorted(kind)}")
         function = kind[normalize_name(query)]
     else:
-        raise TypeError(f"Invalid function: {type(query)} - {query}")
+        raise InputTypeError(f"Invalid function: {type(query)} - {query}")
     return partial(function, **kwargs) if kwargs else function
 
 
 def to_json(function: RowFunction | None) -> dict[str, Any] | None:
-    """Describe a normalizer or constrainer: name and arguments, from which it can be made again; name None if it cannot."""
+    """Describe a normalizer or constrainer: name and arguments, from which it can be made again.
+
+    Name None if it cannot.
+    """
     if function is None:
         return None
-    plain, kwargs = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    plain, kwargs = (
+        (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    )
     names = {value: name for name, value in [*_CONSTRAINERS.items(), *_NORMALIZERS.items()]}
     simple = all(isinstance(value, int | float | str | None) for value in kwargs.values())
-    known = names.get(plain) if simple and not (isinstance(function, partial) and function.args) else None
+    known = (
+        names.get(plain)
+        if simple and not (isinstance(function, partial) and function.args)
+        else None
+    )
     return {
         "name": known,
         "kwargs": kwargs if known else {},
@@ -71,26 +97,41 @@ def to_json(function: RowFunction | None) -> dict[str, Any] | None:
 
 
 def resolve_constrainer(constrainer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Turn a name, a callable or None into a constrainer; KeyError for an unknown name, TypeError for anything else."""
+    """Turn a name, a callable or None into a constrainer.
+
+    KeyError for an unknown name, TypeError for anything else.
+    """
     return _resolve(_CONSTRAINERS, constrainer, kwargs)
 
 
 def resolve_normalizer(normalizer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Turn a name, a callable or None into a normalizer; KeyError for an unknown name, TypeError for anything else."""
+    """Turn a name, a callable or None into a normalizer.
+
+    KeyError for an unknown name, TypeError for anything else.
+    """
     return _resolve(_NORMALIZERS, normalizer, kwargs)
 
 
 def is_plain_normalize(function: RowFunction | None) -> bool:
-    """Whether a function divides rows ``(n, d)`` by their 2-norm, as torch.nn.functional.normalize does by default."""
+    """Whether a function divides rows ``(n, d)`` by their 2-norm.
+
+    As torch.nn.functional.normalize does by default.
+    """
     plain, kwargs = (
-        (function.func, function.keywords) if isinstance(function, partial) and not function.args else (function, {})
+        (function.func, function.keywords)
+        if isinstance(function, partial) and not function.args
+        else (function, {})
     )
     known = {"p": (2,), "dim": (1, -1), "eps": (1e-12,)}
-    return plain is F.normalize and all(value in known.get(key, ()) for key, value in kwargs.items())
+    return plain is F.normalize and all(
+        value in known.get(key, ()) for key, value in kwargs.items()
+    )
 
 
 @torch.no_grad()
-def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: torch.dtype, table: str) -> bool:
+def probe_constrainer(
+    constrainer: RowFunction, shape: tuple[int, ...], dtype: torch.dtype, table: str
+) -> bool:
     """Check on 8 random rows that a constrainer treats each row alone.
 
     Args:
@@ -100,38 +141,58 @@ def probe_constrainer(constrainer: RowFunction, shape: tuple[int, ...], dtype: t
         table: name for the error.
 
     Returns:
-        Whether applying it twice equals applying it once (to 1e-5), so that rows which did not change may be skipped.
+        Whether applying it twice equals applying it once (to 1e-5), so that rows which did not
+        change may be skipped.
 
     Raises:
         ValueError: a row's result depends on the other rows, or has another shape.
     """
-    if isinstance(constrainer, partial) and constrainer.func is clamp_norm and constrainer.keywords.get("dim") is None:
-        raise ValueError(
-            f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table, which no shard has: "
-            f"pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"
+    if (
+        isinstance(constrainer, partial)
+        and constrainer.func is clamp_norm
+        and constrainer.keywords.get("dim") is None
+    ):
+        raise InputError(
+            f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table,"
+            " which no shard has: pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"
         )
     with warnings.catch_warnings():  # what the function has to say, it says when it is used
         warnings.simplefilter("ignore")
         try:
-            idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)]
+            idempotent = [
+                _probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)
+            ]
         except Exception as error:
-            error.add_note(f"table {table!r}: constrainer {constrainer} was tried on 8 rows of shape {shape} and {dtype}")
+            error.add_note(
+                f"table {table!r}: constrainer {constrainer} was tried on 8 rows of shape {shape}"
+                f" and {dtype}"
+            )
             raise
     return all(idempotent)
 
 
-def _probe(constrainer: RowFunction, scale: float, shape: tuple[int, ...], dtype: torch.dtype, table: str) -> bool:
+def _probe(
+    constrainer: RowFunction, scale: float, shape: tuple[int, ...], dtype: torch.dtype, table: str
+) -> bool:
     """Probe with rows of one scale: a clamp shows at large ones only."""
     generator = torch.Generator().manual_seed(0)
     rows = scale * torch.randn(8, *shape, dtype=dtype, generator=generator)
     whole = constrainer(rows.clone())
     if whole.shape != rows.shape:
-        raise ValueError(f"table {table!r}: constrainer {constrainer} returned {tuple(whole.shape)} for {tuple(rows.shape)}")
-    loose: dict[str, Any] = {"rtol": max(1e-5, 8 * torch.finfo(dtype).eps), "atol": 1e-6, "equal_nan": True}
+        raise InputError(
+            f"table {table!r}: constrainer {constrainer} returned {tuple(whole.shape)} for"
+            f" {tuple(rows.shape)}"
+        )
+    loose: dict[str, Any] = {
+        "rtol": max(1e-5, 8 * torch.finfo(dtype).eps),
+        "atol": 1e-6,
+        "equal_nan": True,
+    }
     parts = torch.cat([constrainer(rows[:3].clone()), constrainer(rows[3:].clone())])
     if not torch.allclose(whole, parts, **loose):
-        raise ValueError(
-            f"table {table!r}: constrainer {constrainer} is not row-wise (the result for a row depends on the other "
-            f"rows), so it cannot run on shards; give it a dimension, e.g. constrainer_kwargs=dict(dim=-1)"
+        raise InputError(
+            f"table {table!r}: constrainer {constrainer} is not row-wise (the result for a row"
+            " depends on the other rows), so it cannot run on shards; give it a dimension, e.g."
+            " constrainer_kwargs=dict(dim=-1)"
         )
     return torch.allclose(constrainer(whole.clone()), whole, **loose)

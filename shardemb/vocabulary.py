@@ -1,8 +1,8 @@
 """Labels and their dense ids, in a file that is mapped into memory.
 
-The id of a label is its place in the order of the labels' MD5. That depends on the set of labels alone, and spreads what is
-popular: in order of appearance (or of the alphabet) popular entities stand together, and the first of 8 contiguous shards gets
-2.4 times the mean load.
+The id of a label is its place in the order of the labels' MD5. That depends on the set of labels
+alone, and spreads what is popular: in order of appearance (or of the alphabet) popular entities
+stand together, and the first of 8 contiguous shards gets 2.4 times the mean load.
 """
 
 import hashlib
@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from shardemb.exceptions import IdRangeError, InputError, UnknownNameError
 from shardemb.utils.files import replacing
 
-#: of the file, which is Arrow's (Feather, version 2): the labels in order of their ids; and, independent of it, an index
+#: of the file, which is Arrow's (Feather, version 2): the labels in order of their ids; and,
+#: independent of it, an index
 SCHEMA = pa.schema(
     [
         pa.field("label", pa.large_string(), nullable=False),
@@ -37,11 +39,15 @@ _NO_FINGERPRINT = b"?" * 64
 
 
 def digests(labels: Sequence[str]) -> np.ndarray:
-    """Return uint64 ``(n, 2)``: the upper and the lower half of each label's MD5, read as a little-endian number.
+    """Return uint64 ``(n, 2)``.
+
+    The upper and the lower half of each label's MD5, read as a little-endian number.
 
     It is DuckDB's ``md5_number``; the upper half is the index's hash.
     """
-    joined = b"".join(hashlib.md5(label.encode(), usedforsecurity=False).digest() for label in labels)
+    joined = b"".join(
+        hashlib.md5(label.encode(), usedforsecurity=False).digest() for label in labels
+    )
     return np.frombuffer(joined, dtype="<u8").reshape(-1, 2)[:, ::-1]
 
 
@@ -60,7 +66,9 @@ class _Part(NamedTuple):
     def of(cls, batch: pa.RecordBatch) -> "_Part":
         labels, hashes, ids = batch.columns
         _, offsets, text = labels.buffers()
-        begins = np.frombuffer(offsets, dtype=np.int64, count=len(labels) + 1, offset=8 * labels.offset)
+        begins = np.frombuffer(
+            offsets, dtype=np.int64, count=len(labels) + 1, offset=8 * labels.offset
+        )
         return cls(begins, memoryview(text or b""), numbers(hashes), numbers(ids))
 
 
@@ -83,7 +91,8 @@ def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
 
     Args:
         path: of the file.
-        batches: of :data:`SCHEMA`, not empty; the hashes ascend over all of them, and an id stands where its hash is.
+        batches: of :data:`SCHEMA`, not empty; the hashes ascend over all of them, and an id stands
+            where its hash is.
 
     Returns:
         The fingerprint of the labels.
@@ -96,7 +105,10 @@ def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
             writer.write_batch(batch)
     found = digest.hexdigest()
     with path.open("r+b") as written, mmap.mmap(written.fileno(), 0) as mapped:
-        for at in (mapped.find(_NO_FINGERPRINT), mapped.rfind(_NO_FINGERPRINT)):  # before and after all labels
+        for at in (
+            mapped.find(_NO_FINGERPRINT),
+            mapped.rfind(_NO_FINGERPRINT),
+        ):  # before and after all labels
             mapped[at : at + len(found)] = found.encode()
     return found
 
@@ -120,13 +132,18 @@ class Vocabulary:
             last = {label: i for i, label in enumerate(labels)}
             first = next(i for i, label in enumerate(labels) if last[label] != i)
             twice = labels[first]
-            raise ValueError(f"label {twice!r} stands twice, as ids {first} and {last[twice]}: labels must be distinct")
+            raise InputError(
+                f"label {twice!r} stands twice, as ids {first} and {last[twice]}: labels must be"
+                " distinct"
+            )
         hashes = digests(labels)[:, 0]
         order = np.argsort(hashes, kind="stable")
         columns = [pa.array(labels, pa.large_string()), column_of(hashes[order]), column_of(order)]
         self._set([pa.record_batch(columns, schema=SCHEMA)] if labels else [], None, None)
 
-    def _set(self, batches: list[pa.RecordBatch], path: Path | None, fingerprint: str | None) -> None:
+    def _set(
+        self, batches: list[pa.RecordBatch], path: Path | None, fingerprint: str | None
+    ) -> None:
         self._batches, self.path, self._fingerprint = batches, path, fingerprint
         self._parts = [_Part.of(batch) for batch in batches]
         #: first id of each part, and the number of labels
@@ -150,19 +167,26 @@ class Vocabulary:
         """
         try:
             with path.open("rb") as file:
-                content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if _size(file) else b"")
+                content = pa.py_buffer(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if _size(file) else b""
+                )
             reader = pa.ipc.open_file(pa.BufferReader(content))
-            got, expected = (dict(zip(schema.names, schema.types, strict=True)) for schema in (reader.schema, SCHEMA))
+            got, expected = (
+                dict(zip(schema.names, schema.types, strict=True))
+                for schema in (reader.schema, SCHEMA)
+            )
             if got != expected or reader.schema.names != SCHEMA.names:
-                raise ValueError(f"{path}: got columns {_told(got)}, expected {_told(expected)}")
+                raise InputError(f"{path}: got columns {_told(got)}, expected {_told(expected)}")
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             if any(column.null_count for batch in batches for column in batch.columns):
-                raise ValueError(f"{path}: got nulls, expected labels, hashes and ids")
+                raise InputError(f"{path}: got nulls, expected labels, hashes and ids")
             for batch in batches:
                 batch.validate()
         except (pa.ArrowException, pa.ArrowInvalid) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: got a file that is not Arrow's, or is damaged ({reason})") from error
+            raise InputError(
+                f"{path}: got a file that is not Arrow's, or is damaged ({reason})"
+            ) from error
         vocabulary = cls.__new__(cls)
         saved = (reader.schema.metadata or {}).get(b"fingerprint", b"").decode("ascii", "replace")
         vocabulary._set([batch for batch in batches if len(batch)], path, saved or None)
@@ -174,7 +198,11 @@ class Vocabulary:
             return
         with replacing(path) as partial:
             if self.path is None:
-                batches = (batch.slice(at, BATCH) for batch in self._batches for at in range(0, len(batch), BATCH))
+                batches = (
+                    batch.slice(at, BATCH)
+                    for batch in self._batches
+                    for at in range(0, len(batch), BATCH)
+                )
                 write(partial, batches)
                 return
             with suppress(OSError):
@@ -213,13 +241,13 @@ class Vocabulary:
             ValueError: a damaged file; names it.
         """
         if not 0 <= row < len(self):
-            raise IndexError(f"{self._where}got id {row}, expected 0 <= id < {len(self):,}")
+            raise IdRangeError(f"{self._where}got id {row}, expected 0 <= id < {len(self):,}")
         number = bisect_right(self._starts, row) - 1
         part, at = self._parts[number], row - self._starts[number]
         try:
             return str(part.text[part.offsets[at] : part.offsets[at + 1]], "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self._where}the label of id {row} is damaged ({error})") from error
+            raise InputError(f"{self._where}the label of id {row} is damaged ({error})") from error
 
     def ids(self, labels: Iterable[str]) -> np.ndarray:
         """Return int64 ids ``(n,)``, found by their hashes.
@@ -230,7 +258,11 @@ class Vocabulary:
         labels = list(labels)
         hashes = digests(labels)[:, 0]
         places = self._places(hashes)
-        return np.fromiter(map(self._id, labels, hashes.tolist(), places.tolist()), dtype=np.int64, count=len(labels))
+        return np.fromiter(
+            map(self._id, labels, hashes.tolist(), places.tolist()),
+            dtype=np.int64,
+            count=len(labels),
+        )
 
     def _places(self, hashes: np.ndarray) -> np.ndarray:
         """Return the first place of the index that does not stand before each hash."""
@@ -238,7 +270,9 @@ class Vocabulary:
         places = np.zeros(len(hashes), dtype=np.int64)
         for number in np.unique(numbers) if self._parts else ():
             here = numbers == number
-            places[here] = self._starts[number] + np.searchsorted(self._parts[number].hashes, hashes[here])
+            places[here] = self._starts[number] + np.searchsorted(
+                self._parts[number].hashes, hashes[here]
+            )
         return places
 
     def _id(self, label: str, wanted: int, place: int) -> int:
@@ -251,8 +285,9 @@ class Vocabulary:
             if self.label(found) == label:
                 return found
             place += 1
-        raise KeyError(
-            f"got label {label!r}, expected one of the {len(self):,} labels{f' of {self.path}' if self.path else ''}"
+        raise UnknownNameError(
+            f"got label {label!r}, expected one of the {len(self):,}"
+            f" labels{f' of {self.path}' if self.path else ''}"
         )
 
     @property
@@ -262,7 +297,9 @@ class Vocabulary:
 
 def column_of(array: np.ndarray) -> pa.Array:
     """Return a column of numbers without copying them; pa.array loads pandas."""
-    return pa.Array.from_buffers(pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)])
+    return pa.Array.from_buffers(
+        pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)]
+    )
 
 
 def numbers(column: pa.Array) -> np.ndarray:

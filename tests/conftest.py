@@ -16,15 +16,20 @@ from typing import Any
 
 import pytest
 
-# Ray reads these when it is imported: a token of the session's own, none in the home folder; no worker is killed when the
-# machine is full of something else
-os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0")
+# Ray reads these when it is imported: a token of the session's own, none in the home folder; no
+# worker is killed when the machine is full of something else
+os.environ.update(
+    RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0"
+)
 os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
 # a report waits for the one, the end of a worker that has stopped for the other
-os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="1")
+os.environ.update(
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="1"
+)
 
-# Children are forked from one server that has imported the slow packages already: the first test of a session pays
-# their import (torch.optim imports torch._dynamo when it is first used), later ones start ranks in milliseconds.
+# Children are forked from one server that has imported the slow packages already: the first test of
+# a session pays their import (torch.optim imports torch._dynamo when it is first used), later ones
+# start ranks in milliseconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -46,7 +51,13 @@ def _rank_main(channel: Connection, rank: int, world_size: int, store: str) -> N
     try:
         if world_size > 1:
             timeout = timedelta(seconds=30)
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
         while True:
             try:
                 fn, args = pickle.loads(channel.recv_bytes())
@@ -69,7 +80,9 @@ class Ranks:
         self._channels, self._processes = [], []
         for rank in range(world_size):
             here, there = _context.Pipe()
-            process = _context.Process(target=_rank_main, args=(there, rank, world_size, f"{self._folder.name}/store"))
+            process = _context.Process(
+                target=_rank_main, args=(there, rank, world_size, f"{self._folder.name}/store")
+            )
             process.start()
             there.close()
             self._channels.append(here)
@@ -78,15 +91,17 @@ class Ranks:
     def call(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         """Run ``fn(rank, world_size, *args)`` on every rank; return the results in rank order.
 
-        The first rank that fails ends the call at once, so that a failure does not hide behind the time-out of the ranks
-        that wait for it.
+        The first rank that fails ends the call at once, so that a failure does not hide behind the
+        time-out of the ranks that wait for it.
         """
         for channel in self._channels:
             channel.send_bytes(pickle.dumps((fn, args)))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
         while len(results) < self.world_size:
-            waiting = [channel for rank, channel in enumerate(self._channels) if rank not in results]
+            waiting = [
+                channel for rank, channel in enumerate(self._channels) if rank not in results
+            ]
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
                 missing = sorted(set(range(self.world_size)) - set(results))
@@ -94,7 +109,8 @@ class Ranks:
             for channel in ready:
                 rank = self._channels.index(channel)
                 try:
-                    # plain bytes: tensors as torch sends them would need the rank to live until they are read
+                    # plain bytes: tensors as torch sends them would need the rank to live until
+                    # they are read
                     ok, value = pickle.loads(channel.recv_bytes())
                 except EOFError:
                     ok, value = False, f"died with exit code {self._processes[rank].exitcode}"
@@ -116,7 +132,9 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def _run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+) -> list[Any]:
     """Run ``fn(rank, world_size, *args)`` in fresh processes."""
     ranks, grace = Ranks(world_size), 0.0
     try:
@@ -148,7 +166,10 @@ def run_ranks() -> Callable[..., list[Any]]:
 
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[Callable[..., list[Any]]]:
-    """As ``run_ranks``, in processes that stay for the session: for many small cases that leave no traces."""
+    """As ``run_ranks``, in processes that stay for the session.
+
+    For many small cases that leave no traces.
+    """
     pool: dict[int, Ranks] = {}
 
     def call(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -55,7 +55,9 @@ def _length(path: Path, other: Path, draw: random.Random) -> str:
     file = _pick(path, draw)
     content = file.read_bytes()
     length = draw.choice([0, draw.randrange(len(content)), len(content) - 1])
-    file.write_bytes(content[:length] if draw.random() < 0.8 else content + bytes(1 + draw.randrange(100)))
+    file.write_bytes(
+        content[:length] if draw.random() < 0.8 else content + bytes(1 + draw.randrange(100))
+    )
     return f"{file.name}: {file.stat().st_size} of {len(content)} bytes"
 
 
@@ -98,13 +100,22 @@ def _edit(path: Path, other: Path, draw: random.Random) -> str:
     return f"manifest.json: {key} was {str(value)[:40]}"
 
 
-_MUTATIONS: list[Callable[[Path, Path, random.Random], str]] = [_flip, _zeros, _length, _missing, _swap, _edit]
+_MUTATIONS: list[Callable[[Path, Path, random.Random], str]] = [
+    _flip,
+    _zeros,
+    _length,
+    _missing,
+    _swap,
+    _edit,
+]
 
 
 def damage(
     folder: Path, count: int, seed: int, load: Callable[[Path, Any], Any] = checkpoint.load
 ) -> tuple[Counter, list[str]]:
-    """Damage the newer of :func:`save_two`'s checkpoints so often; return how, and what was not told as it should be.
+    """Damage the newer of :func:`save_two`'s checkpoints so often.
+
+    Return how, and what was not told as it should be.
 
     Args:
         folder: of both checkpoints.
@@ -126,11 +137,16 @@ def damage(
                 load(whole, model)
                 faults.append(f"not noticed: {what}")
             except checkpoint.CheckpointError as error:
-                if str(whole) not in str(error) or not ("user" in str(error) or "item" in str(error)):
+                if str(whole) not in str(error) or not (
+                    "user" in str(error) or "item" in str(error)
+                ):
                     faults.append(f"{what}: the error names no file or no table: {error}")
             except Exception as error:
                 faults.append(f"{what}: {type(error).__name__}: {error}")
-            if not all(torch.equal(table(None), rows) for table, rows in zip(model.children(), before, strict=True)):
+            if not all(
+                torch.equal(table(None), rows)
+                for table, rows in zip(model.children(), before, strict=True)
+            ):
                 faults.append(f"{what}: the model was changed")
                 for table, rows in zip(model.children(), before, strict=True):
                     table.load_stored_rows({"weight": rows})

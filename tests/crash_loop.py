@@ -1,9 +1,12 @@
-"""Kills training ranks at random moments, over and over, and looks whether anything is lost or torn.
+"""Kills training ranks at random moments, over and over.
 
-A run trains two tables to a fixed step, with SGD whose result is the same bit by bit at every number of ranks. Each attempt
-starts at 1, 2 or 3 ranks from what the last one left, and is killed: one rank or all, at a random time or within a save. What
-was loaded must be the rows of its step, bit by bit; a checkpoint that was reported as saved must still be there; the end must
-be that of a run that was never stopped.
+And looks whether anything is lost or torn.
+
+A run trains two tables to a fixed step, with SGD whose result is the same bit by bit at every
+number of ranks. Each attempt starts at 1, 2 or 3 ranks from what the last one left, and is killed:
+one rank or all, at a random time or within a save. What was loaded must be the rows of its step,
+bit by bit; a checkpoint that was reported as saved must still be there; the end must be that of a
+run that was never stopped.
 """
 
 import json
@@ -44,7 +47,9 @@ def _make() -> tuple[Any, Any]:
 def _step(model: Any, coordinator: Any, step: int, rank: int, world_size: int) -> None:
     import torch
 
-    ids = torch.randint(ROWS, (60,), generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank]
+    ids = torch.randint(ROWS, (60,), generator=torch.Generator().manual_seed(step)).chunk(
+        world_size
+    )[rank]
     (model.user(ids) * model.item(ids % 71)).square().sum().backward()
     coordinator.step()
 
@@ -101,9 +106,16 @@ def _newest(folder: Path, trajectory: np.ndarray) -> int:
     for path in shardemb.checkpoint.checkpoints(folder):
         store = shardemb.open_store(path, verify="sha256")
         step = max(step, store.step)
-        rows = np.concatenate([np.concatenate([rows for _, rows in table.chunks()]) for table in store.tables.values()])
+        rows = np.concatenate(
+            [
+                np.concatenate([rows for _, rows in table.chunks()])
+                for table in store.tables.values()
+            ]
+        )
         if not np.array_equal(rows, trajectory[store.step]):
-            raise AssertionError(f"{path}: is undamaged, but its rows are not those of step {store.step}")
+            raise AssertionError(
+                f"{path}: is undamaged, but its rows are not those of step {store.step}"
+            )
     return step
 
 
@@ -111,7 +123,10 @@ OURS = Saver(_save, _load, _newest)
 
 
 def _overwrite(folder: Path, step: int, model: Any, saver: Any) -> None:
-    """The planted fault: each rank writes its rows over those of the step before, at their places in one file."""
+    """The planted fault.
+
+    Each rank writes its rows over those of the step before, at their places in one file.
+    """
     folder.mkdir(exist_ok=True)
     for table in model.children():
         path = folder / f"{table.name}.npy"
@@ -131,8 +146,12 @@ def _load_overwritten(folder: Path, model: Any) -> int:
     except (FileNotFoundError, ValueError):
         return 0
     for table in model.children():
-        stored = np.memmap(folder / f"{table.name}.npy", dtype=np.float32, mode="r", shape=(table.max_id, DIM))
-        table.load_stored_rows({"weight": torch.from_numpy(stored[table.plan.local_ids().numpy()].copy())})
+        stored = np.memmap(
+            folder / f"{table.name}.npy", dtype=np.float32, mode="r", shape=(table.max_id, DIM)
+        )
+        table.load_stored_rows(
+            {"weight": torch.from_numpy(stored[table.plan.local_ids().numpy()].copy())}
+        )
     return step
 
 
@@ -150,7 +169,15 @@ def _rank_main(channel: Connection, *arguments: Any) -> None:
         channel.send(("failed", f"{type(error).__name__}: {error}"))
 
 
-def _train(channel: Connection, rank: int, world_size: int, store: str, folder: Path, saver: Saver, background: bool) -> None:
+def _train(
+    channel: Connection,
+    rank: int,
+    world_size: int,
+    store: str,
+    folder: Path,
+    saver: Saver,
+    background: bool,
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -160,16 +187,33 @@ def _train(channel: Connection, rank: int, world_size: int, store: str, folder: 
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=30),
         )
     model, coordinator = _make()
     trajectory = np.load(folder.parent / "trajectory.npy", mmap_mode="r")
 
     def compare(step: int) -> None:
-        for table, rows in ((model.user, trajectory[step, :ROWS]), (model.item, trajectory[step, ROWS:])):
-            wrong = int((table.local_rows().numpy() != rows[table.plan.local_ids().numpy()]).any(1).sum())
+        for table, rows in (
+            (model.user, trajectory[step, :ROWS]),
+            (model.item, trajectory[step, ROWS:]),
+        ):
+            wrong = int(
+                (table.local_rows().numpy() != rows[table.plan.local_ids().numpy()]).any(1).sum()
+            )
             if wrong:
-                channel.send(("torn", f"step {step}: {wrong} rows of {table.name!r} on rank {rank} of {world_size} are others"))
+                channel.send(
+                    (
+                        "torn",
+                        (
+                            f"step {step}: {wrong} rows of {table.name!r} on rank {rank} of"
+                            f" {world_size} are others"
+                        ),
+                    )
+                )
 
     first = saver.load(folder, model)
     compare(first)
@@ -205,7 +249,10 @@ class Loop:
     faults: list[str] = field(default_factory=list)
 
     def run(self, kills: int, seconds: float, stop_at_fault: bool = False) -> None:
-        """Go on until so many processes' attempts were killed, and the run at hand has come to its end; or the time is over."""
+        """Go on until so many processes' attempts were killed.
+
+        And the run at hand has come to its end; or the time is over.
+        """
         draw, deadline = random.Random(self.seed), time.monotonic() + seconds
         with tempfile.TemporaryDirectory(prefix="crash-loop-") as base:
             here, there = _context.Pipe(duplex=False)
@@ -227,8 +274,13 @@ class Loop:
                         break
                 self.runs += 1
 
-    def _attempt(self, base: Path, folder: Path, draw: random.Random, known: int, kill: bool) -> tuple[bool, int]:
-        """Run the job once; return whether it came to its end, and the newest step that was reported as saved."""
+    def _attempt(
+        self, base: Path, folder: Path, draw: random.Random, known: int, kill: bool
+    ) -> tuple[bool, int]:
+        """Run the job once.
+
+        Return whether it came to its end, and the newest step that was reported as saved.
+        """
         world_size, self.attempts = draw.randint(1, 3), self.attempts + 1
         self.world_sizes[world_size] += 1
         background = draw.random() < 0.5
@@ -280,7 +332,9 @@ class Loop:
                     elif kind == "failed" and not killed:
                         self.faults.append(f"rank {rank} of {world_size}: {value}")
                     elif kind == "loaded" and value < known:
-                        self.faults.append(f"step {known} was reported as saved, the next attempt found {value}")
+                        self.faults.append(
+                            f"step {known} was reported as saved, the next attempt found {value}"
+                        )
                     elif kind == "saved":
                         known = max(known, value)
                     elif kind == "saving" and rank == 0:
@@ -300,5 +354,7 @@ class Loop:
             self.faults.append(f"step {known} was reported as saved, the newest is {newest}")
         done = len(status) == world_size and all(kind == "done" for kind, _ in status.values())
         if done and self.saver is OURS and newest != STEPS:
-            self.faults.append(f"the run came to its end, step {STEPS}, the newest checkpoint is of step {newest}")
+            self.faults.append(
+                f"the run came to its end, step {STEPS}, the newest checkpoint is of step {newest}"
+            )
         return done, known

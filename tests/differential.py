@@ -1,10 +1,13 @@
-"""Random configurations of the interface, run on PyKEEN's table and on ours; what happens is compared, step by step.
+"""Random configurations of the interface, run on PyKEEN's table and on ours.
 
-Not drawn, because ours differs on purpose: a constrainer that is no function of single rows (clamp_norm without dim; any
-along the last dimension of shape ()), which is refused; regularizer=3, which PyKEEN takes until forward; complex_normalize
-on no rows; ids for a table of no rows or columns, which are out of range here and cannot be reshaped there; init_phases in
-half precision, which torch cannot view as complex there; and init_quaternions in other dtypes, which PyKEEN turns into
-float32.
+What happens is compared, step by step.
+
+Not drawn, because ours differs on purpose: a constrainer that is no function of single rows
+(clamp_norm without dim; any along the last dimension of shape ()), which is refused; regularizer=3,
+which PyKEEN takes until forward; complex_normalize on no rows; ids for a table of no rows or
+columns, which are out of range here and cannot be reshaped there; init_phases in half precision,
+which torch cannot view as complex there; and init_quaternions in other dtypes, which PyKEEN turns
+into float32.
 """
 
 import warnings
@@ -27,7 +30,9 @@ def ramp_(x: torch.Tensor) -> torch.Tensor:
     """An initializer in place, as the documented callables are."""
     with torch.no_grad():
         return x.copy_(
-            torch.linspace(-1, 1, max(1, x[0].numel() if len(x) else 1))[: x[:1].numel()].view(x[:1].shape).expand(x.shape)
+            torch.linspace(-1, 1, max(1, x[0].numel() if len(x) else 1))[: x[:1].numel()]
+            .view(x[:1].shape)
+            .expand(x.shape)
         )
 
 
@@ -36,7 +41,9 @@ class Rows:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
         pairs = (2,) if dtype is not None and dtype.is_complex else ()
-        self.tensor = torch.linspace(-2, 2, torch.Size((*shape, *pairs)).numel()).view(*shape, *pairs)
+        self.tensor = torch.linspace(-2, 2, torch.Size((*shape, *pairs)).numel()).view(
+            *shape, *pairs
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape != self.tensor.shape:
@@ -67,8 +74,30 @@ def initializers(shape: tuple[int, ...], dtype: torch.dtype | None) -> st.Search
     stored = (*shape, 2) if is_complex else shape
     found = [
         NONE,
-        named(st.sampled_from(["xavier_uniform", "XavierNormal", "xavieruniformnorm", "xavier normal norm", "normal_norm"])),
-        named(st.sampled_from(["uniform_norm", "ones", "zeros", "UNIFORM", "normal_", "kaiming-normal", "orthogonal"])),
+        named(
+            st.sampled_from(
+                [
+                    "xavier_uniform",
+                    "XavierNormal",
+                    "xavieruniformnorm",
+                    "xavier normal norm",
+                    "normal_norm",
+                ]
+            )
+        ),
+        named(
+            st.sampled_from(
+                [
+                    "uniform_norm",
+                    "ones",
+                    "zeros",
+                    "UNIFORM",
+                    "normal_",
+                    "kaiming-normal",
+                    "orthogonal",
+                ]
+            )
+        ),
         named("uniform", a=st.just(-1.0), b=st.just(2.0)),
         named("normal", mean=st.just(1.0), std=st.just(0.5)),
         named("trunc_normal", std=st.just(0.5)),
@@ -99,12 +128,20 @@ def constrainers(shape: tuple[int, ...], is_complex: bool) -> st.SearchStrategy:
     if is_complex or shape[-1] % 2 == 0:
         found += [named("complex_normalize")]
     if not is_complex:
-        found += [st.just(("clamp", {"min": -0.4, "max": 0.7})), st.just(("clamp", {"max": 0.2})), named(F.relu)]
+        found += [
+            st.just(("clamp", {"min": -0.4, "max": 0.7})),
+            st.just(("clamp", {"max": 0.2})),
+            named(F.relu),
+        ]
     return st.one_of(found)
 
 
 def normalizers(is_complex: bool) -> st.SearchStrategy:
-    found = [NONE, named("normalize", p=P, dim=st.sampled_from([-1, -1, 1])), named(st.sampled_from([halve, torch.tanh]))]
+    found = [
+        NONE,
+        named("normalize", p=P, dim=st.sampled_from([-1, -1, 1])),
+        named(st.sampled_from([halve, torch.tanh])),
+    ]
     return st.one_of(found if is_complex else [*found, named("softmax", dim=st.just(-1))])
 
 
@@ -126,10 +163,15 @@ OPTIMIZERS = st.sampled_from(
     ]
 )
 SIZES = st.sampled_from(
-    [{"max_id": n} for n in (1, 2, 5, 11, 13)] + [{"num_embeddings": 7}, {"max_id": 7, "num_embeddings": 7}]
+    [{"max_id": n} for n in (1, 2, 5, 11, 13)]
+    + [{"num_embeddings": 7}, {"max_id": 7, "num_embeddings": 7}]
 )
-SHAPES = st.sampled_from([{"shape": s} for s in (1, 6, 7, (3, 2), [4], (2, 2, 2), (3, 4))] + [{"embedding_dim": 5}])
-DTYPES = st.sampled_from([None] * 6 + [torch.float64] * 4 + [torch.complex64] * 3 + [torch.complex128, *HALF])
+SHAPES = st.sampled_from(
+    [{"shape": s} for s in (1, 6, 7, (3, 2), [4], (2, 2, 2), (3, 4))] + [{"embedding_dim": 5}]
+)
+DTYPES = st.sampled_from(
+    [None] * 6 + [torch.float64] * 4 + [torch.complex64] * 3 + [torch.complex128, *HALF]
+)
 #: what is no table, or hardly one; put into every fifth configuration
 FAULTS = st.sampled_from(
     [
@@ -163,7 +205,10 @@ FAULTS = st.sampled_from(
 )
 IDS = st.one_of(
     st.none(),
-    *(st.tuples(st.just(size), st.sampled_from(["int64", "int32"])) for size in ((), (0,), (5,), (4, 3), (2, 1, 2), (1, 1))),
+    *(
+        st.tuples(st.just(size), st.sampled_from(["int64", "int32"]))
+        for size in ((), (0,), (5,), (4, 3), (2, 1, 2), (1, 1))
+    ),
 )
 BAD_IDS = st.sampled_from(["high", "negative", "float", "list", "bool"])
 
@@ -197,21 +242,33 @@ def configurations(draw: Callable[..., Any]) -> dict[str, Any]:
             kwargs[key] = value
     pretrained = draw(st.integers(0, 9)) == 0
     if pretrained:
-        kwargs["initializer"] = Rows((kwargs.get("max_id", 7), *as_tuple(kwargs.get("shape", 5))), kwargs.get("dtype"))
+        kwargs["initializer"] = Rows(
+            (kwargs.get("max_id", 7), *as_tuple(kwargs.get("shape", 5))), kwargs.get("dtype")
+        )
         kwargs.pop("initializer_kwargs", None)
     if draw(st.integers(0, 4)) == 0:
         kwargs |= draw(FAULTS)
         if kwargs.get("constrainer") is None:
             kwargs.pop("constrainer_kwargs", None)
-    quaternions = kwargs.get("initializer") == "init_quaternions"  # PyKEEN makes them in the default dtype
+    quaternions = (
+        kwargs.get("initializer") == "init_quaternions"
+    )  # PyKEEN makes them in the default dtype
     return {
         "kwargs": kwargs,
         "steps": draw(st.lists(IDS, min_size=1, max_size=4)),
-        "bad": draw(st.one_of(st.none(), st.none(), st.none(), BAD_IDS)) if 0 not in kwargs.values() else None,
+        "bad": (
+            draw(st.one_of(st.none(), st.none(), st.none(), BAD_IDS))
+            if 0 not in kwargs.values()
+            else None
+        ),
         "optimizer": draw(OPTIMIZERS),
         "training": draw(st.sampled_from([True, True, True, False])),
         "pop": draw(st.sampled_from([True, True, False])),
-        "default_dtype": torch.float32 if quaternions else draw(st.sampled_from([torch.float32] * 3 + [torch.float64])),
+        "default_dtype": (
+            torch.float32
+            if quaternions
+            else draw(st.sampled_from([torch.float32] * 3 + [torch.float64]))
+        ),
         "seed": draw(st.integers(0, 2**31)),
     }
 
@@ -222,7 +279,12 @@ def make_ids(spec: Any, max_id: int, seed: int) -> torch.Tensor | None:
     size, dtype = spec
     if max_id == 0:
         size = (0,)
-    ids = torch.randint(max(1, max_id), size, generator=torch.Generator().manual_seed(seed), dtype=getattr(torch, dtype))
+    ids = torch.randint(
+        max(1, max_id),
+        size,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=getattr(torch, dtype),
+    )
     # as PyKEEN's loops have them: a column of something larger
     return torch.stack([ids, ids + 1], dim=-1)[..., 0]
 
@@ -308,16 +370,23 @@ def _run(cls: Callable[..., Any], config: dict[str, Any], record: Record) -> Non
     def reset() -> Any:
         module.reset_parameters()
         weight = module._embeddings.weight.detach()
-        fixed = kwargs.get("initializer") in FIXED_INITIALIZERS or isinstance(kwargs.get("initializer"), Rows)
+        fixed = kwargs.get("initializer") in FIXED_INITIALIZERS or isinstance(
+            kwargs.get("initializer"), Rows
+        )
         return weight if fixed else (weight.shape, weight.dtype)
 
     record.stage("construct", construct)
     module = kept[0]
     record.stage("reset", reset)
     weight = module._embeddings.weight
-    weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight.dtype)
+    weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(
+        weight.dtype
+    )
     module.train(config["training"])
-    record.stage("state", lambda: sorted((key, tuple(v.shape), v.dtype) for key, v in module.state_dict().items()))
+    record.stage(
+        "state",
+        lambda: sorted((key, tuple(v.shape), v.dtype) for key, v in module.state_dict().items()),
+    )
     name, options = config["optimizer"]
     optimizer = getattr(torch.optim, name)(list(module.parameters()), **options)
     for step, spec in enumerate(config["steps"]):
@@ -351,7 +420,12 @@ def _run(cls: Callable[..., Any], config: dict[str, Any], record: Record) -> Non
                     part.post_parameter_update()
             return list(module.parameters())
 
-        for stage, function in (("forward", forward), ("loss", loss), ("backward", backward), ("constrain", constrain)):
+        for stage, function in (
+            ("forward", forward),
+            ("loss", loss),
+            ("backward", backward),
+            ("constrain", constrain),
+        ):
             record.stage(stage, function)
     module.eval()
     with torch.no_grad():
@@ -365,22 +439,32 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": max(1e-6, 4 * eps), "atol": max(1e-7, eps)}
 
 
-def differences(config: dict[str, Any], our: Callable[..., Any], their: Callable[..., Any]) -> tuple[list[str], bool]:
+def differences(
+    config: dict[str, Any], our: Callable[..., Any], their: Callable[..., Any]
+) -> tuple[list[str], bool]:
     """Say where runs of two classes differ, and whether a gradient has moved a row."""
     ours, theirs = run(our, config), run(their, config)
     if ours.stages[-1][0] == "construct" and theirs.stages[-1][0] != "construct":
         # what a constrainer cannot do shows when it is probed, not after the first step
         got, expected = ours.stages[-1][3], probed(their, config)
         return ([] if got is expected else [f"probe: got {got}, expected {expected}"]), False
-    grads = [value[0] for name, value, _, _ in ours.stages if name == "backward" and value is not None]
-    return _compare(ours, theirs), any(grad is not None and bool(grad.any()) for part in grads for grad in part)
+    grads = [
+        value[0] for name, value, _, _ in ours.stages if name == "backward" and value is not None
+    ]
+    return _compare(ours, theirs), any(
+        grad is not None and bool(grad.any()) for part in grads for grad in part
+    )
 
 
 def _compare(ours: Record, theirs: Record) -> list[str]:
     found: list[str] = []
     for mine, other in zip(ours.stages, theirs.stages, strict=False):
         name, value, categories, error = mine
-        related = error is not None and other[3] is not None and (issubclass(other[3], error) or issubclass(error, other[3]))
+        related = (
+            error is not None
+            and other[3] is not None
+            and (issubclass(other[3], error) or issubclass(error, other[3]))
+        )
         same = related or error is other[3]
         if categories != other[2] or not same:
             found.append(f"{name}: got {categories}, {error}, expected {other[2:]}")
@@ -399,5 +483,8 @@ def _compare(ours: Record, theirs: Record) -> list[str]:
         if found:
             return found
     if len(ours.stages) != len(theirs.stages):
-        found.append(f"got stages {[s[::3] for s in ours.stages]}, expected {[s[::3] for s in theirs.stages]}")
+        found.append(
+            f"got stages {[s[::3] for s in ours.stages]}, expected"
+            f" {[s[::3] for s in theirs.stages]}"
+        )
     return found

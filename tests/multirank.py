@@ -1,6 +1,7 @@
 """Random training jobs, run on 1 to 4 ranks and in one process by an oracle of plain torch.
 
-This module must not import pykeen: ranks import it too. The oracle gets PyKEEN's class from its caller.
+This module must not import pykeen: ranks import it too. The oracle gets PyKEEN's class from its
+caller.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,11 @@ KERNELS = [
     ("sparse", "SGD", {"lr": 0.02}),
     ("sparse", "Adagrad", {"lr": 0.3}),
     ("sparse", "SparseAdam", {"lr": 0.1}),
-    *(("sparse", name, {"lr": 0.02 if "SGD" in name else 0.2, "weight_decay": w}) for name in OURS for w in (0.0, 0.1)),
+    *(
+        ("sparse", name, {"lr": 0.02 if "SGD" in name else 0.2, "weight_decay": w})
+        for name in OURS
+        for w in (0.0, 0.1)
+    ),
     ("fused", "sgd", {"lr": 0.02}),
     ("fused", "adagrad", {"lr": 0.3}),
     ("fused", "rowwise_adagrad", {"lr": 0.3}),
@@ -56,15 +61,32 @@ def jobs(draw: Callable[..., Any]) -> dict[str, Any]:
     rows = draw(st.sampled_from([1, 2, 3, 5, 7, 23, 101]))
     lookups = 1 if gradient == "fused" else draw(st.integers(1, 3))
     size = st.one_of(st.just(0), st.integers(1, 9))
-    step = st.lists(st.lists(size, min_size=world_size, max_size=world_size), min_size=lookups, max_size=lookups)
-    dtype = draw(st.sampled_from([torch.float32] + [torch.float64, torch.complex128] * (gradient != "fused")))
-    placement = draw(st.sampled_from(["row_wise", "row_wise", "replicated"])) if gradient != "fused" else "row_wise"
-    shape = draw(st.sampled_from([1, 6, 7, (3, 2), 128]))
-    # a norm in forward multiplies what float32 rounds, where a constrainer makes rows small; of one number it has no gradient
-    normalizer = draw(
-        st.sampled_from([n for n in NORMALIZERS if n[0] != "normalize" or (dtype != torch.float32 and shape != 1)])
+    step = st.lists(
+        st.lists(size, min_size=world_size, max_size=world_size), min_size=lookups, max_size=lookups
     )
-    regularizer = draw(st.sampled_from([None, None, "norm_limit"])) if normalizer[0] != "normalize" else None
+    dtype = draw(
+        st.sampled_from([torch.float32] + [torch.float64, torch.complex128] * (gradient != "fused"))
+    )
+    placement = (
+        draw(st.sampled_from(["row_wise", "row_wise", "replicated"]))
+        if gradient != "fused"
+        else "row_wise"
+    )
+    shape = draw(st.sampled_from([1, 6, 7, (3, 2), 128]))
+    # a norm in forward multiplies what float32 rounds, where a constrainer makes rows small; of one
+    # number it has no gradient
+    normalizer = draw(
+        st.sampled_from(
+            [
+                n
+                for n in NORMALIZERS
+                if n[0] != "normalize" or (dtype != torch.float32 and shape != 1)
+            ]
+        )
+    )
+    regularizer = (
+        draw(st.sampled_from([None, None, "norm_limit"])) if normalizer[0] != "normalize" else None
+    )
     return {
         "world_size": world_size,
         "gradient": gradient,
@@ -92,7 +114,10 @@ def jobs(draw: Callable[..., Any]) -> dict[str, Any]:
 
 def common(job: dict[str, Any]) -> dict[str, Any]:
     """What PyKEEN's table takes as well as ours."""
-    (constrainer, constrainer_kwargs), (normalizer, normalizer_kwargs) = job["constrainer"], job["normalizer"]
+    (constrainer, constrainer_kwargs), (normalizer, normalizer_kwargs) = (
+        job["constrainer"],
+        job["normalizer"],
+    )
     return {
         "max_id": job["rows"],
         "shape": job["shape"],
@@ -120,7 +145,10 @@ def ids_of(job: dict[str, Any], step: int, lookup: int, ranks: list[int]) -> tor
 
 
 def loss_of(table: Any, ids: list[torch.Tensor], zeros: bool) -> torch.Tensor:
-    """A sum over ids, so that the parts of several ranks add up; ``zeros`` gives every third row a gradient that is 0."""
+    """A sum over ids, so that the parts of several ranks add up.
+
+    ``zeros`` gives every third row a gradient that is 0.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for part in ids:
         out = table(part).flatten(1)
@@ -134,7 +162,9 @@ def loss_of(table: Any, ids: list[torch.Tensor], zeros: bool) -> torch.Tensor:
 
 
 def make_table(job: dict[str, Any]) -> Embedding:
-    fused = FusedOptimizer(job["optimizer"], **job["options"]) if job["gradient"] == "fused" else None
+    fused = (
+        FusedOptimizer(job["optimizer"], **job["options"]) if job["gradient"] == "fused" else None
+    )
     table = Embedding(
         **common(job),
         gradient=job["gradient"],
@@ -149,9 +179,17 @@ def make_table(job: dict[str, Any]) -> Embedding:
     return table
 
 
-def train(rank: int, world_size: int, job: dict[str, Any], plant: str | None = None) -> torch.Tensor:
-    """Train ours on this rank; ``world_size`` 1 takes the ids of all ranks. Returns all stored rows."""
-    with planted(plant) if plant is not None else nullcontext(), nullcontext() if job["c_loops"] else without_c_loops():
+def train(
+    rank: int, world_size: int, job: dict[str, Any], plant: str | None = None
+) -> torch.Tensor:
+    """Train ours on this rank; ``world_size`` 1 takes the ids of all ranks.
+
+    Returns all stored rows.
+    """
+    with (
+        planted(plant) if plant is not None else nullcontext(),
+        nullcontext() if job["c_loops"] else without_c_loops(),
+    ):
         return _train(rank, world_size, job)
 
 
@@ -182,7 +220,10 @@ def _train(rank: int, world_size: int, job: dict[str, Any]) -> torch.Tensor:
 
 
 def oracle(job: dict[str, Any], pykeen_embedding: Any) -> torch.Tensor:
-    """The same in one process: PyKEEN's table, dense gradients, a formula for each rule, a constrainer on all rows."""
+    """The same in one process.
+
+    PyKEEN's table, dense gradients, a formula for each rule, a constrainer on all rows.
+    """
     table = pykeen_embedding(**common(job))
     weight = table._embeddings.weight
     weight.data.copy_(make_table({**job, "gradient": "dense"}).full_state_dict("torch")["weight"])
@@ -191,7 +232,10 @@ def oracle(job: dict[str, Any], pykeen_embedding: Any) -> torch.Tensor:
         dense = getattr(torch.optim, job["optimizer"])([weight], **job["options"])
     state: dict[str, torch.Tensor] = {}
     for step in range(len(job["steps"])):
-        ids = [ids_of(job, step, n, list(range(job["world_size"]))) for n in range(len(job["steps"][step]))]
+        ids = [
+            ids_of(job, step, n, list(range(job["world_size"])))
+            for n in range(len(job["steps"][step]))
+        ]
         weight.grad = None
         loss_of(table, ids, job["zeros"]).backward()
         if job["clip"] is not None:
@@ -202,13 +246,27 @@ def oracle(job: dict[str, Any], pykeen_embedding: Any) -> torch.Tensor:
             touched = torch.zeros(len(weight), 1, dtype=torch.bool)
             touched[torch.cat(ids)] = True
             with torch.no_grad():
-                rule(job["optimizer"].lower(), job["options"], weight, weight.grad, touched, state, step + 1)
+                rule(
+                    job["optimizer"].lower(),
+                    job["options"],
+                    weight,
+                    weight.grad,
+                    touched,
+                    state,
+                    step + 1,
+                )
         table.post_parameter_update()
     return weight.detach()
 
 
 def rule(
-    name: str, options: dict[str, float], w: torch.Tensor, g: torch.Tensor, touched: torch.Tensor, state: dict, step: int
+    name: str,
+    options: dict[str, float],
+    w: torch.Tensor,
+    g: torch.Tensor,
+    touched: torch.Tensor,
+    state: dict,
+    step: int,
 ) -> None:
     """Update touched rows by the textbook."""
     lr, decay = options["lr"], options.get("weight_decay", 0.0)
@@ -252,7 +310,10 @@ def planted(bug: str) -> Iterator[None]:
     def dropped_duplicate(self: Table, rows: torch.Tensor) -> torch.Tensor:
         out = lookups[type(self)](self, rows)
         if out.requires_grad:
-            first = torch.tensor([row not in rows[:i].tolist() for i, row in enumerate(rows.tolist())], dtype=torch.bool)
+            first = torch.tensor(
+                [row not in rows[:i].tolist() for i, row in enumerate(rows.tolist())],
+                dtype=torch.bool,
+            )
             out.register_hook(lambda grad: grad * first[:, None])
         return out
 
@@ -282,8 +343,10 @@ BUGS = ("off by one", "dropped duplicate", "constrainer on wrong rows")
 
 
 def exact(job: dict[str, Any]) -> bool:
-    """Whether ranks give the bits that one process gives: sums in the same order, and no function in between whose last bit
-    depends on how many numbers are computed together (tanh, a norm, the modulus of a complex number).
+    """Whether ranks give the bits that one process gives.
+
+    Sums in the same order, and no function in between whose last bit depends on how many numbers
+    are computed together (tanh, a norm, the modulus of a complex number).
     """
     plain = (
         job["placement"] == "row_wise"
@@ -293,9 +356,18 @@ def exact(job: dict[str, Any]) -> bool:
         and job["clip"] is None
         and not (job["deduplicate"] and job["world_size"] > 1)
     )
-    return plain and "sgd" in job["optimizer"].lower() and job["reduction"] == "sum" and not job["dtype"].is_complex
+    return (
+        plain
+        and "sgd" in job["optimizer"].lower()
+        and job["reduction"] == "sum"
+        and not job["dtype"].is_complex
+    )
 
 
 def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest value of the table."""
-    return ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item() if expected.numel() else 0.0
+    return (
+        ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+        if expected.numel()
+        else 0.0
+    )

@@ -8,13 +8,18 @@ from shardemb import Coordinator, Embedding, clip_grad_norm_, optim
 
 
 class Model(nn.Module):
-    """A sharded table, a replicated one, and an ordinary layer; in float64, since their gradients blow rounding errors up."""
+    """A sharded table, a replicated one, and an ordinary layer.
+
+    In float64, since their gradients blow rounding errors up.
+    """
 
     def __init__(self, reduction: str) -> None:
         super().__init__()
         common = {"shape": 6, "gradient_reduction": reduction, "dtype": torch.float64}
         self.entity = Embedding(501, seed=1, name="entity", **common)
-        self.relation = Embedding(5, placement="replicated", seed=2, constrainer="normalize", name="relation", **common)
+        self.relation = Embedding(
+            5, placement="replicated", seed=2, constrainer="normalize", name="relation", **common
+        )
         self.layer = nn.Linear(6, 1, dtype=torch.float64)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -48,7 +53,9 @@ def _step(rank: int, world_size: int, reduction: str) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_step_means_the_same_on_any_number_of_ranks(run_ranks, world_size: int, reduction: str) -> None:
+def test_a_step_means_the_same_on_any_number_of_ranks(
+    run_ranks, world_size: int, reduction: str
+) -> None:
     (expected,) = run_ranks(_step, 1, reduction)
     for got in run_ranks(_step, world_size, reduction):
         for name, value in expected.items():
@@ -56,11 +63,18 @@ def test_a_step_means_the_same_on_any_number_of_ranks(run_ranks, world_size: int
 
 
 def _replicas(rank: int, world_size: int) -> list[torch.Tensor]:
-    """Each rank touches another row of tables that all hold whole; a layer that no rank uses must not move."""
+    """Each rank touches another row of tables that all hold whole.
+
+    A layer that no rank uses must not move.
+    """
     model = nn.ModuleDict(
         {
-            "table": Embedding(500, shape=4, placement="replicated", constrainer="normalize", seed=1, name="table"),
-            "adam": Embedding(500, shape=4, placement="replicated", gradient_reduction="sum", seed=2, name="adam"),
+            "table": Embedding(
+                500, shape=4, placement="replicated", constrainer="normalize", seed=1, name="table"
+            ),
+            "adam": Embedding(
+                500, shape=4, placement="replicated", gradient_reduction="sum", seed=2, name="adam"
+            ),
             "unused": nn.Linear(2, 2).double(),
             "frozen": nn.Linear(2, 2).requires_grad_(False),
         }
@@ -78,7 +92,10 @@ def _replicas(rank: int, world_size: int) -> list[torch.Tensor]:
         coordinator.step()
     assert torch.equal(model["unused"].weight, unused)
     assert model["table"](None).norm(dim=1).sub(1).abs().max() < 1e-6
-    return [x.detach().clone() for x in (model["table"](None), model["adam"](None), unused, model["frozen"].weight)]
+    return [
+        x.detach().clone()
+        for x in (model["table"](None), model["adam"](None), unused, model["frozen"].weight)
+    ]
 
 
 def test_replicas_stay_equal(run_ranks) -> None:
@@ -110,11 +127,18 @@ def test_a_group_of_its_own(run_ranks, tmp_path: Path) -> None:
 def test_optimizers_that_move_untouched_rows_are_refused() -> None:
     table = Embedding(10, shape=2, constrainer="normalize", name="people")
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match=r"table 'people': SGD with momentum=0.9 moves rows .* gradient='dense'"):
+    with pytest.raises(
+        ValueError, match=r"table 'people': SGD with momentum=0.9 moves rows .* gradient='dense'"
+    ):
         Coordinator(table, optimizer)
-    with pytest.raises(ValueError, match=r"table 'people': Adam takes no sparse gradients: use shardemb.optim.LazyAdam"):
+    with pytest.raises(
+        ValueError,
+        match=r"table 'people': Adam takes no sparse gradients: use shardemb.optim.LazyAdam",
+    ):
         Coordinator(table, torch.optim.Adam(table.parameters()))
-    replicated = Embedding(10, shape=2, constrainer="normalize", placement="replicated")  # all of whose rows are constrained
+    replicated = Embedding(
+        10, shape=2, constrainer="normalize", placement="replicated"
+    )  # all of whose rows are constrained
     Coordinator(replicated, torch.optim.SGD(replicated.parameters(), lr=0.1, momentum=0.9))
     for function in (Coordinator, clip_grad_norm_):
         with pytest.raises(TypeError, match=r"got generator, expected the torch.nn.Module"):
@@ -125,7 +149,10 @@ def test_optimizers_that_move_untouched_rows_are_refused() -> None:
 
 
 def _counts(rank: int, world_size: int) -> tuple[list[int], list[int], int]:
-    """Count, step by step, the rows that this rank constrains: in the optimizer's pass, and in one of its own."""
+    """Count, step by step, the rows that this rank constrains.
+
+    In the optimizer's pass, and in one of its own.
+    """
     seen: list[int] = []
 
     def unit(rows: torch.Tensor) -> torch.Tensor:
@@ -156,7 +183,10 @@ def _counts(rank: int, world_size: int) -> tuple[list[int], list[int], int]:
 
 
 def test_rows_are_constrained_while_they_are_updated(run_ranks, world_size: int) -> None:
-    """The first step's pass takes all rows; later ones nothing is left to do after the optimizer."""
+    """The first step's pass takes all rows.
+
+    Later ones nothing is left to do after the optimizer.
+    """
     touched = 0
     for totals, own, local in run_ranks(_counts, world_size):
         assert own == [local, 0, 0]
@@ -165,10 +195,20 @@ def test_rows_are_constrained_while_they_are_updated(run_ranks, world_size: int)
     assert touched == 2
 
 
-def _told(rank: int, world_size: int, replicated: bool) -> tuple[list[float], list[float], torch.Tensor]:
+def _told(
+    rank: int, world_size: int, replicated: bool
+) -> tuple[list[float], list[float], torch.Tensor]:
     """Two steps, of which the second is left out; flags travel with the gradients."""
     placement = "replicated" if replicated else "row_wise"
-    table = Embedding(7, shape=2, seed=1, placement=placement, initialize=True, gradient_reduction="sum", dtype=torch.float64)
+    table = Embedding(
+        7,
+        shape=2,
+        seed=1,
+        placement=placement,
+        initialize=True,
+        gradient_reduction="sum",
+        dtype=torch.float64,
+    )
     coordinator = Coordinator(table, optim.SparseSGD(table.parameters(), lr=1.0))
     found = []
     for step in range(2):
@@ -181,7 +221,9 @@ def _told(rank: int, world_size: int, replicated: bool) -> tuple[list[float], li
 
 
 @pytest.mark.parametrize("replicated", [True, False])
-def test_numbers_travel_with_the_gradients_and_a_step_can_be_forgotten(run_ranks, world_size: int, replicated: bool) -> None:
+def test_numbers_travel_with_the_gradients_and_a_step_can_be_forgotten(
+    run_ranks, world_size: int, replicated: bool
+) -> None:
     expected = Embedding(7, shape=2, seed=1, initialize=True, dtype=torch.float64)(None).detach()
     for rank in range(world_size):
         expected[rank] -= 1
@@ -193,16 +235,29 @@ def test_numbers_travel_with_the_gradients_and_a_step_can_be_forgotten(run_ranks
         torch.testing.assert_close(rows, expected)
 
 
-def _clip(rank: int, world_size: int, norm_type: float, max_norm: float) -> tuple[float, dict[str, torch.Tensor]]:
+def _clip(
+    rank: int, world_size: int, norm_type: float, max_norm: float
+) -> tuple[float, dict[str, torch.Tensor]]:
     model = nn.ModuleDict(
         {
             "sparse": Embedding(501, shape=6, seed=1, gradient_reduction="sum", name="sparse"),
-            "dense": Embedding(101, shape=6, seed=2, gradient_reduction="sum", gradient="dense", name="dense"),
-            "relation": Embedding(5, shape=6, seed=3, gradient_reduction="sum", placement="replicated", name="relation"),
+            "dense": Embedding(
+                101, shape=6, seed=2, gradient_reduction="sum", gradient="dense", name="dense"
+            ),
+            "relation": Embedding(
+                5,
+                shape=6,
+                seed=3,
+                gradient_reduction="sum",
+                placement="replicated",
+                name="relation",
+            ),
         }
     )
     ids = torch.arange(60).repeat(2).chunk(world_size)[rank]  # duplicates on different ranks
-    (model["sparse"](ids) * model["dense"](ids) * model["relation"](ids % 5)).square().sum().backward()
+    (
+        model["sparse"](ids) * model["dense"](ids) * model["relation"](ids % 5)
+    ).square().sum().backward()
     Coordinator(model).reduce()
     total = clip_grad_norm_(model, max_norm, norm_type)
     grads = {}
@@ -214,8 +269,13 @@ def _clip(rank: int, world_size: int, norm_type: float, max_norm: float) -> tupl
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
-def test_clipping_by_the_norm_over_tables_and_ranks(run_ranks, world_size: int, norm_type: float, max_norm: float) -> None:
-    tables = [Embedding(rows, shape=6, seed=seed)(None).detach() for rows, seed in ((501, 1), (101, 2), (5, 3))]
+def test_clipping_by_the_norm_over_tables_and_ranks(
+    run_ranks, world_size: int, norm_type: float, max_norm: float
+) -> None:
+    tables = [
+        Embedding(rows, shape=6, seed=seed)(None).detach()
+        for rows, seed in ((501, 1), (101, 2), (5, 3))
+    ]
     weights = [nn.Parameter(rows) for rows in tables]
     ids = torch.arange(60).repeat(2)
     (weights[0][ids] * weights[1][ids] * weights[2][ids % 5]).square().sum().backward()
@@ -225,7 +285,9 @@ def test_clipping_by_the_norm_over_tables_and_ranks(run_ranks, world_size: int, 
         parts = [grads[name] for _, grads in results]
         whole = parts[0] if name == "relation" else sum(parts)
         torch.testing.assert_close(whole, weights[number].grad, rtol=1e-5, atol=1e-7)
-    assert [total for total, _ in results] == pytest.approx([expected.item()] * world_size, rel=1e-5)
+    assert [total for total, _ in results] == pytest.approx(
+        [expected.item()] * world_size, rel=1e-5
+    )
 
 
 def test_clipping_what_cannot_be_clipped() -> None:
@@ -235,18 +297,26 @@ def test_clipping_what_cannot_be_clipped() -> None:
             clip_grad_norm_(table, *arguments)
     assert clip_grad_norm_(table, 1.0).item() == 0  # no gradient yet
     fused = Embedding(10, shape=4, gradient="fused", name="people")
-    with pytest.raises(ValueError, match=r"table 'people': gradient='fused' updates rows in backward.*RowWiseAdagrad"):
+    with pytest.raises(
+        ValueError,
+        match=r"table 'people': gradient='fused' updates rows in backward.*RowWiseAdagrad",
+    ):
         Coordinator(fused, max_grad_norm=1.0)
     complex_layer = nn.Linear(2, 2, dtype=torch.complex64)
     complex_layer(torch.ones(2, dtype=torch.complex64)).abs().sum().backward()
     empty = Embedding(4, shape=0)
     empty(torch.tensor([1])).sum().backward()
     assert clip_grad_norm_(nn.ModuleList([complex_layer, empty]), 0.5).item() > 0.5
-    assert nn.utils.get_total_norm([p.grad for p in complex_layer.parameters()]).item() == pytest.approx(0.5, rel=1e-4)
+    assert nn.utils.get_total_norm(
+        [p.grad for p in complex_layer.parameters()]
+    ).item() == pytest.approx(0.5, rel=1e-4)
 
 
 def _zero_gradients(rank: int, world_size: int, placement: str) -> list[torch.Tensor]:
-    """A gradient of exactly 0 (a hinge loss has many) touches a row: Adam moves it on, decay shrinks it."""
+    """A gradient of exactly 0 (a hinge loss has many) touches a row.
+
+    Adam moves it on, decay shrinks it.
+    """
     rows = []
     for cls, options in (
         (optim.LazyAdam, {"lr": 0.1}),

@@ -1,4 +1,7 @@
-"""A step costs what it touches: no operator, and no loop in C, goes over the whole table after the first step."""
+"""A step costs what it touches.
+
+No operator, and no loop in C, goes over the whole table after the first step.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,12 +18,25 @@ from shardemb import Coordinator, Embedding, kernels, optim
 ROWS = 50_021
 #: operators that may be given a whole table, since they look at some rows only, or at none
 PARTIAL = {"aten::index_select", "aten::embedding", "aten::index_copy_"} | {
-    f"aten::{view}" for view in ("detach", "view", "slice", "alias", "_unsafe_view", "t", "as_strided", "_reshape_alias")
+    f"aten::{view}"
+    for view in (
+        "detach",
+        "view",
+        "slice",
+        "alias",
+        "_unsafe_view",
+        "t",
+        "as_strided",
+        "_reshape_alias",
+    )
 }
 
 
 class WholeTables(TorchDispatchMode):
-    """Names each operator that gets or makes something with as many rows as the shard, and is not known to be partial."""
+    """Names each operator that gets or makes something with as many rows as the shard.
+
+    And is not known to be partial.
+    """
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -28,9 +44,15 @@ class WholeTables(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        tensors = [
+            t
+            for t in torch.utils._pytree.tree_leaves((args, kwargs, out))
+            if isinstance(t, torch.Tensor)
+        ]
         name = func._schema.name
-        sparse = any(t.is_sparse for t in tensors)  # torch.optim adds a sparse gradient to a dense table
+        sparse = any(
+            t.is_sparse for t in tensors
+        )  # torch.optim adds a sparse gradient to a dense table
         if name not in PARTIAL and not name.startswith("fbgemm::") and not sparse:
             self.found += [name] * any(t.numel() >= self.rows for t in tensors)
         return out
@@ -64,19 +86,26 @@ def rows_moved() -> Iterator[dict[str, int]]:
 
 
 OPTIMIZERS = {
-    **{cls.__name__: cls for cls in (optim.SparseSGD, optim.SparseAdagrad, optim.RowWiseAdagrad, optim.LazyAdam)},
+    **{
+        cls.__name__: cls
+        for cls in (optim.SparseSGD, optim.SparseAdagrad, optim.RowWiseAdagrad, optim.LazyAdam)
+    },
     "RowWiseAdam": optim.RowWiseAdam,
     "torch SGD": torch.optim.SGD,
     "torch SparseAdam": torch.optim.SparseAdam,
 }
 
 
-def _steps(rank: int, world_size: int, name: str, constrainer: str | None, c_loops: bool) -> tuple[list[str], dict[str, int]]:
+def _steps(
+    rank: int, world_size: int, name: str, constrainer: str | None, c_loops: bool
+) -> tuple[list[str], dict[str, int]]:
     """Train two steps of three lookups, then look at a third."""
     with nullcontext() if c_loops else without_c_loops():
         gradient = "fused" if name == "fused" else "sparse"
         table = Embedding(ROWS, shape=4, gradient=gradient, constrainer=constrainer, seed=0)
-        coordinator = Coordinator(table, OPTIMIZERS[name](table.parameters(), lr=0.1) if name in OPTIMIZERS else ())
+        coordinator = Coordinator(
+            table, OPTIMIZERS[name](table.parameters(), lr=0.1) if name in OPTIMIZERS else ()
+        )
         generator = torch.Generator().manual_seed(rank)
         for step in range(3):
             ids = torch.randint(ROWS, (3, 100), generator=generator)
@@ -87,17 +116,23 @@ def _steps(rank: int, world_size: int, name: str, constrainer: str | None, c_loo
                 else:
                     sum(table(part).cos().sum() for part in ids).backward()
                 coordinator.step()
-        assert table.constrainer is None or table.local_rows().norm(dim=1).allclose(torch.tensor(1.0))
+        assert table.constrainer is None or table.local_rows().norm(dim=1).allclose(
+            torch.tensor(1.0)
+        )
         return watch.found, moved
 
 
 @pytest.mark.parametrize("c_loops", [True, False])
 @pytest.mark.parametrize("constrainer", [None, "normalize"])
 @pytest.mark.parametrize("name", ["fused", *OPTIMIZERS])
-def test_only_touched_rows_are_read_and_written(name: str, constrainer: str | None, c_loops: bool) -> None:
+def test_only_touched_rows_are_read_and_written(
+    name: str, constrainer: str | None, c_loops: bool
+) -> None:
     found, moved = _steps(0, 1, name, constrainer, c_loops)
     assert found == []
-    assert moved["read"] <= 300 * 2  # the lookup, then the update, or the constrainer's pass after another's update
+    assert (
+        moved["read"] <= 300 * 2
+    )  # the lookup, then the update, or the constrainer's pass after another's update
     assert moved["written"] <= 300 * 2
     if name == "RowWiseAdagrad" and c_loops and kernels.why_not() is None:
         assert moved["read"] >= 300 + 290  # it does count
@@ -119,7 +154,9 @@ def test_what_goes_over_all_rows_is_found() -> None:
     assert watch.found
     table = Embedding(ROWS, shape=4, constrainer="normalize", seed=0)
     with WholeTables(ROWS) as watch, rows_moved():
-        assert shardemb.kernels.rows.take(table._embeddings.weight.detach(), torch.tensor([1])).shape == (1, 4)
+        assert shardemb.kernels.rows.take(
+            table._embeddings.weight.detach(), torch.tensor([1])
+        ).shape == (1, 4)
         assert not watch.found
         table._embeddings.weight.detach().clone()
     assert watch.found == ["aten::clone"]

@@ -24,7 +24,9 @@ from shardemb.utils.run_metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (DEPLOY / "constraints.txt").read_text(), re.MULTILINE))
+PINS = dict(
+    re.findall(r"^([\w.-]+)==(\S+)$", (DEPLOY / "constraints.txt").read_text(), re.MULTILINE)
+)
 IMAGE = f"shardemb:{shardemb.__version__}-ray{PINS['ray']}"
 LAUNCHER, KUBERAY = sorted((DEPLOY / "ray").iterdir()), sorted((DEPLOY / "kuberay").iterdir())
 DOCUMENTS = {path.name: yaml.safe_load(path.read_text()) for path in (*LAUNCHER, *KUBERAY)}
@@ -33,7 +35,10 @@ TOKEN = "RAY_AUTH_MODE=token "
 
 
 def invocations(text: str) -> Iterator[list[str]]:
-    """All commands with their arguments in lines of a shell, also what one hands to another in quotes or after "--"."""
+    """All commands with their arguments in lines of a shell.
+
+    Also what one hands to another in quotes or after "--".
+    """
     for line in text.replace("\\\n", " ").splitlines():
         parts = shlex.shlex(line, posix=True, punctuation_chars=";&|")
         parts.whitespace_split = True
@@ -55,7 +60,10 @@ def invocations(text: str) -> Iterator[list[str]]:
 
 
 def said() -> Iterator[tuple[str, list[str]]]:
-    """All commands that files of deploy/ and docs/ tell a reader or a cluster to run, with their file's name."""
+    """All commands that files of deploy/ and docs/ tell a reader or a cluster to run.
+
+    With their file's name.
+    """
     for path in (DEPLOY / "README.md", *(ROOT / "docs").glob("*.md")):
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL):
             yield from ((path.name, command) for command in invocations(block))
@@ -66,14 +74,19 @@ def said() -> Iterator[tuple[str, list[str]]]:
         for when in ("head", "worker"):
             for line in DOCUMENTS[path.name][f"{when}_start_ray_commands"]:
                 yield from ((path.name, command) for command in invocations(line))
-    yield from (("rayjob.yaml", command) for command in invocations(DOCUMENTS["rayjob.yaml"]["spec"]["entrypoint"]))
+    yield from (
+        ("rayjob.yaml", command)
+        for command in invocations(DOCUMENTS["rayjob.yaml"]["spec"]["entrypoint"])
+    )
 
 
 def test_every_shardemb_command_parses(slurm: list[str]) -> None:
     seen = set()
     for file, command in (*said(), ("train.sbatch", slurm[slurm.index("--") + 1 :])):
         if command[:1] == ["shardemb"]:
-            cli.parser().parse_args([word for word in command[1:] if word != "..."])  # SystemExit says what is wrong
+            cli.parser().parse_args(
+                [word for word in command[1:] if word != "..."]
+            )  # SystemExit says what is wrong
             seen.add((file, command[1]))
     assert {"train", "serve", "evaluate", "top", "checkpoint"} <= {command for _, command in seen}
     assert {("rayjob.yaml", "train"), ("train.sbatch", "train"), ("README.md", "serve")} <= seen
@@ -89,12 +102,21 @@ def test_every_ray_command_has_options_that_ray_knows(slurm: list[str]) -> None:
         command, rest = commands, words[1:]
         while isinstance(command, click.Group):
             command, rest = command.commands[rest[0]], rest[1:]
-        context = command.make_context(" ".join(words[:2]), rest)  # click.UsageError says what is wrong
+        context = command.make_context(
+            " ".join(words[:2]), rest
+        )  # click.UsageError says what is wrong
         if words[1] == "symmetric-run":  # which hands these on
             options = list(context.params["ray_args_and_entrypoint"])
-            commands.commands["start"].make_context("ray start", options[: options.index("shardemb")])
+            commands.commands["start"].make_context(
+                "ray start", options[: options.index("shardemb")]
+            )
         seen.add((file, words[1]))
-    assert {("on-prem.yaml", "up"), ("aws.yaml", "start"), ("train.sbatch", "symmetric-run"), ("README.md", "job")} <= seen
+    assert {
+        ("on-prem.yaml", "up"),
+        ("aws.yaml", "start"),
+        ("train.sbatch", "symmetric-run"),
+        ("README.md", "job"),
+    } <= seen
 
 
 @pytest.fixture(scope="module")
@@ -103,27 +125,50 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def batch(folder: Path, gpus: int) -> tuple[list[str], dict[str, str]]:
-    """Run the batch script with a Slurm that only notes what it is given: its step's arguments and environment."""
+    """Run the batch script with a Slurm that only notes what it is given.
+
+    Its step's arguments and environment.
+    """
     for name, script in (
         ("scontrol", 'echo "$3-1"; echo "$3-2"'),
         (
             "srun",
-            f'case "$*" in *hostname*) echo 127.0.0.1 ::1 ;; *) printf "%s\\0" "$@" >{folder}/words; env -0 >{folder}/env\n'
-            f'stat -c %a "$RAY_AUTH_TOKEN_PATH" >{folder}/mode; cp "$RAY_AUTH_TOKEN_PATH" {folder}/token ;; esac',
+            (
+                'case "$*" in *hostname*) echo 127.0.0.1 ::1 ;; *) printf "%s\\0" "$@"'
+                f' >{folder}/words; env -0 >{folder}/env\nstat -c %a "$RAY_AUTH_TOKEN_PATH"'
+                f' >{folder}/mode; cp "$RAY_AUTH_TOKEN_PATH" {folder}/token ;; esac'
+            ),
         ),
     ):
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(folder)}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "16"}
+    environment = {
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(folder),
+    }
+    environment |= {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "16",
+    }
     environment |= {"SLURM_GPUS_ON_NODE": str(gpus)} if gpus else {}
-    subprocess.run(["bash", DEPLOY / "slurm/train.sbatch", "job.toml", "runs/first"], env=environment, check=True)
-    words, told = (folder / "words").read_text().split("\0")[:-1], (folder / "env").read_text().split("\0")[:-1]
+    subprocess.run(
+        ["bash", DEPLOY / "slurm/train.sbatch", "job.toml", "runs/first"],
+        env=environment,
+        check=True,
+    )
+    words, told = (
+        (folder / "words").read_text().split("\0")[:-1],
+        (folder / "env").read_text().split("\0")[:-1],
+    )
     return words, dict(entry.split("=", 1) for entry in told)
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(0, "2"), (4, "8")])
-def test_the_batch_script_makes_a_token_of_its_own_and_takes_it_away(tmp_path: Path, gpus: int, workers: str) -> None:
+def test_the_batch_script_makes_a_token_of_its_own_and_takes_it_away(
+    tmp_path: Path, gpus: int, workers: str
+) -> None:
     words, environment = batch(tmp_path, gpus)
     assert environment["RAY_AUTH_MODE"] == "token"
     assert re.fullmatch("[0-9a-f]{64}", (tmp_path / "token").read_text())
@@ -131,8 +176,14 @@ def test_the_batch_script_makes_a_token_of_its_own_and_takes_it_away(tmp_path: P
     assert not Path(environment["RAY_AUTH_TOKEN_PATH"]).exists()
     assert words[words.index("--address") + 1] == "127.0.0.1:6379"
     arguments = cli.parser().parse_args(words[words.index("--") + 2 :])
-    assert (str(arguments.workers), arguments.use_gpu, arguments.resume) == (workers, gpus > 0, True)
-    missing = subprocess.run(["bash", DEPLOY / "slurm/train.sbatch"], capture_output=True, text=True, check=False)
+    assert (str(arguments.workers), arguments.use_gpu, arguments.resume) == (
+        workers,
+        gpus > 0,
+        True,
+    )
+    missing = subprocess.run(
+        ["bash", DEPLOY / "slurm/train.sbatch"], capture_output=True, text=True, check=False
+    )
     assert missing.returncode != 0
     assert "got no CONFIG.toml, expected: sbatch train.sbatch CONFIG.toml RUN" in missing.stderr
 
@@ -140,32 +191,86 @@ def test_the_batch_script_makes_a_token_of_its_own_and_takes_it_away(tmp_path: P
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_an_image_installs_what_dev_does_and_is_pinned(kind: str) -> None:
     text = (DEPLOY / f"docker/Dockerfile.{kind}").read_text()
-    alone, rest = re.findall(r"-m pip install -q --disable-pip-version-check (.*)", (ROOT / "dev").read_text())
+    alone, rest = re.findall(
+        r"-m pip install -q --disable-pip-version-check (.*)", (ROOT / "dev").read_text()
+    )
     lines = re.findall(r"-m pip install --no-cache-dir (.*?)(?: \\)?\n", text)
-    assert lines == [alone, rest.replace('"$1"', f"deploy/requirements-{kind}.txt") + " -e '.[ray]'"]
+    assert lines == [
+        alone,
+        rest.replace('"$1"', f"deploy/requirements-{kind}.txt") + " -e '.[ray]'",
+    ]
     base = "cpu" if kind == "cpu" else "gpu"
-    assert re.findall("^FROM (.*)", text, re.MULTILINE) == [f"rayproject/ray:{PINS['ray']}-py311-{base}"]
+    assert re.findall("^FROM (.*)", text, re.MULTILINE) == [
+        f"rayproject/ray:{PINS['ray']}-py311-{base}"
+    ]
     assert f" -t {IMAGE}-{kind} ." in text.splitlines()[0]
-    copied = {source for line in re.findall("^COPY (.*)", text, re.MULTILINE) for source in line.split()[:-1]}
+    copied = {
+        source
+        for line in re.findall("^COPY (.*)", text, re.MULTILINE)
+        for source in line.split()[:-1]
+    }
     assert {"pyproject.toml", "README.md", "LICENSE", "deploy", "shardemb"} == copied
     assert all((ROOT / source).exists() for source in copied)
     assert re.findall("^USER (.*)", text, re.MULTILINE)[-1] == "1000"
     assert "RAY_AUTH_MODE=token" in text.split("ENV ")[1].splitlines()[0]
 
 
-#: fields of KubeRay 1.6's ray.io/v1, as its reference names them: no schema of them is to be had offline
+#: fields of KubeRay 1.6's ray.io/v1, as its reference names them: no schema of them is to be had
+#: offline
 FIELDS = {
-    "RayCluster": {"authOptions", "enableInTreeAutoscaling", "headGroupSpec", "rayVersion", "suspend", "workerGroupSpecs"},
+    "RayCluster": {
+        "authOptions",
+        "enableInTreeAutoscaling",
+        "headGroupSpec",
+        "rayVersion",
+        "suspend",
+        "workerGroupSpecs",
+    },
     "authOptions": {"mode", "secretName"},
-    "headGroupSpec": {"headService", "labels", "rayStartParams", "resources", "serviceType", "template"},
+    "headGroupSpec": {
+        "headService",
+        "labels",
+        "rayStartParams",
+        "resources",
+        "serviceType",
+        "template",
+    },
     "workerGroupSpecs": {
-        *("groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams"),
+        *(
+            "groupName",
+            "idleTimeoutSeconds",
+            "labels",
+            "maxReplicas",
+            "minReplicas",
+            "numOfHosts",
+            "rayStartParams",
+        ),
         *("replicas", "resources", "scaleStrategy", "template"),
     },
     "RayJob": {
-        *("activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint", "entrypointNumCpus"),
-        *("entrypointNumGpus", "entrypointResources", "jobId", "metadata", "rayClusterSpec", "runtimeEnvYAML"),
-        *("shutdownAfterJobFinishes", "submissionMode", "submitterConfig", "submitterPodTemplate", "suspend"),
+        *(
+            "activeDeadlineSeconds",
+            "backoffLimit",
+            "clusterSelector",
+            "deletionStrategy",
+            "entrypoint",
+            "entrypointNumCpus",
+        ),
+        *(
+            "entrypointNumGpus",
+            "entrypointResources",
+            "jobId",
+            "metadata",
+            "rayClusterSpec",
+            "runtimeEnvYAML",
+        ),
+        *(
+            "shutdownAfterJobFinishes",
+            "submissionMode",
+            "submitterConfig",
+            "submitterPodTemplate",
+            "suspend",
+        ),
         "ttlSecondsAfterFinished",
     },
 }
@@ -181,19 +286,34 @@ def test_manifests_are_valid() -> None:
     for name in ("networkpolicy.yaml", "storage.yaml"):
         kubernetes_validate.validate(DOCUMENTS[name], version, strict=True)
     for template in PODS:
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"]}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": template["metadata"],
+            "spec": template["spec"],
+        }
         kubernetes_validate.validate(pod, version, strict=True)
         with pytest.raises(kubernetes_validate.ValidationError, match="securtyContext"):
-            kubernetes_validate.validate(pod | {"spec": template["spec"] | {"securtyContext": {}}}, version, strict=True)
+            kubernetes_validate.validate(
+                pod | {"spec": template["spec"] | {"securtyContext": {}}}, version, strict=True
+            )
     job = DOCUMENTS["rayjob.yaml"]
-    assert {DOCUMENTS[name]["apiVersion"] for name in ("raycluster.yaml", "rayjob.yaml")} == {"ray.io/v1"}
+    assert {DOCUMENTS[name]["apiVersion"] for name in ("raycluster.yaml", "rayjob.yaml")} == {
+        "ray.io/v1"
+    }
     assert (DOCUMENTS["raycluster.yaml"]["kind"], job["kind"]) == ("RayCluster", "RayJob")
     assert job["spec"]["rayClusterSpec"] == CLUSTER
-    for name, told in (("RayCluster", CLUSTER), ("RayJob", job["spec"]), *((name, CLUSTER[name]) for name in CLUSTER)):
+    for name, told in (
+        ("RayCluster", CLUSTER),
+        ("RayJob", job["spec"]),
+        *((name, CLUSTER[name]) for name in CLUSTER),
+    ):
         if isinstance(told, dict):
             assert set(told) <= FIELDS[name]
     for group in GROUPS:
-        assert group["rayStartParams"] == {key: str(value) for key, value in group["rayStartParams"].items()}
+        assert group["rayStartParams"] == {
+            key: str(value) for key, value in group["rayStartParams"].items()
+        }
     for group in CLUSTER["workerGroupSpecs"]:
         assert set(group) <= FIELDS["workerGroupSpecs"]
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
@@ -203,7 +323,8 @@ def test_pods_have_no_more_rights_than_they_need() -> None:
     assert CLUSTER["authOptions"]["mode"] == "token"
     assert CLUSTER["headGroupSpec"]["serviceType"] == "ClusterIP"
     secret = (
-        f"kubectl create secret generic {CLUSTER['authOptions']['secretName']} -n shardemb --from-file=auth_token=/dev/stdin"
+        f"kubectl create secret generic {CLUSTER['authOptions']['secretName']} -n shardemb"
+        " --from-file=auth_token=/dev/stdin"
     )
     assert secret in (DEPLOY / "README.md").read_text()
     claim = DOCUMENTS["storage.yaml"]
@@ -215,7 +336,10 @@ def test_pods_have_no_more_rights_than_they_need() -> None:
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] == 1000
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert container["image"] == f"{IMAGE}-cuda"
         assert container["resources"]["limits"] == container["resources"]["requests"]
         assert 10001 not in {port["containerPort"] for port in container.get("ports", ())}
@@ -224,8 +348,13 @@ def test_pods_have_no_more_rights_than_they_need() -> None:
         shared = volumes[mounts["/dev/shm"]]["emptyDir"]
         assert shared["medium"] == "Memory"
         assert int(shared["sizeLimit"][:-2]) < int(container["resources"]["limits"]["memory"][:-2])
-        assert volumes[mounts["/mnt/shardemb"]]["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"]}
-    assert all("nvidia.com/gpu" in template["spec"]["containers"][0]["resources"]["limits"] for template in PODS[1:])
+        assert volumes[mounts["/mnt/shardemb"]]["persistentVolumeClaim"] == {
+            "claimName": claim["metadata"]["name"]
+        }
+    assert all(
+        "nvidia.com/gpu" in template["spec"]["containers"][0]["resources"]["limits"]
+        for template in PODS[1:]
+    )
     assert CLUSTER["rayVersion"] == PINS["ray"]
 
 
@@ -238,7 +367,9 @@ def test_the_network_policy_lets_in_the_pods_and_the_operator_alone() -> None:
     pods, operator = spec["ingress"]
     assert pods == {"from": [own]}
     (peer,) = operator["from"]
-    assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kuberay-system"}
+    assert peer["namespaceSelector"]["matchLabels"] == {
+        "kubernetes.io/metadata.name": "kuberay-system"
+    }
     assert peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
     pods, names = spec["egress"]
@@ -267,13 +398,23 @@ def test_launcher_files_are_valid_and_closed(path: Path) -> None:
     with pytest.raises(Exception, match="clustername"):
         util.validate_config(prepared | {"clustername": "misspelt"})
     assert prepared["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
-    assert prepared["setup_commands"] == prepared["head_setup_commands"] == prepared["worker_setup_commands"] == []
-    head, worker = prepared["head_start_ray_commands"][-1], prepared["worker_start_ray_commands"][-1]
+    assert (
+        prepared["setup_commands"]
+        == prepared["head_setup_commands"]
+        == prepared["worker_setup_commands"]
+        == []
+    )
+    head, worker = (
+        prepared["head_start_ray_commands"][-1],
+        prepared["worker_start_ray_commands"][-1],
+    )
     assert head.startswith(f"{TOKEN}ray start --head ")
     assert "--dashboard-host=127.0.0.1" in head.split()
     assert worker.startswith(f"{TOKEN}ray start --address=$RAY_HEAD_IP:6379")
     assert prepared["docker"]["image"] == f"{IMAGE}-cuda"
-    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(prepared["docker"]["run_options"])
+    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(
+        prepared["docker"]["run_options"]
+    )
     for kind in prepared["available_node_types"].values():
         if path.stem == "aws":
             assert kind["node_config"]["SecurityGroupIds"]  # Ray's own opens SSH to the world
@@ -286,7 +427,9 @@ def test_no_secret_lies_in_deploy() -> None:
             assert not re.search("[0-9a-f]{32}|BEGIN .*KEY|kind: Secret", path.read_text()), path
 
 
-@pytest.mark.parametrize("path", [DEPLOY / "README.md", ROOT / "docs/security.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [DEPLOY / "README.md", ROOT / "docs/security.md"], ids=lambda path: path.name
+)
 def test_linked_files_exist(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -294,11 +437,20 @@ def test_linked_files_exist(path: Path) -> None:
 
 
 def head_of(file: str, folder: Path) -> tuple[dict[str, str], list[str], str]:
-    """The environment and options that a file starts a head with, and the token, which is where the file says it is."""
+    """The environment and options that a file starts a head with, and the token.
+
+    Which is where the file says it is.
+    """
     token = "0123456789abcdef" * 4
     if file == "raycluster.yaml":
-        options = [f"--{key}={value}" for key, value in CLUSTER["headGroupSpec"]["rayStartParams"].items()]
-        return {"RAY_AUTH_MODE": CLUSTER["authOptions"]["mode"], "RAY_AUTH_TOKEN": token}, options, token
+        options = [
+            f"--{key}={value}" for key, value in CLUSTER["headGroupSpec"]["rayStartParams"].items()
+        ]
+        return (
+            {"RAY_AUTH_MODE": CLUSTER["authOptions"]["mode"], "RAY_AUTH_TOKEN": token},
+            options,
+            token,
+        )
     if file == "train.sbatch":
         words, environment = batch(folder, gpus=0)
         words = words[: words.index("--")]
@@ -306,7 +458,11 @@ def head_of(file: str, folder: Path) -> tuple[dict[str, str], list[str], str]:
             words.remove(name)
         path = Path(environment["RAY_AUTH_TOKEN_PATH"])
         path.write_bytes((folder / "token").read_bytes())  # the script, which is done, took it away
-        return {name: environment[name] for name in environment if name.startswith("RAY_")}, words, path.read_text()
+        return (
+            {name: environment[name] for name in environment if name.startswith("RAY_")},
+            words,
+            path.read_text(),
+        )
     words = shlex.split(DOCUMENTS[file]["head_start_ray_commands"][-1])
     (folder / ".ray").mkdir()
     (folder / ".ray/auth_token").write_text(token)
@@ -335,23 +491,49 @@ def marked(mark: str) -> list[int]:
 
 @contextmanager
 def head(file: str) -> Iterator[tuple[int, str, str]]:
-    """A head as the file starts it, but on 127.0.0.1, on free ports and small: the dashboard's port, the token, the mark."""
+    """A head as the file starts it, but on 127.0.0.1, on free ports and small.
+
+    The dashboard's port, the token, the mark.
+    """
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as name:  # sockets' paths are short
         environment, options, token = head_of(file, Path(name))
         port, mark = free_port(), f"SHARDEMB_TEST_HEAD={name}"
-        ours = ("--port=", "--autoscaling-config=") + (("--dashboard-host=",) if "--dashboard-host=0.0.0.0" in options else ())
+        ours = ("--port=", "--autoscaling-config=") + (
+            ("--dashboard-host=",) if "--dashboard-host=0.0.0.0" in options else ()
+        )
         options = [option for option in options if not option.startswith(ours)]
         for option, value in (
-            *(("port", free_port()), ("dashboard-port", port), ("dashboard-agent-listen-port", free_port())),
-            *(("ray-client-server-port", free_port()), ("node-ip-address", "127.0.0.1"), ("include-dashboard", "true")),
+            *(
+                ("port", free_port()),
+                ("dashboard-port", port),
+                ("dashboard-agent-listen-port", free_port()),
+            ),
+            *(
+                ("ray-client-server-port", free_port()),
+                ("node-ip-address", "127.0.0.1"),
+                ("include-dashboard", "true"),
+            ),
             *(("object-store-memory", 80_000_000), ("temp-dir", f"{name}/r")),
         ):
             options.append(f"--{option}={value}")
-        here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": name, "SHARDEMB_TEST_HEAD": name}
-        here["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # or Ray takes another address of this machine than 127.0.0.1
+        here = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": name,
+            "SHARDEMB_TEST_HEAD": name,
+        }
+        here["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+            "0"  # or Ray takes another address of this machine than 127.0.0.1
+        )
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", *options]
         try:
-            done = subprocess.run(command, env=here | environment, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                command,
+                env=here | environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             yield port, token, mark
         finally:
@@ -371,7 +553,9 @@ def post(port: int, token: str | None) -> tuple[int, str]:
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         try:
-            connection.request("POST", "/api/jobs/", "{}", {"Authorization": f"Bearer {token}"} if token else {})
+            connection.request(
+                "POST", "/api/jobs/", "{}", {"Authorization": f"Bearer {token}"} if token else {}
+            )
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
         except ConnectionRefusedError:
@@ -382,7 +566,10 @@ def post(port: int, token: str | None) -> tuple[int, str]:
 
 
 def listeners(processes: list[int]) -> Iterator[tuple[str, str]]:
-    """The command and the address, as /proc writes it, of every TCP socket that these processes listen on."""
+    """The command and the address, as /proc writes it.
+
+    Of every TCP socket that these processes listen on.
+    """
     inodes = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
@@ -393,7 +580,10 @@ def listeners(processes: list[int]) -> Iterator[tuple[str, str]]:
         for link in Path(f"/proc/{process}/fd").iterdir():
             with suppress(OSError):
                 if (address := inodes.get(str(link.readlink()))) is not None:
-                    yield Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(), address
+                    yield (
+                        Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(),
+                        address,
+                    )
 
 
 @pytest.mark.ray
@@ -407,11 +597,15 @@ def test_a_stranger_who_submits_a_job_gets_401(file: str) -> None:
         assert status == 400
         assert "entrypoint" in text  # who has the token is only told that there is no job in it
         table = (ROOT / "docs/security.md").read_text().partition("## Who listens where")[2]
-        told = [name for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", row)]
+        told = [
+            name
+            for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+            for name in re.findall("`(.*?)`", row)
+        ]
         seen = set()
         for command, address in listeners(marked(mark)):
             program = " ".join(command.split()[:3])
-            (*_, name) = [name for name in told if name in program] or [""]
+            *_, name = [name for name in told if name in program] or [""]
             assert name, f"{command}: listens, and docs/security.md does not say so"
             assert address in ("0100007F", "0000000000000000FFFF00000100007F"), command
             seen.add(name)
@@ -427,14 +621,40 @@ def test_a_job_that_is_submitted_trains_on_the_cluster(tmp_path: Path) -> None:
     ring = [f"e{i}\tr{k}\te{(i + k + 1) % 83}\n" for i in range(83) for k in range(3)]
     for split, lines in (("train", ring), ("valid", ring[::9]), ("test", ring[5::9])):
         (job / f"graph/{split}.tsv").write_text("".join(lines))
-    (job / "job.toml").write_text('dataset = "graph"\n[model]\ndim = 12\n[training]\nepochs = 2\n[launch]\nworkers = 2\n')
+    (job / "job.toml").write_text(
+        'dataset = "graph"\n[model]\ndim = 12\n[training]\nepochs = 2\n[launch]\nworkers = 2\n'
+    )
     with head("on-prem.yaml") as (port, token, _):
         post(port, token)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", f"http://127.0.0.1:{port}"]
-        command += ["--working-dir", str(job), "--", sys.executable, "-m", "shardemb", "train", "job.toml"]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "job",
+            "submit",
+            "--address",
+            f"http://127.0.0.1:{port}",
+        ]
+        command += [
+            "--working-dir",
+            str(job),
+            "--",
+            sys.executable,
+            "-m",
+            "shardemb",
+            "train",
+            "job.toml",
+        ]
         command += ["--output", str(run), "--launcher", "ray", "--address", "auto"]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+        }
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=150, check=False
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test filtered mrr" in done.stdout
     records = read_metrics(run / "metrics.jsonl")
@@ -446,7 +666,9 @@ def test_a_job_that_is_submitted_trains_on_the_cluster(tmp_path: Path) -> None:
 def test_from_the_images_no_ray_starts_without_a_token(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (line,) = re.findall("^ENV (.*)", (DEPLOY / "docker/Dockerfile.cpu").read_text(), re.MULTILINE)
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | dict(word.split("=") for word in line.split())
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | dict(
+        word.split("=") for word in line.split()
+    )
     command = [
         sys.executable,
         "-m",
@@ -456,6 +678,8 @@ def test_from_the_images_no_ray_starts_without_a_token(tmp_path: Path) -> None:
         f"--temp-dir={tmp_path}/r",
         f"--port={free_port()}",
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode != 0
     assert "no authentication token was found" in done.stderr

@@ -95,7 +95,10 @@ def test_a_planted_bug_is_found_on_several_ranks(rank_pool, bug: str, gradient: 
         "deduplicate": True,
         "c_loops": True,
         "clip": None,
-        "steps": [[[2, 0, 12]], [[2, 8, 2]]],  # the duplicates, the first third, lie on different ranks
+        "steps": [
+            [[2, 0, 12]],
+            [[2, 8, 2]],
+        ],  # the duplicates, the first third, lie on different ranks
         "seed": 3,
     }
     check_job(job, rank_pool)

@@ -1,4 +1,7 @@
-"""What README.md and docs/ say is so: their code and commands run, their links lead somewhere, and mkdocs builds them."""
+"""What README.md and docs/ say is so.
+
+Their code and commands run, their links lead somewhere, and mkdocs builds them.
+"""
 
 import argparse
 import inspect
@@ -21,9 +24,13 @@ from shardemb import checkpoint, cli, kge, optim
 from shardemb.kge.config import JobConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 FENCE = re.compile(r"^(?:<!-- ([\w ]+) -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-#: above a block: bash that this test runs (all of it parses, most would take long, or needs a cluster); Python that starts Ray
+#: above a block: bash that this test runs (all of it parses, most would take long, or needs a
+#: cluster); Python that starts Ray
 RUNS, RAY = "runs", "needs ray"
 
 
@@ -39,7 +46,12 @@ BLOCKS = {page: [Block(*found) for found in FENCE.findall(text)] for page, text 
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:
-    yield from ((page, block.text) for page in BLOCKS for block in BLOCKS[page] if block.language == language)
+    yield from (
+        (page, block.text)
+        for page in BLOCKS
+        for block in BLOCKS[page]
+        if block.language == language
+    )
 
 
 def lines(text: str) -> list[str]:
@@ -47,14 +59,24 @@ def lines(text: str) -> list[str]:
 
 
 def of_shardemb(line: str) -> list[str]:
-    """What a line of bash gives to ``shardemb``, by itself, after torchrun's -m, or after a job's --; nothing if it is none."""
+    """What a line of bash gives to ``shardemb``, by itself, after torchrun's -m.
+
+    Or after a job's --; nothing if it is none.
+    """
     words = shlex.split(line, comments=True)
-    places = [n for n, word in enumerate(words) if Path(word).name == "shardemb" and (n == 0 or words[n - 1] in ("-m", "--"))]
+    places = [
+        n
+        for n, word in enumerate(words)
+        if Path(word).name == "shardemb" and (n == 0 or words[n - 1] in ("-m", "--"))
+    ]
     return words[places[0] + 1 :] if places else []
 
 
 def _run(rank: int, world_size: int, page: list[Block], folder: Path) -> None:
-    """Do what a reader does who types a page's blocks in, one after the other, in one folder and one session of Python."""
+    """Do what a reader does who types a page's blocks in, one after the other.
+
+    In one folder and one session of Python.
+    """
     os.chdir(folder)
     names: dict[str, Any] = {"__name__": "page"}
     for block in page:
@@ -72,7 +94,11 @@ def _run(rank: int, world_size: int, page: list[Block], folder: Path) -> None:
 
 
 def running(page: str, ray: bool) -> list[Block]:
-    wanted = [block for block in BLOCKS[page] if block.language == "python" or (block.language, block.note) == ("bash", RUNS)]
+    wanted = [
+        block
+        for block in BLOCKS[page]
+        if block.language == "python" or (block.language, block.note) == ("bash", RUNS)
+    ]
     return [block for block in wanted if (block.note == RAY) == ray]
 
 
@@ -91,7 +117,9 @@ def test_the_blocks_with_ray_run(page: str, run_ranks: Callable[..., Any], tmp_p
 def test_notes_above_blocks_are_known() -> None:
     notes = [block.note for page in BLOCKS.values() for block in page]
     assert set(notes) == {"", RUNS, RAY}
-    assert sum(len(re.findall("^```\\w", text, re.MULTILINE)) for text in PAGES.values()) == len(notes)  # none is missed
+    assert sum(len(re.findall("^```\\w", text, re.MULTILINE)) for text in PAGES.values()) == len(
+        notes
+    )  # none is missed
 
 
 def _ordinary_loop(rank: int, world_size: int, block: str) -> float:
@@ -108,13 +136,21 @@ def test_the_python_example_runs_on_two_ranks(run_ranks: Callable[..., Any]) -> 
 
 def _pykeen_loop(rank: int, world_size: int, block: str) -> tuple[dict, float]:
     names: dict = {}
-    exec(block.replace("range(30)", "range(2)"), names)  # a rounding error grows from epoch to epoch
+    exec(
+        block.replace("range(30)", "range(2)"), names
+    )  # a rounding error grows from epoch to epoch
     table = names["model"].entity_representations[0]
     return table.full_state_dict(), names["metrics"].get_metric("mrr")
 
 
-def test_the_pykeen_loop_gives_the_same_on_any_number_of_ranks(run_ranks: Callable[..., Any]) -> None:
-    (loop,) = [text for page, text in blocks("python") if page == "docs/from-pykeen.md" and "Coordinator(model" in text]
+def test_the_pykeen_loop_gives_the_same_on_any_number_of_ranks(
+    run_ranks: Callable[..., Any],
+) -> None:
+    (loop,) = [
+        text
+        for page, text in blocks("python")
+        if page == "docs/from-pykeen.md" and "Coordinator(model" in text
+    ]
     ((expected, mrr),) = run_ranks(_pykeen_loop, 1, loop)
     for world_size in (2, 3):
         for state, other in run_ranks(_pykeen_loop, world_size, loop):
@@ -125,7 +161,12 @@ def test_the_pykeen_loop_gives_the_same_on_any_number_of_ranks(run_ranks: Callab
 def test_the_two_commands_are_the_ones_that_ci_runs() -> None:
     commands = ["./dev train", "./dev test"]
     for page in ("README.md", "docs/quickstart.md"):
-        shell = [line.split("#")[0].strip() for at, text in blocks("bash") if at == page for line in lines(text)]
+        shell = [
+            line.split("#")[0].strip()
+            for at, text in blocks("bash")
+            if at == page
+            for line in lines(text)
+        ]
         assert [line for line in shell if line in commands] == commands
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
     assert [line for line in ci if line in commands] == commands
@@ -144,17 +185,36 @@ def test_every_shardemb_command_parses(capsys: pytest.CaptureFixture[str]) -> No
                     seen.add(cli.parser().parse_args(words).command)
                 except SystemExit:
                     pytest.fail(f"{page}: {line}: {capsys.readouterr().err}")
-    assert {"train", "evaluate", "plot", "top", "ingest", "query", "serve", "checkpoint", "plan", "bench"} <= seen
+    assert {
+        "train",
+        "evaluate",
+        "plot",
+        "top",
+        "ingest",
+        "query",
+        "serve",
+        "checkpoint",
+        "plan",
+        "bench",
+    } <= seen
 
 
 def test_commands_in_sentences_have_options_that_there_are() -> None:
     """They may lack what is required."""
-    said = [(page, code) for page, text in PAGES.items() for code in re.findall(r"`shardemb ([^`]+)`", text)]
+    said = [
+        (page, code)
+        for page, text in PAGES.items()
+        for code in re.findall(r"`shardemb ([^`]+)`", text)
+    ]
     assert len(said) > 10
     for page, code in said:
         parser = cli.parser()
         for word in shlex.split(code):
-            if commands := [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]:
+            if commands := [
+                action
+                for action in parser._actions
+                if isinstance(action, argparse._SubParsersAction)
+            ]:
                 assert word in commands[0].choices, f"{page}: shardemb {code}"
                 parser = commands[0].choices[word]
             elif word.startswith("-"):
@@ -162,7 +222,11 @@ def test_commands_in_sentences_have_options_that_there_are() -> None:
 
 
 def test_every_benchmark_that_is_named_is_there_and_has_the_options() -> None:
-    commands = [found for text in PAGES.values() for found in re.findall(r"python (benchmarks/\w+\.py)((?: [\w-]+)*)", text)]
+    commands = [
+        found
+        for text in PAGES.values()
+        for found in re.findall(r"python (benchmarks/\w+\.py)((?: [\w-]+)*)", text)
+    ]
     assert commands
     for script, rest in commands:
         source = (ROOT / script).read_text()
@@ -187,7 +251,10 @@ def test_the_configuration_lists_all_defaults(tmp_path: Path) -> None:
 
 
 def key_tables() -> str:
-    """The configuration's keys, their defaults as TOML and their comments in the code, as tables."""
+    """The configuration's keys, their defaults as TOML and their comments in the code.
+
+    As tables.
+    """
     defaults, section = {}, ""
     for line in JobConfig().to_toml().splitlines():
         key, _, value = line.partition(" = ")
@@ -200,7 +267,9 @@ def key_tables() -> str:
             words = " ".join(line.strip().removeprefix("#: ") for line in comment.splitlines())
             words = re.sub(r":\w+:`([^`]+)`", r"`\1`", words).replace("``", "`")
             text += f"| `{key}` | `{defaults.pop((name, key))}` | {words} |\n"
-    assert all(key.startswith("[") or not key for _, key in defaults), defaults  # every key has a comment
+    assert all(key.startswith("[") or not key for _, key in defaults), (
+        defaults
+    )  # every key has a comment
     return text
 
 
@@ -209,8 +278,13 @@ def test_the_configuration_has_a_table_of_all_keys() -> None:
 
 
 def anchors(text: str) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    return {
+        re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+        for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -219,24 +293,31 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s:]*)(?:#([^)]+))?\)", text):
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), target
-        if anchor and not anchor.startswith("shardemb."):  # which mkdocstrings makes, and the strict build looks for
+        if anchor and not anchor.startswith(
+            "shardemb."
+        ):  # which mkdocstrings makes, and the strict build looks for
             assert anchor in anchors(path.read_text()), f"{target}#{anchor}"
 
 
 def test_every_page_is_linked_to_from_the_readme() -> None:
-    assert {page for page in PAGES if page.startswith("docs/")} - set(re.findall(r"\]\((docs/[^)#]+)", PAGES["README.md"])) == {
-        f"docs/api/{name}.md" for name in ("checkpoints", "kge", "launch", "planning")
-    }
+    assert {page for page in PAGES if page.startswith("docs/")} - set(
+        re.findall(r"\]\((docs/[^)#]+)", PAGES["README.md"])
+    ) == {f"docs/api/{name}.md" for name in ("checkpoints", "kge", "launch", "planning")}
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built strictly by a Python that cannot import the package: its source is enough."""
     out = tmp_path_factory.mktemp("site")
-    alone = "import sys; sys.modules.update(shardemb=None, torch=None); from mkdocs.__main__ import cli; cli()"
+    alone = (
+        "import sys; sys.modules.update(shardemb=None, torch=None); from mkdocs.__main__ import"
+        " cli; cli()"
+    )
     command = [sys.executable, "-c", alone, "build", "--strict", "--site-dir", out]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr, done.stderr
     return out
@@ -244,12 +325,29 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_site_has_every_public_name(site: Path) -> None:
     html = "".join(path.read_text() for path in (site / "api").glob("*.html"))
-    names = {f"{module.__name__}.{name}" for module in (shardemb, kge, checkpoint) for name in module.__all__}
-    names |= {f"shardemb.optim.{name}" for name, value in vars(optim).items() if isinstance(value, type) and "Wise" in name}
-    names |= {
-        f"shardemb.{name}" for name in ("pykeen.ShardedEmbedding", "serving.connect", "formats.import_table", "launch.run")
+    names = {
+        f"{module.__name__}.{name}"
+        for module in (shardemb, kge, checkpoint)
+        for name in module.__all__
     }
-    names |= {f"shardemb.{name}" for name in ("estimate.Job", "estimate.estimate", "planning.plan", "calibrate.calibrate")}
+    names |= {
+        f"shardemb.optim.{name}"
+        for name, value in vars(optim).items()
+        if isinstance(value, type) and "Wise" in name
+    }
+    names |= {
+        f"shardemb.{name}"
+        for name in (
+            "pykeen.ShardedEmbedding",
+            "serving.connect",
+            "formats.import_table",
+            "launch.run",
+        )
+    }
+    names |= {
+        f"shardemb.{name}"
+        for name in ("estimate.Job", "estimate.estimate", "planning.plan", "calibrate.calibrate")
+    }
     missing = sorted(name for name in names if f'id="{name}"' not in html)
     assert not missing
     assert not re.findall(":(?:class|func|meth|mod):", html)  # roles of Sphinx
@@ -259,7 +357,9 @@ def test_the_site_has_every_public_name(site: Path) -> None:
 def test_the_site_needs_no_network(site: Path) -> None:
     pages = [path.read_text() for path in site.rglob("*.html")]
     assert len(pages) > len(PAGES) - 1
-    tags = [tag for page in pages for tag in re.findall(r"<(?:link|script|img|iframe)\b[^>]*>", page)]
+    tags = [
+        tag for page in pages for tag in re.findall(r"<(?:link|script|img|iframe)\b[^>]*>", page)
+    ]
     assert tags
     assert not [tag for tag in tags if re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag)]
     assert (site / "files" / "benchmarks" / "results").is_dir()  # what pages link to

@@ -32,7 +32,10 @@ KERNELS = [
 
 
 def step_ids(step: int, parts: int, part: int) -> torch.Tensor:
-    """Return one rank's ids of a step: duplicates within and between ranks; sizes differ; some parts are empty."""
+    """Return one rank's ids of a step: duplicates within and between ranks; sizes differ.
+
+    Some parts are empty.
+    """
     ids = torch.randint(ROWS, (60,), generator=torch.Generator().manual_seed(step))
     ids[:20] = ids[0]
     sizes = [0, 60 - 7 * (parts - 2), *[7] * parts][:parts] if parts > 1 else [60]
@@ -43,11 +46,26 @@ def factors(ids: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.sin(torch.arange(dim) + ids[:, None] * 0.1)
 
 
-def _train(rank: int, world_size: int, dim: int, gradient: str, optimizer: str, constrainer: str | None) -> torch.Tensor:
-    """Train on this rank's part of each batch; the loss is a sum over the batch. Returns the whole table."""
-    fused = FusedOptimizer(optimizer, lr={"sgd": 0.5}.get(optimizer, 0.3)) if gradient == "fused" else None
+def _train(
+    rank: int, world_size: int, dim: int, gradient: str, optimizer: str, constrainer: str | None
+) -> torch.Tensor:
+    """Train on this rank's part of each batch; the loss is a sum over the batch.
+
+    Returns the whole table.
+    """
+    fused = (
+        FusedOptimizer(optimizer, lr={"sgd": 0.5}.get(optimizer, 0.3))
+        if gradient == "fused"
+        else None
+    )
     table = Embedding(
-        ROWS, shape=dim, constrainer=constrainer, gradient=gradient, optimizer=fused, seed=4, gradient_reduction="sum"
+        ROWS,
+        shape=dim,
+        constrainer=constrainer,
+        gradient=gradient,
+        optimizer=fused,
+        seed=4,
+        gradient_reduction="sum",
     )
     outer = OPTIMIZERS[optimizer](table.parameters()) if fused is None else None
     for step in range(STEPS):
@@ -56,7 +74,10 @@ def _train(rank: int, world_size: int, dim: int, gradient: str, optimizer: str, 
             loss = (table(ids) * factors(ids, dim)).square().sum()
         else:  # two lookups of one table make one update
             half = len(ids) // 2
-            loss = sum((table(part) * factors(part, dim)).square().sum() for part in (ids[:half], ids[half:]))
+            loss = sum(
+                (table(part) * factors(part, dim)).square().sum()
+                for part in (ids[:half], ids[half:])
+            )
         if outer is not None:
             outer.zero_grad()
         loss.backward()
@@ -68,7 +89,10 @@ def _train(rank: int, world_size: int, dim: int, gradient: str, optimizer: str, 
 
 
 def oracle(dim: int, optimizer: str, constrainer: str | None, sparse: bool) -> torch.Tensor:
-    """The same in one process with torch.nn.Embedding, torch.optim, and a pass over all rows after each step."""
+    """The same in one process with torch.nn.Embedding, torch.optim.
+
+    And a pass over all rows after each step.
+    """
     start = Embedding(ROWS, shape=dim, seed=4)(None).detach()
     table = torch.nn.Embedding(ROWS, dim, _weight=start.clone(), sparse=sparse)
     outer = OPTIMIZERS[optimizer](table.parameters())
@@ -111,7 +135,9 @@ def test_gradients_are_averaged_over_ranks_by_default(run_ranks, world_size: int
         torch.testing.assert_close(got, expected)
 
 
-def _initial(rank: int, world_size: int, shape: tuple, dtype: torch.dtype, seed: int | None) -> torch.Tensor:
+def _initial(
+    rank: int, world_size: int, shape: tuple, dtype: torch.dtype, seed: int | None
+) -> torch.Tensor:
     torch.manual_seed(rank)  # ranks that draw their own seeds take rank 0's
     table = Embedding(9000, shape=shape, dtype=dtype, initializer="uniform_norm", seed=seed)
     fresh = table(None).detach()
@@ -212,9 +238,17 @@ def test_int32_ids_train_and_rows_are_contiguous(gradient: str) -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_rows_whose_update_comes_late_are_constrained(momentum: float) -> None:
-    """post_parameter_update between backward and step (accumulation, Lightning), and momentum, which moves other rows too."""
-    table, other = (Embedding(50, shape=4, constrainer="normalize", seed=1, gradient=g) for g in ("sparse", "dense"))
-    optimizers = [torch.optim.SGD(t.parameters(), lr=1.0, momentum=momentum) for t in (table, other)]
+    """post_parameter_update between backward and step (accumulation, Lightning), and momentum.
+
+    Which moves other rows too.
+    """
+    table, other = (
+        Embedding(50, shape=4, constrainer="normalize", seed=1, gradient=g)
+        for g in ("sparse", "dense")
+    )
+    optimizers = [
+        torch.optim.SGD(t.parameters(), lr=1.0, momentum=momentum) for t in (table, other)
+    ]
     for row in range(0, 8, 2):
         for module, optimizer in zip((table, other), optimizers, strict=True):
             module(torch.tensor([row])).square().sum().backward()
@@ -238,7 +272,9 @@ def test_a_loop_without_an_optimizer_is_constrained_too() -> None:
 
 def test_a_forgotten_process_group_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(UserWarning, match="WORLD_SIZE is 2, but torch.distributed is not initialized"):
+    with pytest.warns(
+        UserWarning, match="WORLD_SIZE is 2, but torch.distributed is not initialized"
+    ):
         Embedding(3, shape=2)
 
 
@@ -257,8 +293,12 @@ def test_own_options_are_checked() -> None:
 
 def _states(rank: int, world_size: int, gradient: str) -> dict[str, torch.Tensor]:
     """Save and load this rank's rows; load a whole table; give the whole table back."""
-    table = Embedding(501, shape=6, gradient=gradient, constrainer="normalize", seed=1, name="people")
-    other = Embedding(501, shape=6, gradient=gradient, constrainer="normalize", seed=2, name="people")
+    table = Embedding(
+        501, shape=6, gradient=gradient, constrainer="normalize", seed=1, name="people"
+    )
+    other = Embedding(
+        501, shape=6, gradient=gradient, constrainer="normalize", seed=2, name="people"
+    )
     other.post_parameter_update()
     state = table.state_dict()
     assert ("_embeddings.rows" in state) == (world_size > 1)
@@ -268,7 +308,11 @@ def _states(rank: int, world_size: int, gradient: str) -> dict[str, torch.Tensor
     other.post_parameter_update()
     assert other.local_rows().norm(dim=1).allclose(torch.tensor(1.0))
     whole = {key: value.clone() for key, value in table.full_state_dict().items()}
-    for change in (whole, {"weight": 2 * whole["_embeddings.weight"]}, table.full_state_dict("torch")):
+    for change in (
+        whole,
+        {"weight": 2 * whole["_embeddings.weight"]},
+        table.full_state_dict("torch"),
+    ):
         other.load_state_dict(change)
         (wanted,) = change.values()
         with torch.no_grad():
@@ -277,10 +321,13 @@ def _states(rank: int, world_size: int, gradient: str) -> dict[str, torch.Tensor
         moved = dict(state)
         moved["_embeddings.rows"] = moved["_embeddings.rows"] + 1
         with pytest.raises(
-            RuntimeError, match=rf"table 'people', rank {rank} of {world_size}: got rows .* shardemb.checkpoint"
+            RuntimeError,
+            match=rf"table 'people', rank {rank} of {world_size}: got rows .* shardemb.checkpoint",
         ):
             other.load_state_dict(moved)
-        with pytest.raises(RuntimeError, match=r"got a whole table of shape \(500, 6\), expected \(501, 6\)"):
+        with pytest.raises(
+            RuntimeError, match=r"got a whole table of shape \(500, 6\), expected \(501, 6\)"
+        ):
             other.load_state_dict({"weight": torch.zeros(500, 6)})
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -289,7 +336,9 @@ def _states(rank: int, world_size: int, gradient: str) -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("gradient", ["sparse", "fused"])
-def test_state_dicts_of_shards_and_of_whole_tables(run_ranks, world_size: int, gradient: str) -> None:
+def test_state_dicts_of_shards_and_of_whole_tables(
+    run_ranks, world_size: int, gradient: str
+) -> None:
     for whole in run_ranks(_states, world_size, gradient):
         theirs = torch.nn.Embedding(501, 6)
         theirs.load_state_dict({"weight": whole["_embeddings.weight"]})
@@ -297,7 +346,10 @@ def test_state_dicts_of_shards_and_of_whole_tables(run_ranks, world_size: int, g
         alone.load_state_dict(theirs.state_dict())
         assert torch.equal(alone(None), theirs.weight)
         theirs.load_state_dict(alone.full_state_dict("torch"))
-    shard = {"_embeddings.weight": torch.zeros(251, 6), "_embeddings.rows": torch.tensor([0, 251, 501])}
+    shard = {
+        "_embeddings.weight": torch.zeros(251, 6),
+        "_embeddings.rows": torch.tensor([0, 251, 501]),
+    }
     with pytest.raises(RuntimeError, match=r"got rows 0 to 251 of 501, expected 0 to 501 of 501"):
         alone.load_state_dict(shard)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -305,17 +357,29 @@ def test_state_dicts_of_shards_and_of_whole_tables(run_ranks, world_size: int, g
 
 
 def test_fbgemms_rows_are_copied_into_also_when_they_shall_be_assigned() -> None:
-    table, other = (Embedding(5, shape=6, gradient="fused", optimizer=FusedOptimizer("sgd", lr=1.0)) for _ in range(2))
+    table, other = (
+        Embedding(5, shape=6, gradient="fused", optimizer=FusedOptimizer("sgd", lr=1.0))
+        for _ in range(2)
+    )
     other.load_state_dict(table.state_dict(), assign=True)
     other(torch.tensor([3])).sum().backward()
     with torch.no_grad():
-        assert torch.equal(other(None)[3], table(None)[3] - 1)  # trained the rows that it shows, and not the other's
+        assert torch.equal(
+            other(None)[3], table(None)[3] - 1
+        )  # trained the rows that it shows, and not the other's
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "fused"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))],
+    ids=["deepcopy", "pickle"],
+)
 def test_copies_train_on_their_own(kind: str, copied) -> None:
-    """And as the original would: with its optimizer state, if that is the table's, and its constrainer."""
+    """And as the original would.
+
+    With its optimizer state, if that is the table's, and its constrainer.
+    """
     table = Embedding(50, shape=6, gradient=kind, constrainer="normalize", dropout=0.0, seed=1)
     if kind == "fused":
         table.set_learning_rate(0.7)
@@ -344,7 +408,9 @@ def _pickled(rank: int, world_size: int) -> bytes:
 
     own = Embedding(7, shape=2, process_group=dist.new_group([0, 1]), seed=0, name="people")
     for copied in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(RuntimeError, match="process group of its own, so it cannot be copied or pickled"):
+        with pytest.raises(
+            RuntimeError, match="process group of its own, so it cannot be copied or pickled"
+        ):
             copied(own)
     table = Embedding(7, shape=2, seed=0, name="people")
     assert torch.equal(copy.deepcopy(table)(None), table(None))
@@ -352,13 +418,23 @@ def _pickled(rank: int, world_size: int) -> bytes:
 
 
 def test_a_shard_is_not_unpickled_as_if_it_were_the_table(run_ranks) -> None:
-    with pytest.raises(RuntimeError, match=r"table 'people': got the rows of rank 1 of 2, this is rank 0 of 1: .*checkpoint"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"table 'people': got the rows of rank 1 of 2, this is rank 0 of 1: .*checkpoint",
+    ):
         pickle.loads(run_ranks(_pickled, 2)[1])
 
 
 def test_all_rows_alias_the_weight_only_without_gradients() -> None:
-    """With them, post_parameter_update between forward and backward (Lightning) must not change what was looked up."""
-    dense, sparse = Embedding(5, shape=(2, 3), gradient="dense", constrainer="normalize"), Embedding(5, shape=(2, 3))
+    """With them.
+
+    Post_parameter_update between forward and backward (Lightning) must not change what was looked
+    up.
+    """
+    dense, sparse = (
+        Embedding(5, shape=(2, 3), gradient="dense", constrainer="normalize"),
+        Embedding(5, shape=(2, 3)),
+    )
     assert sparse(None).data_ptr() != sparse._embeddings.weight.data_ptr()
     out = dense(None)
     before = out.detach().clone()
@@ -386,7 +462,9 @@ def test_a_dense_gradient_of_a_sparse_table_is_not_overlooked() -> None:
 
 
 def test_dtypes_that_cannot_be_trained() -> None:
-    with pytest.raises(RuntimeError, match=r"table 'people': got dtype torch.int64, expected a floating"):
+    with pytest.raises(
+        RuntimeError, match=r"table 'people': got dtype torch.int64, expected a floating"
+    ):
         Embedding(5, shape=2, dtype=torch.int64, name="people")
 
 
@@ -411,12 +489,31 @@ def test_rows_of_a_gradient_that_outlives_its_step_are_constrained(optimizer: st
 
 
 def test_torch_optimizers_that_cannot_say_so_with_a_way_out() -> None:
-    sparse, dense = Embedding(5, shape=2, name="people"), Embedding(5, shape=2, gradient="dense", name="people")
+    sparse, dense = (
+        Embedding(5, shape=2, name="people"),
+        Embedding(5, shape=2, gradient="dense", name="people"),
+    )
     for table, optimizer, message in (
-        (sparse, torch.optim.Adam(sparse.parameters()), "Adam takes no sparse gradients: use shardemb.optim.LazyAdam"),
-        (sparse, torch.optim.RMSprop(sparse.parameters()), "RMSprop takes no sparse gradients: use one of shardemb.optim"),
-        (sparse, torch.optim.Adagrad(sparse.parameters(), weight_decay=0.1), "whose weight_decay is of touched rows"),
-        (dense, torch.optim.SparseAdam(dense.parameters()), "use shardemb.optim.LazyAdam, which takes both"),
+        (
+            sparse,
+            torch.optim.Adam(sparse.parameters()),
+            "Adam takes no sparse gradients: use shardemb.optim.LazyAdam",
+        ),
+        (
+            sparse,
+            torch.optim.RMSprop(sparse.parameters()),
+            "RMSprop takes no sparse gradients: use one of shardemb.optim",
+        ),
+        (
+            sparse,
+            torch.optim.Adagrad(sparse.parameters(), weight_decay=0.1),
+            "whose weight_decay is of touched rows",
+        ),
+        (
+            dense,
+            torch.optim.SparseAdam(dense.parameters()),
+            "use shardemb.optim.LazyAdam, which takes both",
+        ),
     ):
         table(torch.tensor([1])).sum().backward()
         with pytest.raises(RuntimeError, match=f"table 'people': .*{message}"):
@@ -427,7 +524,12 @@ def _disagree(rank: int, world_size: int, options: list[dict]) -> None:
     with pytest.raises(ValueError, match=r"ranks make different tables: rank 0 .* rank 1 "):
         Embedding(6, shape=3, seed=0, **options[rank])
     agreed = Embedding(
-        6, shape=3, seed=0, constrainer=lambda x: x.clamp(-1, 1), normalizer="softmax", normalizer_kwargs={"dim": -1}
+        6,
+        shape=3,
+        seed=0,
+        constrainer=lambda x: x.clamp(-1, 1),
+        normalizer="softmax",
+        normalizer_kwargs={"dim": -1},
     )
     assert agreed(torch.tensor([rank])).shape == (1, 3)
 
@@ -466,17 +568,26 @@ def test_mistakes_that_are_easily_made() -> None:
             Embedding(**sizes)
 
 
-#: of the rows of ids 0, 1, 4097 and 9000: the format of initial tables, which other versions and sizes must give too
+#: of the rows of ids 0, 1, 4097 and 9000: the format of initial tables, which other versions and
+#: sizes must give too
 SUMS = [3.798292636871338, 2.9902029037475586, 3.568427085876465, 2.947432041168213]
 
 
 def _initialized(rank: int, world_size: int, gradient: str) -> None:
-    options = {"max_id": 9001, "shape": 6, "initializer": "uniform", "seed": 3, "gradient": gradient}
+    options = {
+        "max_id": 9001,
+        "shape": 6,
+        "initializer": "uniform",
+        "seed": 3,
+        "gradient": gradient,
+    }
     at_once, later = Embedding(**options, initialize=True), Embedding(**options)
     assert not at_once.local_rows().equal(later.local_rows())
     later.reset_parameters()
     assert at_once.local_rows().equal(later.local_rows())
-    with torch.no_grad():  # rows are where their ids are looked up, and the same on any number of ranks
+    with (
+        torch.no_grad()
+    ):  # rows are where their ids are looked up, and the same on any number of ranks
         assert at_once(at_once.plan.local_ids()).equal(at_once.local_rows())
         ids = torch.tensor([0, 1, 4097, 9000])
         torch.testing.assert_close(at_once(ids).sum(1), torch.tensor(SUMS), rtol=0, atol=1e-6)

@@ -30,11 +30,14 @@ NAMES = {
     "zeros": {},
 }
 ROWS = 2 * BLOCK_ROWS + 501
-#: where it is not (3, 2): torch's sparse and eye take one number after the rows, quaternions are four
+#: where it is not (3, 2): torch's sparse and eye take one number after the rows, quaternions are
+#: four
 SHAPES = {"eye": (6,), "sparse": (6,), "init_quaternions": (3, 4), "dirac": (3, 2)}
 
 
-def table(initializer, world_size: int, shape=(3, 2), seed: int = 5, rows: int = ROWS, dtype=torch.float32) -> torch.Tensor:
+def table(
+    initializer, world_size: int, shape=(3, 2), seed: int = 5, rows: int = ROWS, dtype=torch.float32
+) -> torch.Tensor:
     whole = torch.full((rows, torch.Size(shape).numel()), torch.nan, dtype=dtype)
     for rank in range(world_size):
         plan = RowPlan("t", rows, whole.shape[1], world_size, rank)
@@ -68,13 +71,20 @@ def test_callables_too_and_the_global_generator_is_left_alone() -> None:
 
 def test_every_name_of_pykeens_is_here() -> None:
     pykeen_init = pytest.importorskip("pykeen.nn.init")
-    assert set(pykeen_init.initializer_resolver.lookup_dict) == {normalize_name(name) for name in NAMES}
+    assert set(pykeen_init.initializer_resolver.lookup_dict) == {
+        normalize_name(name) for name in NAMES
+    }
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"normal_norm", "xavier_normal_norm", "xavieruniformnorm"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(NAMES) - {"normal_norm", "xavier_normal_norm", "xavieruniformnorm"})
+)
 @pytest.mark.parametrize("as_callable", [False, True])
 def test_same_distribution_as_pykeen(name: str, as_callable: bool) -> None:
-    """Mean and spread of PyKEEN's initializer of the same name, also where they depend on the number of rows."""
+    """Mean and spread of PyKEEN's initializer of the same name.
+
+    Also where they depend on the number of rows.
+    """
     pykeen_init = pytest.importorskip("pykeen.nn.init")
     shape = SHAPES.get(name, (3, 2))
     make = pykeen_init.initializer_resolver.lookup(name)
@@ -91,18 +101,24 @@ def test_same_distribution_as_pykeen(name: str, as_callable: bool) -> None:
 def test_torchs_own_glorot_keeps_its_scale(name: str) -> None:
     """It counts the rows: a block alone would be sqrt(2) too large here."""
     function = getattr(torch.nn.init, name)
-    assert table(function, 2).std().item() == pytest.approx(function(torch.empty(ROWS, 3, 2)).std().item(), rel=0.03)
+    assert table(function, 2).std().item() == pytest.approx(
+        function(torch.empty(ROWS, 3, 2)).std().item(), rel=0.03
+    )
 
 
 def test_orthogonal_columns_and_zeros_of_the_whole_table() -> None:
     whole = table(resolve_initializer("orthogonal", None), 3)
     torch.testing.assert_close(whole.T @ whole, torch.eye(6), rtol=0, atol=1e-4)
-    assert (table(resolve_initializer("sparse", {"sparsity": 0.25}), 3, (6,)) == 0).sum(0).tolist() == [-(-ROWS // 4)] * 6
+    assert (table(resolve_initializer("sparse", {"sparsity": 0.25}), 3, (6,)) == 0).sum(
+        0
+    ).tolist() == [-(-ROWS // 4)] * 6
 
 
 def test_a_whole_table_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardemb.initializers.free_bytes", lambda device: 1000)
-    with pytest.raises(MemoryError, match=r"makes the whole table at once, \(8693, 3, 2\): about .*load_state_dict"):
+    with pytest.raises(
+        MemoryError, match=r"makes the whole table at once, \(8693, 3, 2\): about .*load_state_dict"
+    ):
         table(resolve_initializer("orthogonal", None), 3)
 
 
@@ -126,7 +142,9 @@ def test_pretrained_rows_go_to_their_shard() -> None:
 def test_a_table_of_one_block_may_be_any_function(world_size: int) -> None:
     """In PyKEEN a callable may return the table; here too while it is called once."""
     wanted = torch.arange(BLOCK_ROWS * 6.0).view(BLOCK_ROWS, 3, 2)
-    assert torch.equal(table(lambda x: wanted, world_size, rows=BLOCK_ROWS), wanted.view(BLOCK_ROWS, 6))
+    assert torch.equal(
+        table(lambda x: wanted, world_size, rows=BLOCK_ROWS), wanted.view(BLOCK_ROWS, 6)
+    )
     with pytest.raises(ValueError, match="returned shape"):
         table(lambda x: torch.ones(BLOCK_ROWS + 1, 3, 2), world_size, rows=BLOCK_ROWS + 1)
 

@@ -10,22 +10,24 @@ import shardemb.kge
 
 PACKAGE = Path(shardemb.__file__).parent
 
-#: imports go down this list only, within a line from right to left
-ORDER = """
-cli
-planning
-kge
-serving
-checkpoint
-pykeen coordinator embedding initializers
-sharding
-launch
-comm
-optim transforms regularizers vocabulary
-kernels
-utils
-exceptions
-""".split()
+#: imports go down this list only
+# fmt: off
+ORDER = [
+    "cli",
+    "planning",
+    "kge",
+    "serving",
+    "checkpoint",
+    "pykeen", "coordinator", "embedding", "initializers",
+    "sharding",
+    "launch",
+    "comm",
+    "optim", "transforms", "regularizers", "vocabulary",
+    "kernels",
+    "utils",
+    "exceptions",
+]
+# fmt: on
 #: third-party packages, and what alone may import them
 ONLY = {
     "torchrec": ("sharding", "optim"),
@@ -34,11 +36,27 @@ ONLY = {
     "pykeen": ("pykeen.py",),
 }
 #: what works without a process group
-NO_DISTRIBUTED = "optim transforms regularizers vocabulary kernels utils exceptions".split()
+NO_DISTRIBUTED = [
+    "optim",
+    "transforms",
+    "regularizers",
+    "vocabulary",
+    "kernels",
+    "utils",
+    "exceptions",
+]
 #: torch.distributed's functions in which a rank waits for others
 COLLECTIVES = {
     *("all_to_all", "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor"),
-    *("all_gather_object", "broadcast", "barrier", "monitored_barrier", "reduce", "gather", "scatter"),
+    *(
+        "all_gather_object",
+        "broadcast",
+        "barrier",
+        "monitored_barrier",
+        "reduce",
+        "gather",
+        "scatter",
+    ),
     *("reduce_scatter_tensor", "send", "recv"),
 }
 FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
@@ -86,7 +104,9 @@ def test_imports_go_down(file: str) -> None:
             assert layer not in NO_DISTRIBUTED, f"{file} must not import torch.distributed"
     for other in modules_imported(file):
         below = layer_of(other)
-        assert below == layer or ORDER.index(below) > ORDER.index(layer), f"{file} must not import {other}"
+        assert below == layer or ORDER.index(below) > ORDER.index(layer), (
+            f"{file} must not import {other}"
+        )
 
 
 def test_there_is_no_cycle_between_files() -> None:
@@ -100,9 +120,9 @@ def test_there_is_no_cycle_between_files() -> None:
 @pytest.mark.parametrize("file", sorted(FILES.keys() - {"comm/collectives.py"}))
 def test_collectives_go_through_the_file_that_bounds_them(file: str) -> None:
     for node in ast.walk(ast.parse(FILES[file].read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if ast.unparse(node.func.value) == "dist":
-                assert node.func.attr not in COLLECTIVES, f"{file}:{node.lineno}: use comm.collectives"
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and ast.unparse(called.value) == "dist":
+            assert called.attr not in COLLECTIVES, f"{file}:{node.lineno}: use comm.collectives"
 
 
 @pytest.mark.parametrize("package", [shardemb, shardemb.kge], ids=["shardemb", "shardemb.kge"])
@@ -114,11 +134,16 @@ def test_public_names_exist(package: object) -> None:
 
 
 def test_nothing_loads_code_from_files() -> None:
-    """No pickle, torch.load or the like on any path; objects between trusted ranks are the exception."""
+    """No pickle, torch.load or the like on any path.
+
+    Objects between trusted ranks are the exception.
+    """
     for path in FILES.values():
         names = imports(path)
         assert not names & {"pickle", "cloudpickle", "joblib", "yaml", "shelve", "marshal"}, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 what = ast.unparse(node.func)
-                assert what not in {"torch.load", "eval", "exec", "dcp.load"}, f"{path}:{node.lineno}"
+                assert what not in {"torch.load", "eval", "exec", "dcp.load"}, (
+                    f"{path}:{node.lineno}"
+                )

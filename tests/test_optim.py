@@ -165,7 +165,9 @@ def test_state_survives_and_schedulers_work(name: str) -> None:
     scheduler.step()
     assert optimizers[0].param_groups[0]["lr"] == 0.05
     tables[1].load_state_dict(tables[0].state_dict())
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # torch shares the tensors
+    optimizers[1].load_state_dict(
+        copy.deepcopy(optimizers[0].state_dict())
+    )  # torch shares the tensors
     for table, optimizer in zip(tables, optimizers, strict=True):
         steps(table, optimizer, 2)
     assert torch.equal(tables[0].weight, tables[1].weight)
@@ -174,7 +176,10 @@ def test_state_survives_and_schedulers_work(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_state_in_float32(name: str, dtype: torch.dtype) -> None:
-    """In float16 an eps of 1e-10 is 0, and the update of a row with a gradient of 0 would be NaN."""
+    """In float16 an eps of 1e-10 is 0.
+
+    And the update of a row with a gradient of 0 would be NaN.
+    """
     tables = [embedding(), embedding()]
     tables[0].weight.data = tables[0].weight.data.to(dtype)
     optimizers = [ALL[name](table.parameters(), lr=0.1) for table in tables]
@@ -206,7 +211,10 @@ def test_state_of_other_optimizers() -> None:
     earlier.step()
     wrong = optim.RowWiseAdagrad([weight], lr=0.1)
     wrong.state[weight]["sum"] = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"got 'sum' of shape \(4, 3\) .* expected \(4,\): was the state saved by another"):
+    with pytest.raises(
+        ValueError,
+        match=r"got 'sum' of shape \(4, 3\) .* expected \(4,\): was the state saved by another",
+    ):
         wrong.step()
 
 
@@ -228,12 +236,17 @@ def test_errors() -> None:
     weight = [torch.nn.Parameter(torch.ones(1, 1))]
     for key in ("lr", "eps", "weight_decay"):
         for value in (-1, float("nan"), float("inf")):
-            with pytest.raises(ValueError, match=f"RowWiseAdagrad: got {key}={value}, expected a finite number, at least 0"):
+            with pytest.raises(
+                ValueError,
+                match=f"RowWiseAdagrad: got {key}={value}, expected a finite number, at least 0",
+            ):
                 optim.RowWiseAdagrad(weight, **{key: value})
     with pytest.raises(ValueError, match="SparseSGD: got a complex parameter"):
         optim.SparseSGD([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
     with pytest.raises(ValueError, match="SparseSGD: got lr=-1"):
-        optim.SparseSGD(weight).add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": -1})
+        optim.SparseSGD(weight).add_param_group(
+            {"params": [torch.nn.Parameter(torch.ones(2))], "lr": -1}
+        )
     weight[0].grad = torch.ones(1, 1).to_sparse(2)
     with pytest.raises(ValueError, match="2 sparse dimensions, expected 1"):
         optim.SparseAdagrad(weight).step()
@@ -243,7 +256,9 @@ def test_errors() -> None:
         FusedOptimizer(lr=-1)
     with pytest.raises(ValueError, match="use gradient='sparse'"):
         FusedOptimizer("adam")
-    with pytest.raises(ValueError, match=r"weight_decay=0.1 .* FBGEMM would silently ignore: use gradient='sparse'"):
+    with pytest.raises(
+        ValueError, match=r"weight_decay=0.1 .* FBGEMM would silently ignore: use gradient='sparse'"
+    ):
         FusedOptimizer(weight_decay=0.1)
 
 

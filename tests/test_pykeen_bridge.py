@@ -1,4 +1,7 @@
-"""Inside PyKEEN: its models, loops, evaluators and files with our tables, against the same with its own."""
+"""Inside PyKEEN.
+
+Its models, loops, evaluators and files with our tables, against the same with its own.
+"""
 
 import copy
 import gc
@@ -15,16 +18,24 @@ pytest.importorskip("pykeen")
 logging.getLogger("pykeen").setLevel(logging.ERROR)
 logging.getLogger("torch_max_mem").setLevel(logging.ERROR)
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*pin_memory"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
-#: the models of PyKEEN whose tables may be exchanged, without the slowest (ConvKB, NTN, TuckER: half a minute each)
-MODELS = """AutoSF BoxE ComplEx ConvE CP CrossE DistMA DistMult ERMLP ERMLPE HolE KG2E MuRE PairRE ProjE QuatE RESCAL
-RotatE SE SimplE TorusE TransD TransE TransF TransH TransR"""
+#: the models of PyKEEN whose tables may be exchanged, without the slowest (ConvKB, NTN, TuckER:
+#: half a minute each)
+MODELS = """AutoSF BoxE ComplEx ConvE CP CrossE
+DistMA DistMult ERMLP ERMLPE HolE KG2E MuRE PairRE ProjE QuatE
+RESCAL RotatE SE SimplE TorusE TransD TransE TransF TransH TransR"""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_garbage() -> Iterator[None]:
-    """PyKEEN collects garbage after each epoch: it need not look through all that is imported (0.2 s)."""
+    """PyKEEN collects garbage after each epoch.
+
+    It need not look through all that is imported (0.2 s).
+    """
     import pykeen.pipeline  # noqa: F401
     import torch._dynamo  # noqa: F401  # which torch.optim imports
 
@@ -44,16 +55,26 @@ def build(name: str, table: Any) -> tuple[Any, Any]:
     from pykeen.models import model_resolver
 
     data = Nations()
-    chosen = {"entity_representations": table, "relation_representations": table} if table is not None else {}
+    chosen = (
+        {"entity_representations": table, "relation_representations": table}
+        if table is not None
+        else {}
+    )
     return data, model_resolver.make(name, triples_factory=data.training, random_seed=1, **chosen)
 
 
-def train(data: Any, model: Any, loop: str, optimizer: Any, start: dict[str, Any] | None = None) -> list[float]:
+def train(
+    data: Any, model: Any, loop: str, optimizer: Any, start: dict[str, Any] | None = None
+) -> list[float]:
     """Train two epochs, from a state if it is given; return the losses."""
     from pykeen.training import training_loop_resolver
 
     trainer = training_loop_resolver.make(
-        loop, model=model, triples_factory=data.training, optimizer=optimizer, automatic_memory_optimization=False
+        loop,
+        model=model,
+        triples_factory=data.training,
+        optimizer=optimizer,
+        automatic_memory_optimization=False,
     )
     reset = model.reset_parameters_
 
@@ -65,7 +86,9 @@ def train(data: Any, model: Any, loop: str, optimizer: Any, start: dict[str, Any
 
     model.reset_parameters_ = reset_then_load
     try:
-        return trainer.train(triples_factory=data.training, num_epochs=2, batch_size=512, use_tqdm=False)
+        return trainer.train(
+            triples_factory=data.training, num_epochs=2, batch_size=512, use_tqdm=False
+        )
     finally:
         del model.reset_parameters_
 
@@ -108,14 +131,18 @@ def test_every_model_trains_bit_by_bit_as_with_its_own_tables(name: str) -> None
     assert metrics == expected_metrics
 
 
-@pytest.mark.parametrize(("loop", "optimizer"), [("slcwa", "SGD"), ("slcwa", "Adagrad"), ("lcwa", "SGD")])
+@pytest.mark.parametrize(
+    ("loop", "optimizer"), [("slcwa", "SGD"), ("slcwa", "Adagrad"), ("lcwa", "SGD")]
+)
 def test_sparse_gradients_train_the_same(optimizer: str, loop: str) -> None:
     """TransE constrains its entities: touched rows alone must do."""
     weights = []
     start = copy.deepcopy(build("TransE", options())[1].reset_parameters_().state_dict())
     for table in (options(gradient="sparse"), None):
         data, model = build("TransE", table)
-        train(data, model, loop, getattr(torch.optim, optimizer)(model.parameters(), lr=0.05), start)
+        train(
+            data, model, loop, getattr(torch.optim, optimizer)(model.parameters(), lr=0.05), start
+        )
         weights.append([part._embeddings.weight.detach() for part in tables(model)])
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
@@ -125,14 +152,20 @@ def test_pipeline_with_early_stopping(dataset: str) -> None:
     from pykeen.datasets import get_dataset
     from pykeen.pipeline import pipeline
 
-    def seeded(x: torch.Tensor) -> torch.Tensor:  # its PretrainedInitializer's tensor is overwritten by the second reset
+    def seeded(
+        x: torch.Tensor,
+    ) -> torch.Tensor:  # its PretrainedInitializer's tensor is overwritten by the second reset
         return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
     data = get_dataset(dataset=dataset)
     start = {"entity_initializer": seeded, "relation_initializer": seeded}
     outcomes = []
     for table in (options(), None):
-        chosen = {"entity_representations": table, "relation_representations": table} if table is not None else {}
+        chosen = (
+            {"entity_representations": table, "relation_representations": table}
+            if table is not None
+            else {}
+        )
         result = pipeline(
             dataset=data,
             model="ComplEx",
@@ -142,13 +175,20 @@ def test_pipeline_with_early_stopping(dataset: str) -> None:
             optimizer_kwargs={"lr": 20.0},
             training_kwargs={"num_epochs": 12, "batch_size": 10_000, "use_tqdm": False},
             stopper="early",
-            stopper_kwargs={"frequency": 1, "patience": 1, "relative_delta": 0.05, "evaluation_batch_size": 256},
+            stopper_kwargs={
+                "frequency": 1,
+                "patience": 1,
+                "relative_delta": 0.05,
+                "evaluation_batch_size": 256,
+            },
             evaluation_kwargs={"use_tqdm": False, "batch_size": 256},
             random_seed=5,
             device="cpu",
         )
         assert result.stopper.results  # it has looked
-        outcomes.append((result.losses, result.stopper.results, result.metric_results.get_metric("mrr")))
+        outcomes.append(
+            (result.losses, result.stopper.results, result.metric_results.get_metric("mrr"))
+        )
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)  # one batch, in another order
 
 
@@ -159,8 +199,18 @@ def test_batch_size_search_changes_nothing() -> None:
     data, model = build("TransE", options(gradient="sparse"))
     model.reset_parameters_()
     before = copy.deepcopy(model.state_dict())
-    loop = SLCWATrainingLoop(model=model, triples_factory=data.training, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
-    loop.train(triples_factory=data.training, num_epochs=1, batch_size=64, only_size_probing=True, use_tqdm=False)
+    loop = SLCWATrainingLoop(
+        model=model,
+        triples_factory=data.training,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+    )
+    loop.train(
+        triples_factory=data.training,
+        num_epochs=1,
+        batch_size=64,
+        only_size_probing=True,
+        use_tqdm=False,
+    )
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=1e-6)
 
@@ -217,7 +267,10 @@ def test_by_name_with_an_optimizer_of_ours_and_a_regularizer() -> None:
 
 
 def test_an_er_model_with_monte_carlo_dropout() -> None:
-    """PyKEEN's documentation of Embedding: in training mode one triple gets another score each time."""
+    """PyKEEN's documentation of Embedding.
+
+    In training mode one triple gets another score each time.
+    """
     from pykeen.datasets import Nations
     from pykeen.models import ERModel
 
@@ -252,27 +305,40 @@ def test_our_checkpoints_take_the_model(tmp_path: Path) -> None:
 
 
 def test_pykeen_finds_our_optimizers_and_can_still_be_imported() -> None:
-    """Its class_resolver takes every subclass of Optimizer by name, and fails on two of one name."""
+    """Its class_resolver takes every subclass of Optimizer by name.
+
+    And fails on two of one name.
+    """
     import subprocess
     import sys
 
     for first in ("shardemb.optim", "pykeen.optimizers"):
-        code = f"import {first}, shardemb.pykeen, pykeen.optimizers as o; print(o.optimizer_resolver.lookup('RowWiseAdagrad'))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        code = (
+            f"import {first}, shardemb.pykeen, pykeen.optimizers as o;"
+            " print(o.optimizer_resolver.lookup('RowWiseAdagrad'))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
         assert "shardemb.optim.RowWiseAdagrad" in done.stdout, done.stderr
 
 
 def test_options() -> None:
     from shardemb.pykeen import ShardedEmbedding
 
-    chosen = ShardedEmbedding.with_options(gradient="sparse", name="people").with_options(name="entity")
+    chosen = ShardedEmbedding.with_options(gradient="sparse", name="people").with_options(
+        name="entity"
+    )
     assert issubclass(chosen, ShardedEmbedding)
     table = chosen(max_id=5, shape=3)
     assert type(table) is ShardedEmbedding
     assert (table.gradient, table.name, table.unique) == ("sparse", "entity", False)
     assert chosen(max_id=5, shape=3, name="given").name == "given"
     mine = type("Mine", (chosen,), {"twice": lambda self, ids: 2 * self(ids)})(max_id=5, shape=3)
-    assert (mine.gradient, mine.twice(torch.tensor([1])).shape) == ("sparse", (1, 3))  # a subclass stays one
+    assert (mine.gradient, mine.twice(torch.tensor([1])).shape) == (
+        "sparse",
+        (1, 3),
+    )  # a subclass stays one
     frozen = chosen.from_pretrained(torch.ones(5, 3))
     assert (frozen.gradient, frozen.max_id) == ("sparse", 5)
     assert ShardedEmbedding(max_id=5, shape=3).gradient == "dense"

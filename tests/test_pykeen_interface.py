@@ -37,7 +37,12 @@ def test_regularizers_by_class_and_instance() -> None:
     from pykeen.regularizers import LpRegularizer
 
     terms = []
-    for regularizer in (LpRegularizer, LpRegularizer(weight=1.0), shardemb.transforms.LpRegularizer, "lp"):
+    for regularizer in (
+        LpRegularizer,
+        LpRegularizer(weight=1.0),
+        shardemb.transforms.LpRegularizer,
+        "lp",
+    ):
         ours = Embedding(11, shape=4, regularizer=regularizer)
         ours.load_state_dict({"weight": torch.arange(44.0).view(11, 4)}, strict=False)
         ours(torch.tensor([1, 2]))
@@ -64,13 +69,21 @@ def test_a_representation_of_ones_own(cls: type) -> None:
 
 
 def test_signatures() -> None:
-    """Every argument of PyKEEN's, in its order, with its default; ours come after, by keyword only."""
-    for ours, theirs in ((Embedding, pykeen_nn.Embedding), (shardemb.Representation, pykeen_nn.Representation)):
+    """Every argument of PyKEEN's, in its order, with its default.
+
+    Ours come after, by keyword only.
+    """
+    for ours, theirs in (
+        (Embedding, pykeen_nn.Embedding),
+        (shardemb.Representation, pykeen_nn.Representation),
+    ):
         mine = inspect.signature(ours.__init__).parameters
         for name, parameter in inspect.signature(theirs.__init__).parameters.items():
             assert mine[name].default == parameter.default
             assert mine[name].kind == parameter.kind
-        extra = [p for p in mine.values() if p.name not in inspect.signature(theirs.__init__).parameters]
+        extra = [
+            p for p in mine.values() if p.name not in inspect.signature(theirs.__init__).parameters
+        ]
         assert all(p.kind == p.KEYWORD_ONLY for p in extra)
 
 
@@ -81,11 +94,26 @@ def test_signatures() -> None:
         {"embedding_dim": 1},
         {"shape": (3, 2), "constrainer": "clamp", "constrainer_kwargs": {"min": -0.3, "max": 0.3}},
         {"shape": 5, "dtype": torch.complex64, "constrainer": "complex_normalize"},
-        {"shape": 5, "dtype": torch.float64, "normalizer": "normalize", "normalizer_kwargs": {"dim": -1}},
+        {
+            "shape": 5,
+            "dtype": torch.float64,
+            "normalizer": "normalize",
+            "normalizer_kwargs": {"dim": -1},
+        },
         {"shape": 5, "normalizer": "normalize"},  # along dimension 1 of what was looked up
         {"shape": 5, "normalizer": "normalize", "unique": True},
-        {"shape": 4, "regularizer": "lp", "regularizer_kwargs": {"weight": 0.1, "p": 2.0}, "unique": True},
-        {"shape": 4, "constrainer": "normalize", "initializer": "xavier_uniform", "trainable": False},
+        {
+            "shape": 4,
+            "regularizer": "lp",
+            "regularizer_kwargs": {"weight": 0.1, "p": 2.0},
+            "unique": True,
+        },
+        {
+            "shape": 4,
+            "constrainer": "normalize",
+            "initializer": "xavier_uniform",
+            "trainable": False,
+        },
         {"shape": 4, "dropout": 0.5},
         {"shape": ()},
     ],
@@ -93,7 +121,9 @@ def test_signatures() -> None:
 @pytest.mark.parametrize("size", [(7,), (4, 3), (0,), (2, 1, 3)])
 def test_no_difference_to_pykeen(kwargs: dict, size: tuple) -> None:
     ours, theirs = pair(max_id=11, **kwargs)
-    optimizers = [torch.optim.Adam(list(m.parameters()) or [torch.zeros(1)], lr=0.1) for m in (ours, theirs)]
+    optimizers = [
+        torch.optim.Adam(list(m.parameters()) or [torch.zeros(1)], lr=0.1) for m in (ours, theirs)
+    ]
     for step in range(3):
         ids = torch.randint(11, size, generator=torch.Generator().manual_seed(step))
         results = []

@@ -5,7 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from shardemb.regularizers import resolve_regularizer
-from shardemb.transforms import is_plain_normalize, probe_constrainer, resolve_constrainer, resolve_normalizer
+from shardemb.transforms import (
+    is_plain_normalize,
+    probe_constrainer,
+    resolve_constrainer,
+    resolve_normalizer,
+)
 
 pykeen_representation = pytest.importorskip("pykeen.nn.representation")
 pykeen_regularizers = pytest.importorskip("pykeen.regularizers")
@@ -48,7 +53,9 @@ def test_constrainers_that_are_not_row_wise_are_refused(bad) -> None:
 
 def test_a_constrainer_that_is_not_idempotent_is_seen() -> None:
     assert not probe_constrainer(lambda x: x * 0.9, (3,), torch.float32, "t")
-    assert not probe_constrainer(lambda x: torch.where(x > 100, x / 2, x), (3,), torch.float32, "t")  # at large values only
+    assert not probe_constrainer(
+        lambda x: torch.where(x > 100, x / 2, x), (3,), torch.float32, "t"
+    )  # at large values only
     assert probe_constrainer(torch.abs, (3,), torch.float32, "t")
 
 
@@ -111,13 +118,17 @@ def test_a_regularization_term_that_nobody_took_warns() -> None:
 
 def test_a_constrainer_that_fails_says_where() -> None:
     with pytest.raises(RuntimeError) as caught:
-        probe_constrainer(resolve_constrainer("complex_normalize", None), (3,), torch.float32, "people")
+        probe_constrainer(
+            resolve_constrainer("complex_normalize", None), (3,), torch.float32, "people"
+        )
     assert "table 'people': constrainer" in caught.value.__notes__[0]
 
 
 def test_names() -> None:
     assert resolve_normalizer(None, None) is None
-    assert torch.allclose(resolve_normalizer("softmax", {"dim": -1})(torch.zeros(2, 4)), torch.tensor(0.25))
+    assert torch.allclose(
+        resolve_normalizer("softmax", {"dim": -1})(torch.zeros(2, 4)), torch.tensor(0.25)
+    )
     for resolve in (resolve_constrainer, resolve_normalizer):
         with pytest.raises(KeyError, match="nope is an invalid"):
             resolve("nope", None)
@@ -134,5 +145,10 @@ def test_which_normalize_is_the_plain_one() -> None:
         assert is_plain_normalize(resolve_constrainer("normalize", kwargs))
     for kwargs in ({"p": 1}, {"dim": 0}, {"eps": 1e-6}, {"out": None}):
         assert not is_plain_normalize(resolve_constrainer("normalize", kwargs))
-    for function in (None, torch.tanh, partial(F.normalize, p=2.0), partial(F.normalize, torch.ones(1, 1))):
+    for function in (
+        None,
+        torch.tanh,
+        partial(F.normalize, p=2.0),
+        partial(F.normalize, torch.ones(1, 1)),
+    ):
         assert is_plain_normalize(function) == (getattr(function, "keywords", None) == {"p": 2.0})

@@ -36,15 +36,21 @@ def test_duckdb_has_the_same_hash_and_order() -> None:
     known = pa.table({"label": labels})
     with duckdb.connect() as connection:
         connection.register("known", known)
-        found = connection.execute("SELECT md5_number(label) AS key, label FROM known ORDER BY key, label").fetchall()
+        found = connection.execute(
+            "SELECT md5_number(label) AS key, label FROM known ORDER BY key, label"
+        ).fetchall()
     assert [label for _, label in found] == Vocabulary.from_labels(labels).labels
     upper, lower = digests(labels).T.tolist()
-    assert {(key >> 64, key & (1 << 64) - 1) for key, _ in found} == set(zip(upper, lower, strict=True))
+    assert {(key >> 64, key & (1 << 64) - 1) for key, _ in found} == set(
+        zip(upper, lower, strict=True)
+    )
     assert upper[3] == int.from_bytes(hashlib.md5(labels[3].encode()).digest(), "little") >> 64
 
 
 @pytest.mark.parametrize("batch", [1, 3, 1000])
-def test_a_file_in_batches_is_the_list_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+def test_a_file_in_batches_is_the_list_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
     monkeypatch.setattr(room, "BATCH", batch)
     labels = ODD + [f"e{i}" for i in range(50)]  # in another order than that of their hashes
     made = Vocabulary(labels)
@@ -56,7 +62,9 @@ def test_a_file_in_batches_is_the_list_in_memory(tmp_path: Path, monkeypatch: py
     assert opened.ids(labels[::-3]).tolist() == list(range(57, -1, -3))
     assert opened.ids([]).tolist() == []
     for absent in ("e50", "e", "\0", "zzz"):
-        with pytest.raises(KeyError, match=r"got label .*, expected one of the 58 labels of .*v\.arrow"):
+        with pytest.raises(
+            KeyError, match=r"got label .*, expected one of the 58 labels of .*v\.arrow"
+        ):
             opened.ids(["e1", absent])
     assert opened.fingerprint == opened.computed_fingerprint() == made.fingerprint
     assert pd.read_feather(tmp_path / "v.arrow")["label"].tolist() == labels
@@ -69,7 +77,10 @@ def test_the_fingerprint_is_that_of_the_labels_and_their_order() -> None:
 
 
 def test_labels_of_one_hash_are_told_apart(tmp_path: Path) -> None:
-    """No two labels of the same MD5 half are known, so the file pretends; a run of equal hashes may span batches."""
+    """No two labels of the same MD5 half are known, so the file pretends.
+
+    A run of equal hashes may span batches.
+    """
     labels, absent = ["x", "y", "z", "w"], "v"
     one = digests([absent])[0, 0]
     hashes = np.array([one, one, one, one], dtype=np.uint64)
@@ -91,7 +102,9 @@ def test_a_file_is_linked_and_not_written_again(tmp_path: Path) -> None:
         opened.save(second)
     assert second.samefile(first)
     assert [path.name for path in second.parent.iterdir()] == ["v.arrow"]
-    elsewhere = Path("/dev/shm") / f"shardemb-test-{os.getpid()}.arrow"  # another file system, where there is one
+    elsewhere = (
+        Path("/dev/shm") / f"shardemb-test-{os.getpid()}.arrow"
+    )  # another file system, where there is one
     try:
         opened.save(elsewhere)
         assert Vocabulary.load(elsewhere).labels == ["a", "b"]
@@ -117,10 +130,16 @@ def test_files_that_are_no_vocabulary(tmp_path: Path) -> None:
     for columns, text in (
         (
             {"name": pa.array(["a"])},
-            r": got columns 'name' \(string\), expected 'label' \(large_string\), 'hash' \(uint64\), 'id'",
+            (
+                r": got columns 'name' \(string\), expected 'label' \(large_string\), 'hash'"
+                r" \(uint64\), 'id'"
+            ),
         ),
         ({"label": pa.array([0.5])}, r": got columns 'label' \(double\), expected"),
-        (dict(zip(SCHEMA.names, (pa.array([None], kind) for kind in kinds), strict=True)), ": got nulls, expected labels"),
+        (
+            dict(zip(SCHEMA.names, (pa.array([None], kind) for kind in kinds), strict=True)),
+            ": got nulls, expected labels",
+        ),
     ):
         table = pa.table(columns)
         with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -130,7 +149,9 @@ def test_files_that_are_no_vocabulary(tmp_path: Path) -> None:
     Vocabulary(["a", "b"]).save(path)
     for content in (b"", b"a\nb\n", path.read_bytes()[:-10], path.read_bytes()[:600]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path}: got a file that is not Arrow's, or is damaged"):
+        with pytest.raises(
+            ValueError, match=f"{path}: got a file that is not Arrow's, or is damaged"
+        ):
             Vocabulary.load(path)
 
 
@@ -146,18 +167,33 @@ def test_a_damaged_label_is_an_error(tmp_path: Path) -> None:
 
 
 def test_opening_costs_the_same_at_any_size(tmp_path: Path) -> None:
-    """No Python object for each label: a process opens a million labels, asks for two, and has hardly grown."""
-    Vocabulary.from_labels(f"http://example.org/entity/{i:020d}" for i in range(1_000_000)).save(tmp_path / "v.arrow")
+    """No Python object for each label.
+
+    A process opens a million labels, asks for two, and has hardly grown.
+    """
+    Vocabulary.from_labels(f"http://example.org/entity/{i:020d}" for i in range(1_000_000)).save(
+        tmp_path / "v.arrow"
+    )
     script = """if True:
         import sys
         from pathlib import Path
         from shardemb.vocabulary import Vocabulary
-        def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
+        def peak():
+            lines = open("/proc/self/status")
+            return next(int(l.split()[1]) for l in lines if l.startswith("VmHWM")) / 1024
         before = peak()
         vocabulary = Vocabulary.load(Path(sys.argv[1]))
         label = "http://example.org/entity/00000000000000777777"
-        assert vocabulary.label(int(vocabulary.ids([label])[0])) == label and len(vocabulary.fingerprint) == 64
+        assert vocabulary.label(int(vocabulary.ids([label])[0])) == label
+        assert len(vocabulary.fingerprint) == 64
         print(peak() - before)
     """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "v.arrow"], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 25  # of 80 MB; the kernel maps more than the pages that are asked for
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "v.arrow"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (
+        float(done.stdout) < 25
+    )  # of 80 MB; the kernel maps more than the pages that are asked for

@@ -1,4 +1,7 @@
-"""What a checkpoint says of itself: its files, and which rows of which tensor lie where, all of it to be verified."""
+"""What a checkpoint says of itself.
+
+Its files, and which rows of which tensor lie where, all of it to be verified.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,7 @@ import torch
 from shardemb.checkpoint import safetensors_io
 from shardemb.checkpoint.safetensors_io import Layout
 from shardemb.checkpoint.storage import Folder, Location, child, folder_at, name_of
+from shardemb.exceptions import CheckpointError
 
 FORMAT = "shardemb/3"  # rows of several ranks are in the order of their slots
 MANIFEST = "manifest.json"
@@ -18,10 +22,6 @@ STEP = re.compile(r"step-(\d{10,})")
 _FILE = re.compile(r"rank-\d{5,}-of-\d{5,}-\d{5,}(-[0-9a-f]{8})?\.safetensors")
 
 Verify = Literal["sha256", "size"]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or that is not what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Manifest:
         path: of the checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, changed, of another format, or names a file outside of the folder.
+        CheckpointError: it is missing, damaged, changed, of another format, or names a file outside
+            of the folder.
     """
 
     def __init__(self, path: Location) -> None:
@@ -65,25 +66,38 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{where}: got text that is not a manifest ({error})") from error
         if hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest() != self.digest:
-            raise CheckpointError(f"{where}: was changed after it was written (its sha256 does not match)")
+            raise CheckpointError(
+                f"{where}: was changed after it was written (its sha256 does not match)"
+            )
         if values.get("format") != FORMAT:
-            raise CheckpointError(f"{where}: got format {values.get('format')!r}, expected {FORMAT!r}")
+            raise CheckpointError(
+                f"{where}: got format {values.get('format')!r}, expected {FORMAT!r}"
+            )
         self.values: dict[str, Any] = values
         name = name_of(path)
         if STEP.fullmatch(name) and int(name.removeprefix("step-")) != values["step"]:
-            raise CheckpointError(f"{where}: is of step {values['step']}, but lies in {name}: it is another checkpoint's")
+            raise CheckpointError(
+                f"{where}: is of step {values['step']}, but lies in {name}: it is another"
+                " checkpoint's"
+            )
         #: file, size, sha256, tensors
         self.files: dict[str, dict[str, Any]] = {}
         self.parts: dict[str, list[SavedShard]] = {}
         for entry in values["files"]:
             if not _FILE.fullmatch(entry["file"]):
                 raise CheckpointError(
-                    f"{where}: got file name {entry['file']!r}, expected rank-R-of-W-N.safetensors, which lies in the folder"
+                    f"{where}: got file name {entry['file']!r}, expected rank-R-of-W-N.safetensors,"
+                    " which lies in the folder"
                 )
             self.files[entry["file"]] = entry
             for tensor, saved in entry["tensors"].items():
                 part = SavedShard(
-                    entry["file"], saved["first"], saved["total"], saved["sharded"], tuple(saved["shape"]), saved["dtype"]
+                    entry["file"],
+                    saved["first"],
+                    saved["total"],
+                    saved["sharded"],
+                    tuple(saved["shape"]),
+                    saved["dtype"],
                 )
                 self.parts.setdefault(tensor, []).append(part)
 
@@ -100,24 +114,36 @@ class Manifest:
             at += part.length
         total = self.parts[name][0].total
         if at != total:
-            raise CheckpointError(f"{self.path}: {name!r} has the rows 0 to {at} without a gap, expected {total}")
+            raise CheckpointError(
+                f"{self.path}: {name!r} has the rows 0 to {at} without a gap, expected {total}"
+            )
 
     def check_file(self, file: str, verify: Verify = "sha256") -> None:
-        """Raise CheckpointError unless a file is there, has its size and, with "sha256", holds what was written."""
+        """Raise CheckpointError unless a file is there, has its size and, with "sha256".
+
+        Holds what was written.
+        """
         entry, where = self.files[file], child(self.path, file)
         size = self.folder.size(file)
         if size is None:
             raise CheckpointError(f"{where}: missing; it holds {self.holds(file)}")
         if size != entry["size"]:
-            raise CheckpointError(f"{where}: got {size} bytes, expected {entry['size']}; it holds {self.holds(file)}")
+            raise CheckpointError(
+                f"{where}: got {size} bytes, expected {entry['size']}; it holds {self.holds(file)}"
+            )
         if verify == "sha256":
             with self.folder.open(file) as opened:
                 digest = safetensors_io.sha256_of(opened)
             if digest != entry["sha256"]:
-                raise CheckpointError(f"{where}: is damaged (its sha256 does not match); it holds {self.holds(file)}")
+                raise CheckpointError(
+                    f"{where}: is damaged (its sha256 does not match); it holds {self.holds(file)}"
+                )
 
     def layouts(self, file: str, opened: BinaryIO) -> dict[str, Layout]:
-        """Return where the tensors of a file lie; CheckpointError if they are not those of the manifest."""
+        """Return where the tensors of a file lie.
+
+        CheckpointError if they are not those of the manifest.
+        """
         where = child(self.path, file)
         try:
             found = safetensors_io.layouts(opened)
@@ -127,7 +153,9 @@ class Manifest:
             layout = found.get(name)
             got = None if layout is None else (list(layout.shape), dtype_name(layout.dtype))
             if got != (saved["shape"], saved["dtype"]):
-                raise CheckpointError(f"{where}: got {name!r} as {got}, expected {saved['shape'], saved['dtype']}")
+                raise CheckpointError(
+                    f"{where}: got {name!r} as {got}, expected {saved['shape'], saved['dtype']}"
+                )
         return found
 
 
@@ -157,12 +185,19 @@ def verify(path: Location, how: Verify = "sha256") -> Manifest:
 def finished(root: Folder) -> list[str]:
     """Return the names of the finished checkpoints in a folder, oldest first."""
     names = [name for name in root.names() if STEP.fullmatch(name)]
-    found = names if root.renames else [name for name in names if root.child(name).size(MANIFEST) is not None]
+    found = (
+        names
+        if root.renames
+        else [name for name in names if root.child(name).size(MANIFEST) is not None]
+    )
     return sorted(found, key=lambda name: int(name.removeprefix("step-")))
 
 
 def checkpoints(folder: Location) -> list[Location]:
-    """Return the finished checkpoints in a folder, oldest first; paths if it is one, URIs otherwise."""
+    """Return the finished checkpoints in a folder, oldest first.
+
+    Paths if it is one, URIs otherwise.
+    """
     return [child(folder, name) for name in finished(folder_at(folder))]
 
 

@@ -1,4 +1,7 @@
-"""Loads checkpoints into tables of any number of ranks; :mod:`shardemb.checkpoint` says what they are."""
+"""Loads checkpoints into tables of any number of ranks.
+
+:mod:`shardemb.checkpoint` says what they are.
+"""
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from shardemb.checkpoint import safetensors_io
-from shardemb.checkpoint.manifest import CheckpointError, Manifest, SavedShard, Verify, dtype_name
+from shardemb.checkpoint.manifest import Manifest, SavedShard, Verify, dtype_name
 from shardemb.checkpoint.safetensors_io import Layout
 from shardemb.checkpoint.shards import LocalShard, dotted, model_pieces, set_rng_state, tables_of
 from shardemb.checkpoint.storage import Location
 from shardemb.comm import collectives
 from shardemb.embedding import Embedding
+from shardemb.exceptions import CheckpointError
 from shardemb.sharding.placement import RowPermutation
 
 #: rows that are read at a time where their order changes
@@ -35,21 +39,23 @@ def load(
 ) -> dict[str, Any]:
     """Load ``folder/step-N`` into tables of any number of ranks. A collective.
 
-    The ranks share the work of checking the files; then each reads its own rows, straight into the tables. Nothing of the model
-    changes unless all of it is there and undamaged. With optimizers or schedulers, which is how training goes on, the random
-    generators go on too, if the number of ranks is that of the checkpoint.
+    The ranks share the work of checking the files; then each reads its own rows, straight into the
+    tables. Nothing of the model changes unless all of it is there and undamaged. With optimizers or
+    schedulers, which is how training goes on, the random generators go on too, if the number of
+    ranks is that of the checkpoint.
 
     Args:
         path: of the checkpoint.
         model: with the tables, shapes and dtypes of the one that was saved.
-        optimizers: as were saved; their hyper-parameters and their state for this rank's rows are put back. None for the
-            parameters alone.
+        optimizers: as were saved; their hyper-parameters and their state for this rank's rows are
+            put back. None for the parameters alone.
         schedulers: as were saved; their state is put back.
-        tables: load these tables of the model alone, by their names in the model (an Embedding on its own is ""); or a mapping
-            of these to names in the checkpoint.
+        tables: load these tables of the model alone, by their names in the model (an Embedding on
+            its own is ""); or a mapping of these to names in the checkpoint.
         optimizer_state: False loads rows alone, also without the state of a fused optimizer.
         cast: let the rows be converted into the tables' dtype.
-        grow: let tables have more rows than were saved: ids keep their rows, new ones stay as they are initialized.
+        grow: let tables have more rows than were saved: ids keep their rows, new ones stay as they
+            are initialized.
         fingerprints: must be equal to those of the same names that were saved.
         verify: "sha256" checks the hash of every file that is read; "size" only its size.
 
@@ -57,10 +63,12 @@ def load(
         The ``state`` that was saved.
 
     Raises:
-        CheckpointError: a missing, damaged or foreign file; a table that is not there or has another shape or dtype; other
-            optimizers, schedulers or fingerprints. On all ranks.
+        CheckpointError: a missing, damaged or foreign file; a table that is not there or has
+            another shape or dtype; other optimizers, schedulers or fingerprints. On all ranks.
     """
-    job = _Load(path, model, list(optimizers), list(schedulers), tables, optimizer_state, cast, grow)
+    job = _Load(
+        path, model, list(optimizers), list(schedulers), tables, optimizer_state, cast, grow
+    )
     for stage in (lambda: job.plan(fingerprints or {}), lambda: job.check(verify), job.read):
         error: str | None = None
         try:
@@ -74,7 +82,10 @@ def load(
         if bad:
             raise CheckpointError(bad[0])
         if len({digest for _, digest in told}) > 1:
-            raise CheckpointError(f"{path}: ranks see different checkpoints there, by the sha256 of the manifest: {told}")
+            raise CheckpointError(
+                f"{path}: ranks see different checkpoints there, by the sha256 of the manifest:"
+                f" {told}"
+            )
     return job.finish()
 
 
@@ -92,8 +103,17 @@ class _Load:
         cast: bool,
         grow: bool,
     ) -> None:
-        self.path, self.model, self.optimizers, self.schedulers = path, model, optimizers, schedulers
-        self.tables = tables if tables is None or isinstance(tables, Mapping) else {name: name for name in tables}
+        self.path, self.model, self.optimizers, self.schedulers = (
+            path,
+            model,
+            optimizers,
+            schedulers,
+        )
+        self.tables = (
+            tables
+            if tables is None or isinstance(tables, Mapping)
+            else {name: name for name in tables}
+        )
         self.optimizer_state, self.cast, self.grow = optimizer_state, cast, grow
         self.digest = ""
         #: name in the checkpoint, and where its rows go
@@ -110,19 +130,24 @@ class _Load:
             self.manifest = Manifest(self.path)
         except CheckpointError as error:
             wanted = ", ".join(repr(table.name) for table in here.values())
-            raise CheckpointError(f"{error}; wanted for {f'table {wanted}' if wanted else 'a model without tables'}") from error
+            raise CheckpointError(
+                f"{error}; wanted for {f'table {wanted}' if wanted else 'a model without tables'}"
+            ) from error
         self.digest, values = self.manifest.digest, self.manifest.values
         for name, expected in fingerprints.items():
             got = values["fingerprints"].get(name)
             if got is not None and got != expected:
-                raise CheckpointError(f"{self.path}: got {name} of fingerprint {got}, expected {expected}: it is of other data")
+                raise CheckpointError(
+                    f"{self.path}: got {name} of fingerprint {got}, expected {expected}: it is of"
+                    " other data"
+                )
         pieces, names, kept = model_pieces(self.model)
         if self.tables is not None:
             for mine, saved in self.tables.items():
                 if mine not in here or saved not in values["tables"]:
                     raise CheckpointError(
-                        f"{self.path}: got table {mine!r} to load from {saved!r}, expected one of {sorted(here)} from one of "
-                        f"{sorted(values['tables'])}"
+                        f"{self.path}: got table {mine!r} to load from {saved!r}, expected one of"
+                        f" {sorted(here)} from one of {sorted(values['tables'])}"
                     )
         chosen = {name: name for name in here} if self.tables is None else self.tables
         in_tables: set[str] = set()
@@ -133,55 +158,91 @@ class _Load:
                 continue
             saved = chosen[mine]
             self._check_fused(table, saved)
-            self.rows[mine] = {key: stored[key] for key in stored if key == "weight" or self.optimizer_state}
+            self.rows[mine] = {
+                key: stored[key] for key in stored if key == "weight" or self.optimizer_state
+            }
             for key in self.rows[mine]:
                 self._want(dotted(saved, key), pieces[dotted(mine, key)], self.grow)
         if self.tables is None:
             rest = pieces.keys() - in_tables
             for name in sorted(rest):
                 self._want(name, pieces[name], False)
-            fused = {dotted(t, key) for t, told in values["tables"].items() for key in told["stored"]}
-            unused = [n for n in self.manifest.parts if not n.startswith("optimizer.") and n not in rest | in_tables | fused]
+            fused = {
+                dotted(t, key) for t, told in values["tables"].items() for key in told["stored"]
+            }
+            unused = [
+                n
+                for n in self.manifest.parts
+                if not n.startswith("optimizer.") and n not in rest | in_tables | fused
+            ]
             unused += [dotted(t, "weight") for t in values["tables"] if t not in here]
             if unused:
                 raise CheckpointError(
-                    f"{self.path}: holds {unused}, which the model has not: name the tables to load, tables={sorted(here)}"
+                    f"{self.path}: holds {unused}, which the model has not: name the tables to"
+                    f" load, tables={sorted(here)}"
                 )
         if self.optimizer_state and self.optimizers:
             self._plan_optimizers(pieces, names, chosen)
-        saved_with, given = [s["class"] for s in values["schedulers"]], [type(s).__name__ for s in self.schedulers]
+        saved_with, given = (
+            [s["class"] for s in values["schedulers"]],
+            [type(s).__name__ for s in self.schedulers],
+        )
         if self.schedulers and saved_with != given:
-            raise CheckpointError(f"{self.path}: was saved with schedulers {saved_with}, expected {given}")
+            raise CheckpointError(
+                f"{self.path}: was saved with schedulers {saved_with}, expected {given}"
+            )
         for name in {name for name, _ in self.wanted}:
             self.manifest.check_covered(name)
 
     def _check_fused(self, table: Embedding, saved: str) -> None:
         told = self.manifest.values["tables"].get(saved)
         if told is None:
-            raise CheckpointError(f"{self.path}: has no table {saved!r}, expected by the model; it has {self._described()}")
+            raise CheckpointError(
+                f"{self.path}: has no table {saved!r}, expected by the model; it has"
+                f" {self._described()}"
+            )
         got, expected = told["optimizer"], table.fused_hyperparameters()
         same = (got and got["name"]) == (expected and expected["name"])
         if self.optimizer_state and not same:
             raise CheckpointError(
-                f"{self.path}: table {table.name!r} was saved with the fused optimizer {got}, expected {expected}: load the "
-                f"rows alone with optimizer_state=False"
+                f"{self.path}: table {table.name!r} was saved with the fused optimizer {got},"
+                f" expected {expected}: load the rows alone with optimizer_state=False"
             )
 
     def _described(self) -> str:
-        return ", ".join(f"{name!r} ({told['name']})" for name, told in self.manifest.values["tables"].items()) or "none"
+        return (
+            ", ".join(
+                f"{name!r} ({told['name']})"
+                for name, told in self.manifest.values["tables"].items()
+            )
+            or "none"
+        )
 
-    def _plan_optimizers(self, pieces: Mapping[str, LocalShard], names: Mapping[Tensor, str], chosen: Mapping[str, str]) -> None:
+    def _plan_optimizers(
+        self,
+        pieces: Mapping[str, LocalShard],
+        names: Mapping[Tensor, str],
+        chosen: Mapping[str, str],
+    ) -> None:
         saved = self.manifest.values["optimizers"]
-        got, expected = [o["class"] for o in saved], [type(optimizer).__name__ for optimizer in self.optimizers]
+        got, expected = (
+            [o["class"] for o in saved],
+            [type(optimizer).__name__ for optimizer in self.optimizers],
+        )
         if got != expected:
-            raise CheckpointError(f"{self.path}: was saved with optimizers {got}, expected {expected}")
-        renamed = {dotted(mine, "weight"): dotted(other, "weight") for mine, other in chosen.items()}
+            raise CheckpointError(
+                f"{self.path}: was saved with optimizers {got}, expected {expected}"
+            )
+        renamed = {
+            dotted(mine, "weight"): dotted(other, "weight") for mine, other in chosen.items()
+        }
         for number, (optimizer, told) in enumerate(zip(self.optimizers, saved, strict=True)):
             mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
             theirs = [group["params"] for group in told["groups"]]
             if self.tables is None and mine != theirs:
                 raise CheckpointError(
-                    f"{self.path}: optimizer {number} was saved with the parameters {theirs}, expected {mine}"
+                    f"{self.path}: optimizer {number} was saved with the parameters {theirs},"
+                    f" expected {mine}"
                 )
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 name = names[parameter]
@@ -194,10 +255,18 @@ class _Load:
                     part = key.removeprefix(prefix)
                     rows, first = pieces[name], self.manifest.parts[key][0]
                     by_row = bool(first.shape) and first.total == self._rows_saved(other)
-                    old = optimizer.state[parameter].get(part) if parameter in optimizer.state else None
+                    old = (
+                        optimizer.state[parameter].get(part)
+                        if parameter in optimizer.state
+                        else None
+                    )
                     shape = [len(rows.tensor), *first.shape[1:]] if by_row else list(first.shape)
                     dtype = getattr(torch, first.dtype)
-                    if not isinstance(old, Tensor) or list(old.shape) != shape or old.dtype != dtype:
+                    if (
+                        not isinstance(old, Tensor)
+                        or list(old.shape) != shape
+                        or old.dtype != dtype
+                    ):
                         make = torch.zeros if self.grow else torch.empty
                         old = make(shape, dtype=dtype, device=rows.tensor.device)
                     new[part] = old
@@ -212,7 +281,9 @@ class _Load:
         if parts is None:
             if not piece.total:
                 return
-            raise CheckpointError(f"{self.path}: has no {name!r}; is it a checkpoint of this model?")
+            raise CheckpointError(
+                f"{self.path}: has no {name!r}; is it a checkpoint of this model?"
+            )
         for part in parts:
             got = (part.total, *part.shape[1:], part.dtype)
             expected = (piece.total, *piece.tensor.shape[1:], dtype_name(piece.tensor.dtype))
@@ -223,10 +294,13 @@ class _Load:
                 hint = "; cast=True converts" if got[-1] != expected[-1] else ""
             if got[1:-1] == expected[1:-1] and got[0] < expected[0] and not may_grow:
                 hint += "; grow=True lets a table have more rows than were saved"
-            fits = (got[0] == expected[0] or (may_grow and got[0] < expected[0])) and got[1:-1] == expected[1:-1]
+            fits = (got[0] == expected[0] or (may_grow and got[0] < expected[0])) and got[
+                1:-1
+            ] == expected[1:-1]
             if not fits or (got[-1] != expected[-1] and not self.cast):
                 raise CheckpointError(
-                    f"{self.path}: table {piece.table!r}: {name!r} has rows, columns and dtype {got}, expected {expected}{hint}"
+                    f"{self.path}: table {piece.table!r}: {name!r} has rows, columns and dtype"
+                    f" {got}, expected {expected}{hint}"
                 )
         self.wanted.append((name, piece))
 
@@ -236,7 +310,9 @@ class _Load:
         files = [file for file in self.manifest.files if file in read]
         rank, world_size = collectives.rank_and_size()
         mine = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
-        with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:  # neither disk nor hashing holds the interpreter
+        with ThreadPoolExecutor(
+            max(2, torch.get_num_threads())
+        ) as pool:  # neither disk nor hashing holds the interpreter
             list(pool.map(lambda file: self.manifest.check_file(file, verify), mine))
 
     def read(self) -> None:
@@ -277,7 +353,11 @@ class _Load:
         for scheduler, told in zip(self.schedulers, values["schedulers"], strict=False):
             scheduler.load_state_dict(told["state"])
         rank, world_size = collectives.rank_and_size()
-        if (self.optimizers or self.schedulers) and values["rng"][0] and world_size == values["world_size"]:
+        if (
+            (self.optimizers or self.schedulers)
+            and values["rng"][0]
+            and world_size == values["world_size"]
+        ):
             set_rng_state(values["rng"][rank])
         return values["state"]
 
@@ -308,13 +388,20 @@ def _read(file: BinaryIO, layout: Layout, part: SavedShard, piece: LocalShard) -
         low, high = piece.first, piece.first + len(piece.tensor)
         start, stop = max(low, part.first), min(high, part.first + part.length)
         if start < stop:
-            safetensors_io.read_rows(file, layout, start - part.first, piece.tensor[start - low : stop - low])
+            safetensors_io.read_rows(
+                file, layout, start - part.first, piece.tensor[start - low : stop - low]
+            )
     else:
         _read_in_another_order(file, layout, part, piece)
 
 
-def _read_in_another_order(file: BinaryIO, layout: Layout, part: SavedShard, piece: LocalShard) -> None:
-    """Fill a piece with rows whose order is another: by slot where it is by id, or of a table with fewer rows."""
+def _read_in_another_order(
+    file: BinaryIO, layout: Layout, part: SavedShard, piece: LocalShard
+) -> None:
+    """Fill a piece with rows whose order is another.
+
+    By slot where it is by id, or of a table with fewer rows.
+    """
     for start in range(0, part.length, _READ_ROWS):
         stop = min(start + _READ_ROWS, part.length)
         ids = torch.arange(part.first + start, part.first + stop)

@@ -1,7 +1,7 @@
 """safetensors files (https://github.com/huggingface/safetensors), written and read in slices.
 
-Its own library holds a whole file in memory to write it. Here a file is hashed while it is written, straight from the
-tensors, and read straight into them, so that neither needs memory of its own.
+Its own library holds a whole file in memory to write it. Here a file is hashed while it is written,
+straight from the tensors, and read straight into them, so that neither needs memory of its own.
 """
 
 import hashlib
@@ -15,12 +15,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from shardemb.exceptions import InputError
+
 #: bytes that are on their way at a time
 CHUNK_BYTES = 1 << 24
 
 _NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
@@ -42,11 +45,18 @@ class Layout:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """View a contiguous CPU tensor's memory."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
+    return (
+        memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel()
+        else memoryview(b"")
+    )
 
 
 def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Go over the rows of a tensor in contiguous CPU chunks; a contiguous CPU tensor is not copied."""
+    """Go over the rows of a tensor in contiguous CPU chunks.
+
+    A contiguous CPU tensor is not copied.
+    """
     rows = tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
     step = max(1, CHUNK_BYTES // max(1, rows.itemsize * math.prod(rows.shape[1:])))
     for start in range(0, len(rows), step):
@@ -80,7 +90,10 @@ class Writer:
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the beginning of a file that holds tensors of these dtypes and shapes, in this order."""
+    """Return the beginning of a file that holds tensors of these dtypes and shapes.
+
+    In this order.
+    """
     entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)
@@ -106,23 +119,29 @@ def layouts(file: BinaryIO) -> dict[str, Layout]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
-        raise ValueError(f"got a header of {length} bytes in a file of {size}")
+        raise InputError(f"got a header of {length} bytes in a file of {size}")
     found = {}
     try:
         for name, entry in json.loads(file.read(length)).items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 layout = Layout(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-                if end - begin != layout.dtype.itemsize * math.prod(layout.shape) or not 0 <= begin <= end <= size - 8 - length:
-                    raise ValueError(f"tensor {name!r} does not lie within the file")
+                if (
+                    end - begin != layout.dtype.itemsize * math.prod(layout.shape)
+                    or not 0 <= begin <= end <= size - 8 - length
+                ):
+                    raise InputError(f"tensor {name!r} does not lie within the file")
                 found[name] = layout
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"got a header that is not one of safetensors ({error!r})") from error
+        raise InputError(f"got a header that is not one of safetensors ({error!r})") from error
     return found
 
 
 def read_into(file: BinaryIO, place: int, out: Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes from ``place`` on; EOFError if there are too few."""
+    """Fill a contiguous CPU tensor with the bytes from ``place`` on.
+
+    EOFError if there are too few.
+    """
     view, done = as_bytes(out), 0
     file.seek(place)
     while done < len(view):
@@ -133,7 +152,10 @@ def read_into(file: BinaryIO, place: int, out: Tensor) -> None:
 
 
 def read_rows(file: BinaryIO, layout: Layout, start: int, out: Tensor) -> None:
-    """Fill ``out`` ``(n, ...)`` with rows ``[start, start + n)``, cast and moved to its device if need be."""
+    """Fill ``out`` ``(n, ...)`` with rows ``[start, start + n)``.
+
+    Cast and moved to its device if need be.
+    """
     place = layout.start + start * layout.row_bytes
     if out.device.type == "cpu" and out.dtype == layout.dtype and out.is_contiguous():
         read_into(file, place, out)

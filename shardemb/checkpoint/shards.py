@@ -1,4 +1,7 @@
-"""What a rank has of a model's tables, parameters and optimizer state: named tensors, with the global rows that they hold."""
+"""What a rank has of a model's tables, parameters and optimizer state.
+
+Named tensors, with the global rows that they hold.
+"""
 
 import base64
 import random
@@ -11,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
+from shardemb.exceptions import InputError
 from shardemb.sharding.placement import RowPermutation
 
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What a rank holds of a tensor: rows ``[first, first + len(tensor))`` of ``total``, or, not sharded, all of it.
+    """What a rank holds of a tensor.
 
-    A sharded tensor's rows are in the order of their slots (:mod:`shardemb.sharding.placement`), others in that of ids.
+    Rows ``[first, first + len(tensor))`` of ``total``, or, not sharded, all of it.
+
+    A sharded tensor's rows are in the order of their slots (:mod:`shardemb.sharding.placement`),
+    others in that of ids.
     """
 
     tensor: Tensor
@@ -31,7 +38,10 @@ class LocalShard:
     table: str = ""
 
     def like(self, tensor: Tensor, by_row: bool) -> "LocalShard":
-        """Return the piece for a tensor that has a value for each of these rows, or one that every rank holds whole."""
+        """Return the piece for a tensor that has a value for each of these rows.
+
+        Or one that every rank holds whole.
+        """
         if by_row:
             return replace(self, tensor=tensor)
         return LocalShard(tensor, 0, length_of(tensor), False, table=self.table)
@@ -46,7 +56,11 @@ class LocalShard:
 
     def ids(self, places: Tensor) -> Tensor:
         """Return the ids of rows of the tensor."""
-        return RowPermutation(self.total).ids(places + self.first) if self.sharded else places + self.first
+        return (
+            RowPermutation(self.total).ids(places + self.first)
+            if self.sharded
+            else places + self.first
+        )
 
     @property
     def nbytes(self) -> int:
@@ -69,11 +83,14 @@ def dotted(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def model_pieces(model: nn.Module) -> tuple[dict[str, LocalShard], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
+def model_pieces(
+    model: nn.Module,
+) -> tuple[dict[str, LocalShard], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
     """Name the model's tables, other parameters and buffers.
 
     Returns:
-        The pieces; their names by parameter; and what each table stores, by the table's name in the model.
+        The pieces; their names by parameter; and what each table stores, by the table's name in the
+        model.
     """
     pieces: dict[str, LocalShard] = {}
     names: dict[Tensor, str] = {}
@@ -83,7 +100,9 @@ def model_pieces(model: nn.Module) -> tuple[dict[str, LocalShard], dict[Tensor, 
         stored[prefix] = table.stored_rows()
         for key, tensor in stored[prefix].items():
             sharded, copy = table.plan.world_size > 1, not table.holds_first_copy
-            pieces[dotted(prefix, key)] = LocalShard(tensor, table.plan.first, table.max_id, sharded, copy, table.name)
+            pieces[dotted(prefix, key)] = LocalShard(
+                tensor, table.plan.first, table.max_id, sharded, copy, table.name
+            )
         for parameter in table.parameters():
             names[parameter] = dotted(prefix, "weight")
         inside |= {*table.parameters(), *table.buffers()}
@@ -95,7 +114,9 @@ def model_pieces(model: nn.Module) -> tuple[dict[str, LocalShard], dict[Tensor, 
 
 
 def optimizer_pieces(
-    optimizers: Iterable[torch.optim.Optimizer], pieces: Mapping[str, LocalShard], names: Mapping[Tensor, str]
+    optimizers: Iterable[torch.optim.Optimizer],
+    pieces: Mapping[str, LocalShard],
+    names: Mapping[Tensor, str],
 ) -> dict[str, LocalShard]:
     """Name the tensors that optimizers keep for the model's parameters."""
     found = {}
@@ -110,12 +131,14 @@ def optimizer_pieces(
     return found
 
 
-def check_known(optimizer: torch.optim.Optimizer, parameter: Tensor, names: Mapping[Tensor, str]) -> None:
+def check_known(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, names: Mapping[Tensor, str]
+) -> None:
     """Raise ValueError if an optimizer's parameter is not the model's."""
     if parameter not in names:
-        raise ValueError(
-            f"{type(optimizer).__name__} has a parameter of shape {tuple(parameter.shape)} that is not the model's: give the "
-            f"model that holds all parameters of the optimizers"
+        raise InputError(
+            f"{type(optimizer).__name__} has a parameter of shape {tuple(parameter.shape)} that is"
+            " not the model's: give the model that holds all parameters of the optimizers"
         )
 
 

@@ -1,7 +1,10 @@
-"""Folders of files, on a local file system or in an object store, with what a checkpoint needs of them.
+"""Folders of files, on a local file system or in an object store.
 
-A location without "://" is a local path. With it, it is one of pyarrow's file systems (``s3://``, ``gs://``, ``abfss://``,
-``hdfs://``; options such as ``?region=`` or ``?endpoint_override=`` in the query) or else one of fsspec's.
+With what a checkpoint needs of them.
+
+A location without "://" is a local path. With it, it is one of pyarrow's file systems (``s3://``,
+``gs://``, ``abfss://``, ``hdfs://``; options such as ``?region=`` or ``?endpoint_override=`` in the
+query) or else one of fsspec's.
 """
 
 import os
@@ -12,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shardemb.exceptions import InputError
 from shardemb.utils.files import fsync
 
 #: a local path, or a URI
@@ -33,7 +37,11 @@ def child(location: Location, name: str) -> Location:
 
 def name_of(location: Location) -> str:
     """Return the last part of a location."""
-    return str(location).partition("?")[0].rstrip("/").rpartition("/")[2] if is_remote(location) else _local(location).name
+    return (
+        str(location).partition("?")[0].rstrip("/").rpartition("/")[2]
+        if is_remote(location)
+        else _local(location).name
+    )
 
 
 def _local(location: Location) -> Path:
@@ -163,8 +171,9 @@ class _ObjectFolder(Folder):
                     raise
                 self._fs, self._path = fs.FileSystem.from_uri(f"fsspec+{uri}")
         except (ArrowInvalid, ImportError, ValueError) as error:
-            raise ValueError(
-                f"got location {uri!r}, expected a local path or a URI of a file system that pyarrow or fsspec knows ({error})"
+            raise InputError(
+                f"got location {uri!r}, expected a local path or a URI of a file system that"
+                f" pyarrow or fsspec knows ({error})"
             ) from error
 
     def child(self, name: str) -> Folder:

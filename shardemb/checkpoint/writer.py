@@ -1,4 +1,7 @@
-"""Writes checkpoints, in the foreground and in the background; :mod:`shardemb.checkpoint` says what they are."""
+"""Writes checkpoints, in the foreground and in the background.
+
+:mod:`shardemb.checkpoint` says what they are.
+"""
 
 import datetime
 import hashlib
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from shardemb import kernels
 from shardemb.checkpoint import safetensors_io
-from shardemb.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, dtype_name, finished
+from shardemb.checkpoint.manifest import FORMAT, MANIFEST, dtype_name, finished
 from shardemb.checkpoint.shards import (
     LocalShard,
     check_known,
@@ -32,11 +35,13 @@ from shardemb.checkpoint.shards import (
 from shardemb.checkpoint.storage import Folder, Location, child, folder_at
 from shardemb.comm import collectives, watchdog
 from shardemb.embedding import Embedding
+from shardemb.exceptions import CheckpointError, InputError, NonfiniteError
 from shardemb.transforms import to_json
 from shardemb.utils.memory import free_bytes
 from shardemb.utils.types import few
 
-#: bytes of tensors in a file, at most (unless a single row has more): enough files to hash several at a time
+#: bytes of tensors in a file, at most (unless a single row has more): enough files to hash several
+#: at a time
 FILE_BYTES = 1 << 28
 
 Nonfinite = Literal["error", "warn", "ignore"]
@@ -80,30 +85,39 @@ def save(
     fingerprints: Mapping[str, str] | None = None,
     nonfinite: Nonfinite = "error",
 ) -> Location:
-    """Write checkpoint ``folder/step-N``. A collective; on return it is complete, or all ranks have raised.
+    """Write checkpoint ``folder/step-N``. A collective.
+
+    On return it is complete, or all ranks have raised.
 
     Needs no memory besides the tables', up to some megabytes.
 
     Args:
-        folder: holds the run's checkpoints, on storage that all ranks see: a path, or a URI such as ``s3://bucket/run``.
+        folder: holds the run's checkpoints, on storage that all ranks see: a path, or a URI such as
+            ``s3://bucket/run``.
         step: number of the checkpoint.
         model: its tables and other parameters.
         optimizers: their state for these parameters, and their hyper-parameters.
         state: anything JSON can hold, such as the position in the data; given back by :func:`load`.
-        keep: how many finished checkpoints stay, this one and those before it; later ones are left alone.
+        keep: how many finished checkpoints stay, this one and those before it; later ones are left
+            alone.
         schedulers: of learning rates; anything with a ``state_dict`` that JSON can hold.
         seed: of the run, for the manifest.
-        fingerprints: hashes of what the rows depend on, such as {"vocabulary": ...}, which :func:`load` compares.
+        fingerprints: hashes of what the rows depend on, such as {"vocabulary": ...}, which
+            :func:`load` compares.
         nonfinite: what to do if a table holds NaN or infinite values: "error", "warn" or "ignore".
 
     Returns:
         Where it lies.
 
     Raises:
-        CheckpointError: a rank could not write, or a table holds NaN or infinite values; the earlier checkpoints are untouched.
-        ValueError: a table on a process group of its own; a step, ``keep`` or ``nonfinite`` out of range.
+        CheckpointError: a rank could not write, or a table holds NaN or infinite values; the
+            earlier checkpoints are untouched.
+        ValueError: a table on a process group of its own; a step, ``keep`` or ``nonfinite`` out of
+            range.
     """
-    snapshot = _snapshot(step, model, list(optimizers), state, keep, list(schedulers), seed, fingerprints, nonfinite)
+    snapshot = _snapshot(
+        step, model, list(optimizers), state, keep, list(schedulers), seed, fingerprints, nonfinite
+    )
     return _write(folder, snapshot)
 
 
@@ -119,9 +133,9 @@ def _snapshot(
     nonfinite: Nonfinite,
 ) -> _Snapshot:
     if step < 0 or keep < 1 or nonfinite not in ("error", "warn", "ignore"):
-        raise ValueError(
-            f"got step={step}, keep={keep}, nonfinite={nonfinite!r}, expected step at least 0, keep at least 1 and nonfinite "
-            f"'error', 'warn' or 'ignore'"
+        raise InputError(
+            f"got step={step}, keep={keep}, nonfinite={nonfinite!r}, expected step at least 0, keep"
+            " at least 1 and nonfinite 'error', 'warn' or 'ignore'"
         )
     rank, world_size = collectives.rank_and_size()
     tables = tables_of(model)
@@ -130,11 +144,20 @@ def _snapshot(
     pieces, names, stored = model_pieces(model)
     pieces |= optimizer_pieces(optimizers, pieces, names)
     # what every rank holds whole, the first one writes
-    mine = {name: piece for name, piece in pieces.items() if rank == 0 or (piece.sharded and not piece.copy)}
-    told = {prefix: _describe(table) | {"stored": sorted(stored[prefix])} for prefix, table in tables.items()}
+    mine = {
+        name: piece
+        for name, piece in pieces.items()
+        if rank == 0 or (piece.sharded and not piece.copy)
+    }
+    told = {
+        prefix: _describe(table) | {"stored": sorted(stored[prefix])}
+        for prefix, table in tables.items()
+    }
     manifest = _manifest(step, world_size, seed, fingerprints or {}, state or {}, told)
     manifest["optimizers"] = [_scalars(optimizer, names) for optimizer in optimizers]
-    manifest["schedulers"] = [{"class": type(s).__name__, "state": s.state_dict()} for s in schedulers]
+    manifest["schedulers"] = [
+        {"class": type(s).__name__, "state": s.state_dict()} for s in schedulers
+    ]
     return _Snapshot(step, keep, mine, manifest, rng_state(), nonfinite, rank, world_size)
 
 
@@ -161,7 +184,10 @@ def _manifest(
 
 
 def _describe(table: Embedding) -> dict[str, Any]:
-    """Say what is needed to read the table's rows as its forward gives them, and what trained them."""
+    """Say what is needed to read the table's rows as its forward gives them.
+
+    And what trained them.
+    """
     return {
         "name": table.name,
         "max_id": table.max_id,
@@ -175,7 +201,10 @@ def _describe(table: Embedding) -> dict[str, Any]:
 
 
 def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Return an optimizer's class, hyper-parameters, and what it keeps besides tensors (SparseAdam: the step)."""
+    """Return an optimizer's class, hyper-parameters, and what it keeps besides tensors (SparseAdam.
+
+    The step).
+    """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         check_known(optimizer, parameter, names)
 
@@ -185,11 +214,16 @@ def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> d
     return {
         "class": type(optimizer).__name__,
         "groups": [
-            {key: [names[p] for p in value] if key == "params" else plain(value) for key, value in group.items()}
+            {
+                key: [names[p] for p in value] if key == "params" else plain(value)
+                for key, value in group.items()
+            }
             for group in optimizer.param_groups
         ],
         "state": {
-            names[parameter]: {part: value for part, value in state.items() if not isinstance(value, Tensor)}
+            names[parameter]: {
+                part: value for part, value in state.items() if not isinstance(value, Tensor)
+            }
             for parameter, state in optimizer.state.items()
         },
     }
@@ -200,7 +234,8 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
     name = f"step-{snapshot.step:010d}"
     root = folder_at(folder)
     target = name + ".tmp" if root.renames else name
-    # where nothing can be renamed, a writer of an attempt that was given up may still be at work: not in these files
+    # where nothing can be renamed, a writer of an attempt that was given up may still be at work:
+    # not in these files
     mark = "" if root.renames else f"-{secrets.token_hex(4)}"
 
     def commit() -> None:
@@ -212,10 +247,17 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
 
     told = _vote(snapshot, (snapshot.nbytes, snapshot.step), _try(json.dumps, snapshot.manifest))
     if len({step for _, step in told}) > 1:
-        raise CheckpointError(f"ranks save different steps: got {[step for _, step in told]} of ranks 0, 1, ..., expected one")
+        raise CheckpointError(
+            f"ranks save different steps: got {[step for _, step in told]} of ranks 0, 1, ...,"
+            " expected one"
+        )
     needed = sum(nbytes for nbytes, _ in told)
     try:
-        mark = _vote(snapshot, mark, _try(_prepare, root, name, target, needed) if snapshot.rank == 0 else None)[0]
+        mark = _vote(
+            snapshot,
+            mark,
+            _try(_prepare, root, name, target, needed) if snapshot.rank == 0 else None,
+        )[0]
         error = _try(_write_files, root.child(target), mark, snapshot)
         shares = _vote(snapshot, (snapshot.files, snapshot.rng), error)
         _vote(snapshot, None, _try(commit) if snapshot.rank == 0 else None)
@@ -238,7 +280,10 @@ def _vote(snapshot: _Snapshot, value: Any, error: str | None) -> list[Any]:
     told = collectives.gather((value, error), group=snapshot.group, operation="a checkpoint's vote")
     bad = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(told) if text is not None]
     if bad:
-        raise CheckpointError(f"checkpoint of step {snapshot.step} was not saved, earlier ones are untouched: {'; '.join(bad)}")
+        raise CheckpointError(
+            f"checkpoint of step {snapshot.step} was not saved, earlier ones are untouched:"
+            f" {'; '.join(bad)}"
+        )
     return [value for value, _ in told]
 
 
@@ -254,13 +299,24 @@ def check_room(root: Folder, needed: int) -> None:
     """Raise OSError if a folder's disk has less room than these bytes, as far as can be known."""
     free = root.free_bytes()
     if free is not None and free < needed:
-        raise OSError(f"the disk is too full: got {free:,} free bytes, expected {needed:,}: make room, or keep fewer")
+        raise OSError(
+            f"the disk is too full: got {free:,} free bytes, expected {needed:,}: make room, or"
+            " keep fewer"
+        )
 
 
-def require_room(folder: Location, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (), keep: int = 2) -> None:
-    """Refuse, before training, a folder that cannot be written, or whose disk is too small for its checkpoints. A collective.
+def require_room(
+    folder: Location,
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    keep: int = 2,
+) -> None:
+    """Refuse, before training, a folder that cannot be written.
 
-    The state that an optimizer will make is counted for those of :mod:`shardemb.optim`, and as it is now for others.
+    Or whose disk is too small for its checkpoints. A collective.
+
+    The state that an optimizer will make is counted for those of :mod:`shardemb.optim`, and as it
+    is now for others.
 
     Raises:
         CheckpointError: naming the folder, what is needed and what is free; on all ranks.
@@ -268,9 +324,16 @@ def require_room(folder: Location, model: nn.Module, optimizers: Iterable[torch.
     rank, optimizers = dist.get_rank() if dist.is_initialized() else 0, list(optimizers)
     pieces, names, _ = model_pieces(model)
     pieces |= optimizer_pieces(optimizers, pieces, names)
-    mine = sum(piece.nbytes for piece in pieces.values() if rank == 0 or (piece.sharded and not piece.copy))
+    mine = sum(
+        piece.nbytes for piece in pieces.values() if rank == 0 or (piece.sharded and not piece.copy)
+    )
     for optimizer in optimizers:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state):
+        for parameter in (
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p not in optimizer.state
+        ):
             for per_row in getattr(optimizer, "state_per_row", {}).values():
                 mine += 4 * (len(parameter) if per_row else parameter.numel())
     total = sum(collectives.gather(mine, operation="room for checkpoints"))
@@ -284,7 +347,9 @@ def require_room(folder: Location, model: nn.Module, optimizers: Iterable[torch.
         root.remove(".probe")
         check_room(root, total * max(1, keep + 1 - len(finished(root))))
 
-    error = collectives.gather(_try(check) if rank == 0 else None, operation="room for checkpoints")[0]
+    error = collectives.gather(
+        _try(check) if rank == 0 else None, operation="room for checkpoints"
+    )[0]
     if error is not None:
         raise CheckpointError(f"{folder}: cannot hold the checkpoints: {error}")
 
@@ -293,9 +358,13 @@ def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
     for number, pieces in enumerate(_shared_out(snapshot.pieces)):
         for name, piece in pieces.items():
             _check_finite(name, piece, snapshot)
-        file_name = f"rank-{snapshot.rank:05d}-of-{snapshot.world_size:05d}-{number:05d}{mark}.safetensors"
+        file_name = (
+            f"rank-{snapshot.rank:05d}-of-{snapshot.world_size:05d}-{number:05d}{mark}.safetensors"
+        )
         with inside.create(file_name) as file:
-            size, digest = safetensors_io.write(file, {name: piece.tensor for name, piece in pieces.items()})
+            size, digest = safetensors_io.write(
+                file, {name: piece.tensor for name, piece in pieces.items()}
+            )
         tensors = {
             name: {
                 "first": piece.first,
@@ -306,7 +375,9 @@ def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
             }
             for name, piece in pieces.items()
         }
-        snapshot.files.append({"file": file_name, "size": size, "sha256": digest, "tensors": tensors})
+        snapshot.files.append(
+            {"file": file_name, "size": size, "sha256": digest, "tensors": tensors}
+        )
 
 
 def _shared_out(pieces: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]]:
@@ -344,17 +415,20 @@ def _check_finite(name: str, piece: LocalShard, snapshot: _Snapshot) -> None:
         start += len(chunk)
     if bad:
         text = (
-            f"table {piece.table!r}, rank {snapshot.rank}: {name!r} has NaN or infinite values in {len(bad)} rows: {few(bad)}: "
-            f"go on from an earlier checkpoint with a lower learning rate, or save with nonfinite='ignore'"
+            f"table {piece.table!r}, rank {snapshot.rank}: {name!r} has NaN or infinite values in"
+            f" {len(bad)} rows: {few(bad)}: go on from an earlier checkpoint with a lower learning"
+            " rate, or save with nonfinite='ignore'"
         )
         if snapshot.nonfinite == "error":
-            raise FloatingPointError(text)
+            raise NonfiniteError(text)
         warnings.warn(text, stacklevel=2)
 
 
 def _commit(root: Folder, name: str, target: str, manifest: Mapping[str, Any], keep: int) -> None:
     body = json.dumps(manifest, sort_keys=True)
-    document = json.dumps({"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
+    document = json.dumps(
+        {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
+    )
     with root.child(target).create(MANIFEST) as file:
         file.write(document.encode())
     if target != name:
@@ -377,8 +451,12 @@ def _retire(root: Folder, name: str) -> None:
     root.remove(name)
 
 
-def save_rows(folder: Location, step: int, tables: Mapping[str, Tensor], fingerprints: Mapping[str, str]) -> Location:
-    """Write a checkpoint of rows ``(V, *shape)`` that are no model's, by the names of their tables; they may be mapped files.
+def save_rows(
+    folder: Location, step: int, tables: Mapping[str, Tensor], fingerprints: Mapping[str, str]
+) -> Location:
+    """Write a checkpoint of rows ``(V, *shape)`` that are no model's, by the names of their tables.
+
+    They may be mapped files.
 
     Raises:
         CheckpointError: as :func:`save`.
@@ -386,9 +464,22 @@ def save_rows(folder: Location, step: int, tables: Mapping[str, Tensor], fingerp
     pieces, told = {}, {}
     for name, rows in tables.items():
         stored = torch.view_as_real(rows) if rows.is_complex() else rows
-        pieces[dotted(name, "weight")] = LocalShard(stored.reshape(len(rows), -1), 0, len(rows), False, table=name)
-        told[name] = {"name": name, "max_id": len(rows), "shape": list(rows.shape[1:]), "complex": rows.is_complex()}
-        told[name] |= {"normalizer": None, "constrainer": None, "gradient": None, "optimizer": None, "stored": ["weight"]}
+        pieces[dotted(name, "weight")] = LocalShard(
+            stored.reshape(len(rows), -1), 0, len(rows), False, table=name
+        )
+        told[name] = {
+            "name": name,
+            "max_id": len(rows),
+            "shape": list(rows.shape[1:]),
+            "complex": rows.is_complex(),
+        }
+        told[name] |= {
+            "normalizer": None,
+            "constrainer": None,
+            "gradient": None,
+            "optimizer": None,
+            "stored": ["weight"],
+        }
     manifest = _manifest(step, 1, None, fingerprints, {}, told)
     return _write(folder, _Snapshot(step, 1, pieces, manifest, {}, "ignore", 0, 1))
 
@@ -396,9 +487,9 @@ def save_rows(folder: Location, step: int, tables: Mapping[str, Tensor], fingerp
 class AsyncSaver:
     """Saves in the background: :meth:`save` copies this rank's rows, and a thread writes the copy.
 
-    The copy takes as much memory again as the rank's rows and optimizer state, kept from one save to the next; where that is
-    not free, the save is made in the foreground, with a warning. The constructor is a collective: the threads of the ranks vote
-    in a process group of their own.
+    The copy takes as much memory again as the rank's rows and optimizer state, kept from one save
+    to the next; where that is not free, the save is made in the foreground, with a warning. The
+    constructor is a collective: the threads of the ranks vote in a process group of their own.
 
     Args:
         folder: as in :func:`save`.
@@ -412,7 +503,8 @@ class AsyncSaver:
         if dist.is_initialized() and dist.get_world_size() > 1:
             with watchdog.guarded(None, "a saver's process group"):
                 self._group = dist.new_group(backend="gloo")
-            # new_group returns before its peers have connected: one that ends at once would break their connections
+            # new_group returns before its peers have connected: one that ends at once would break
+            # their connections
             collectives.gather(None, group=self._group, operation="a saver's process group")
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -438,28 +530,44 @@ class AsyncSaver:
             CheckpointError: the save before failed, on all ranks.
         """
         self.wait()
-        snapshot = _snapshot(step, model, list(optimizers), state, self._keep, list(schedulers), seed, fingerprints, nonfinite)
+        snapshot = _snapshot(
+            step,
+            model,
+            list(optimizers),
+            state,
+            self._keep,
+            list(schedulers),
+            seed,
+            fingerprints,
+            nonfinite,
+        )
         snapshot.group = self._group
         free = free_bytes(torch.device("cpu"))
-        more = snapshot.nbytes - sum(buffer.numel() * buffer.itemsize for buffer in self._buffers.values())
+        more = snapshot.nbytes - sum(
+            buffer.numel() * buffer.itemsize for buffer in self._buffers.values()
+        )
         if not self._background or (free is not None and more > free):
             if self._background:
                 warnings.warn(
-                    f"checkpoint of step {step}, rank {snapshot.rank}: a copy of this rank's rows needs {more:,} bytes more, "
-                    f"{free:,} are free: saving in the foreground",
+                    f"checkpoint of step {step}, rank {snapshot.rank}: a copy of this rank's rows"
+                    f" needs {more:,} bytes more, {free:,} are free: saving in the foreground",
                     stacklevel=2,
                 )
             self._run(snapshot)
             self.wait()
             return
         snapshot.pieces = {
-            name: replace(piece, tensor=self._copy(name, piece.tensor)) for name, piece in snapshot.pieces.items()
+            name: replace(piece, tensor=self._copy(name, piece.tensor))
+            for name, piece in snapshot.pieces.items()
         }
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name="shardemb-saver")
         self._thread.start()
 
     def close(self) -> None:
-        """Wait for the last save, keep its failure to itself (the job may have failed already), and forget all."""
+        """Wait for the last save, keep its failure to itself (the job may have failed already).
+
+        And forget all.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -471,14 +579,18 @@ class AsyncSaver:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             # scalars and small ones too: the writer must not see what the next step makes of them
-            shape = (len(tensor), tensor[0].numel() if len(tensor) else 0) if tensor.dim() else (1, 1)
+            shape = (
+                (len(tensor), tensor[0].numel() if len(tensor) else 0) if tensor.dim() else (1, 1)
+            )
             buffer = kernels.empty(shape, tensor.dtype, torch.device("cpu")).reshape(tensor.shape)
             self._buffers[name] = buffer
         return buffer.copy_(tensor)
 
     def _run(self, snapshot: _Snapshot) -> None:
         if threading.current_thread() is self._thread:
-            with suppress(OSError):  # training comes first; a thread has a priority of its own on Linux
+            with suppress(
+                OSError
+            ):  # training comes first; a thread has a priority of its own on Linux
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             _write(self._folder, snapshot)
@@ -486,13 +598,19 @@ class AsyncSaver:
             self._failure = error
 
     def check(self) -> None:
-        """Raise CheckpointError if the last save has failed; call it in each step. Costs nothing."""
+        """Raise CheckpointError if the last save has failed; call it in each step.
+
+        Costs nothing.
+        """
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def wait(self) -> None:
-        """Return when the last save is complete; raises CheckpointError if it failed, on all ranks."""
+        """Return when the last save is complete.
+
+        Raises CheckpointError if it failed, on all ranks.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None

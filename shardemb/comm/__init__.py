@@ -1,1 +1,4 @@
-"""How ranks talk to each other: collectives that end in time, shared memory, and the watchdog over peers."""
+"""How ranks talk to each other.
+
+Collectives that end in time, shared memory, and the watchdog over peers.
+"""

@@ -1,4 +1,7 @@
-"""torch.distributed's collectives, each with the name of what it is for: they end in time, and say who is missing."""
+"""torch.distributed's collectives, each with the name of what it is for.
+
+They end in time, and say who is missing.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from torch import Tensor
 from shardemb.comm import shared_memory
 from shardemb.comm.shared_memory import HostRanks, Message, meet
 from shardemb.comm.watchdog import PeerWatchdog, watch
+from shardemb.exceptions import InputError
 
 MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
 
@@ -34,14 +38,25 @@ _near: WeakKeyDictionary[PeerWatchdog, HostRanks | None] = WeakKeyDictionary()
 
 
 def _through_memory(
-    group: Any, here: PeerWatchdog, tensor: Tensor, operation: str, sent: Sequence[int] | None = None
+    group: Any,
+    here: PeerWatchdog,
+    tensor: Tensor,
+    operation: str,
+    sent: Sequence[int] | None = None,
 ) -> Message | None:
-    """Exchange contiguous tensors through shared memory; return all ranks' messages, or on all ranks None if they cannot."""
+    """Exchange contiguous tensors through shared memory.
+
+    Return all ranks' messages, or on all ranks None if they cannot.
+    """
     if tensor.device.type != "cpu" or not here.slices:
         return None
     if here not in _near:
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        _near[here] = meet(rank, world_size, lambda value: gather(value, group=group, operation="do ranks share memory?"))
+        _near[here] = meet(
+            rank,
+            world_size,
+            lambda value: gather(value, group=group, operation="do ranks share memory?"),
+        )
     near = _near[here]
     if near is None:
         return None
@@ -83,7 +98,11 @@ def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: s
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     here = watch(group)
-    message = _through_memory(group, here, tensor.contiguous(), operation) if shared_memory.reduces(op) else None
+    message = (
+        _through_memory(group, here, tensor.contiguous(), operation)
+        if shared_memory.reduces(op)
+        else None
+    )
     if message is not None:
         message.reduce(tensor, op)
         return
@@ -97,7 +116,10 @@ def all_gather(out: list[Tensor], tensor: Tensor, *, group: Any = None, operatio
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks of the default group; 0 and 1 without one."""
+    """Return this process's rank and the number of ranks of the default group.
+
+    0 and 1 without one.
+    """
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -108,7 +130,10 @@ def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
 
 
 def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Tensor:
-    """Return the rows ``(n, ...)`` of all ranks, in the order of the ranks, on the tensor's device; n may differ."""
+    """Return the rows ``(n, ...)`` of all ranks, in the order of the ranks, on the tensor's device.
+
+    N may differ.
+    """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tensor
     sizes = gather(len(tensor), group=group, operation=operation)
@@ -116,16 +141,24 @@ def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Ten
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in sizes]
     all_gather(parts, padded, group=group, operation=operation)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(tensor.device)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(
+        tensor.device
+    )
 
 
 def _device(group: Any, device: torch.device) -> torch.device:
     """Return where a group's collectives take a tensor of a device from."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else device
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend(group) == "nccl"
+        else device
+    )
 
 
 def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
-    """Return what each rank has given, in the order of the ranks: anything that JSON can hold, tuples as lists.
+    """Return what each rank has given, in the order of the ranks.
+
+    Anything that JSON can hold, tuples as lists.
 
     In a process without a process group that is its own value alone.
     """
@@ -142,7 +175,10 @@ def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
     padded[: len(mine)] = mine
     texts = [torch.empty_like(padded) for _ in range(world_size)]
     all_gather(texts, padded, group=group, operation=operation)
-    return [json.loads(text[: int(size)].cpu().numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
+    return [
+        json.loads(text[: int(size)].cpu().numpy().tobytes())
+        for text, size in zip(texts, sizes, strict=True)
+    ]
 
 
 def agree(what: str, values: Mapping[str, Any], *, group: Any = None) -> None:
@@ -156,7 +192,8 @@ def agree(what: str, values: Mapping[str, Any], *, group: Any = None) -> None:
         differ = [key for key in {**told[0], **other} if told[0].get(key) != other.get(key)]
         if differ:
             key = differ[0]
-            raise ValueError(
-                f"{what}: ranks disagree in {', '.join(differ)}: got {key} {told[0].get(key)!r} on rank 0 and "
-                f"{other.get(key)!r} on rank {rank}, expected the same: give all ranks the same configuration"
+            raise InputError(
+                f"{what}: ranks disagree in {', '.join(differ)}: got {key} {told[0].get(key)!r} on"
+                f" rank 0 and {other.get(key)!r} on rank {rank}, expected the same: give all ranks"
+                " the same configuration"
             )

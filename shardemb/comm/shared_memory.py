@@ -1,12 +1,14 @@
 """Collectives between ranks that share one machine's memory.
 
-Between two processes that are at work, gloo takes over a millisecond for a message of half a megabyte: a thread of its own must
-be woken on both sides. Here a rank copies its message into memory that all of them have mapped, and raises a flag.
+Between two processes that are at work, gloo takes over a millisecond for a message of half a
+megabyte: a thread of its own must be woken on both sides. Here a rank copies its message into
+memory that all of them have mapped, and raises a flag.
 
-Each rank has a file in ``/dev/shm``, unlinked as soon as all have opened it, with room for two messages. A rank writes the
-message of its next collective but one over this one's only when all others have raised their flags for the next, and so
-have read this one's. It holds a lock on a second file, which ends with the process: so others learn of its end. (A process
-loses its lock on a file as soon as it closes any descriptor of it, and a mapping that goes closes one.)
+Each rank has a file in ``/dev/shm``, unlinked as soon as all have opened it, with room for two
+messages. A rank writes the message of its next collective but one over this one's only when all
+others have raised their flags for the next, and so have read this one's. It holds a lock on a
+second file, which ends with the process: so others learn of its end. (A process loses its lock on a
+file as soon as it closes any descriptor of it, and a mapping that goes closes one.)
 """
 
 import fcntl
@@ -31,7 +33,8 @@ FIRST_BYTES, MOST_BYTES = 1 << 20, 64 << 20
 _HEAD_BYTES = 8192
 #: 64-bit numbers before the headers: two flags, each in a cache line of its own
 _FLAGS = 16
-#: 64-bit numbers of a header before the ends: bytes of the message (-1: there was no room), where it begins in the file
+#: 64-bit numbers of a header before the ends: bytes of the message (-1: there was no room), where
+#: it begins in the file
 _HEAD = 2
 #: as many ranks' ends as two headers have room for
 MOST_RANKS = (_HEAD_BYTES // 8 - _FLAGS) // 2 - _HEAD - 1
@@ -55,16 +58,23 @@ class _Memory:
         numbers = self._bytes[:_HEAD_BYTES].view(torch.int64)
         self.flags = [kernels.Flag(numbers[0:1]), kernels.Flag(numbers[8:9])]
         #: ``(2, ...)``: bytes, begin, where the part for each rank begins, and the last one ends
-        self.heads = numbers[_FLAGS : _FLAGS + 2 * (_HEAD + world_size + 1)].view(2, -1).numpy()  # a number in 0.1 us
+        self.heads = (
+            numbers[_FLAGS : _FLAGS + 2 * (_HEAD + world_size + 1)].view(2, -1).numpy()
+        )  # a number in 0.1 us
         #: of each of two messages, in the owner's process
         self._begins, self._room = [_HEAD_BYTES, _HEAD_BYTES + FIRST_BYTES], FIRST_BYTES
 
     def _map(self) -> None:
         descriptor = self._file.fileno()
-        self._bytes = torch.frombuffer(mmap.mmap(descriptor, os.fstat(descriptor).st_size), dtype=torch.uint8)
+        self._bytes = torch.frombuffer(
+            mmap.mmap(descriptor, os.fstat(descriptor).st_size), dtype=torch.uint8
+        )
 
     def make_room(self, half: int, size: int) -> Tensor | None:
-        """Return memory ``(size,)`` for a message, and say in its header where it lies; without room None, and -1 there."""
+        """Return memory ``(size,)`` for a message, and say in its header where it lies.
+
+        Without room None, and -1 there.
+        """
         head = self.heads[half]
         if self._room < size <= MOST_BYTES:
             room, end = max(2 * self._room, size), len(self._bytes)
@@ -104,11 +114,17 @@ class HostRanks:
         self.rank, self.world_size = rank, len(files)
         self.memories = [_Memory(file, lock, self.world_size) for file, lock in files]
         self.others = [other for other in range(self.world_size) if other != rank]
-        self.flags = [kernels.Flags([self.memories[other].flags[half] for other in self.others]) for half in (0, 1)]
+        self.flags = [
+            kernels.Flags([self.memories[other].flags[half] for other in self.others])
+            for half in (0, 1)
+        ]
         self._number = 0
 
     def send(self, tensor: Tensor, sent: Sequence[int] | None = None) -> "Message":
-        """Give all ranks a contiguous tensor on the CPU, or ``sent`` of its rows to each, and return what to wait for."""
+        """Give all ranks a contiguous tensor on the CPU, or ``sent`` of its rows to each.
+
+        And return what to wait for.
+        """
         self._number += 1
         half, mine = self._number % 2, self.memories[self.rank]
         size = tensor.numel() * tensor.itemsize
@@ -166,26 +182,42 @@ class Message:
         return all(memory.heads[self._half, 0] >= 0 for memory in self._near.memories)
 
     def scatter(self, out: Tensor, received: Sequence[int]) -> None:
-        """Put the rows that each rank has sent to this one into ``out``; RuntimeError if they are not as many as expected."""
+        """Put the rows that each rank has sent to this one into ``out``.
+
+        RuntimeError if they are not as many as expected.
+        """
         row = out.numel() * out.itemsize // max(1, len(out))
         arriving, at, me = out.view(-1).view(torch.uint8), 0, self._near.rank
         for other, (memory, count) in enumerate(zip(self._near.memories, received, strict=True)):
             begin, end = memory.heads[self._half, _HEAD + me : _HEAD + me + 2].tolist()
             if count and end - begin != count * row:
-                raise RuntimeError(f"rank {other} of this group sent {end - begin} bytes, expected {count * row}")
+                raise RuntimeError(
+                    f"rank {other} of this group sent {end - begin} bytes, expected {count * row}"
+                )
             if count:
-                data = self._mine.reshape(-1).view(torch.uint8) if other == me else memory.message(self._half)
+                data = (
+                    self._mine.reshape(-1).view(torch.uint8)
+                    if other == me
+                    else memory.message(self._half)
+                )
                 arriving[at : at + count * row].copy_(data[begin:end])
                 at += count * row
 
     def reduce(self, tensor: Tensor, op: Any) -> None:
-        """Put the reduction of all ranks' tensors, in the order of the ranks, into ``tensor``; RuntimeError for other sizes."""
+        """Put the reduction of all ranks' tensors, in the order of the ranks, into ``tensor``.
+
+        RuntimeError for other sizes.
+        """
         size, parts = tensor.numel() * tensor.itemsize, []
         for other, memory in enumerate(self._near.memories):
             parts.append(memory.message(self._half))
             if len(parts[-1]) != size:
-                raise RuntimeError(f"rank {other} of this group sent {len(parts[-1])} bytes, expected {size}")
-        tensor.copy_(reduce(_REDUCE[op], [part.view(tensor.dtype).view(tensor.shape) for part in parts]))
+                raise RuntimeError(
+                    f"rank {other} of this group sent {len(parts[-1])} bytes, expected {size}"
+                )
+        tensor.copy_(
+            reduce(_REDUCE[op], [part.view(tensor.dtype).view(tensor.shape) for part in parts])
+        )
 
 
 def reduces(op: Any) -> bool:
@@ -196,8 +228,8 @@ def reduces(op: Any) -> bool:
 def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> HostRanks | None:
     """Return the neighbours, or None on all ranks if they do not share memory. A collective.
 
-    They do not on several machines, or in containers that have each a ``/dev/shm`` of their own or too little room in it;
-    without a C compiler; and if ``SHARDEMB_SHARED_MEMORY`` is 0.
+    They do not on several machines, or in containers that have each a ``/dev/shm`` of their own or
+    too little room in it; without a C compiler; and if ``SHARDEMB_SHARED_MEMORY`` is 0.
 
     Args:
         rank: of this process in its group.
@@ -211,7 +243,10 @@ def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Host
         names = gather(None if mine is None else path.name)
         if mine is not None and None not in names:
             with suppress(OSError):
-                files.extend(mine if other == rank else _open(_FOLDER / names[other]) for other in range(world_size))
+                files.extend(
+                    mine if other == rank else _open(_FOLDER / names[other])
+                    for other in range(world_size)
+                )
         met = all(gather(len(files) == world_size))
     finally:
         path.unlink(missing_ok=True)
@@ -246,5 +281,8 @@ def _make(path: Path) -> tuple[IO[bytes], IO[bytes]] | None:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Let a file have memory for so many bytes, OSError if there is none; a write beyond it would end the process."""
+    """Let a file have memory for so many bytes, OSError if there is none.
+
+    A write beyond it would end the process.
+    """
     os.posix_fallocate(file.fileno(), 0, size)

@@ -1,13 +1,15 @@
-"""What ends a rank whose peer has died, stopped, raised, or run out of data: an error that says so, instead of a hang.
+"""What ends a rank whose peer has died, stopped, raised, or run out of data.
 
-gloo tells that a connection was lost, not whose, and of a stopped peer nothing at all. So each group of ranks has an alarm in
-the store of its process group. A rank whose collective fails, or takes longer than the timeout, rings it; a thread on every
-rank looks at it four times a second and answers with what the rank does. Who raised or ended has left a notice there; who
-does not answer is dead or stopped. The ranks that wait look at the alarm too, so that all of them end together.
+An error that says so, instead of a hang.
+
+gloo tells that a connection was lost, not whose, and of a stopped peer nothing at all. So each
+group of ranks has an alarm in the store of its process group. A rank whose collective fails, or
+takes longer than the timeout, rings it; a thread on every rank looks at it four times a second and
+answers with what the rank does. Who raised or ended has left a notice there; who does not answer is
+dead or stopped. The ranks that wait look at the alarm too, so that all of them end together.
 """
 
 import atexit
-import copyreg
 import ctypes
 import json
 import math
@@ -26,6 +28,8 @@ from weakref import WeakSet
 
 import torch.distributed as dist
 
+from shardemb.exceptions import InputError, PeerFailureError, WorkerError, restart_may_help
+
 #: seconds between two looks at the alarm
 _LOOK = 0.25
 #: seconds in which a wait asks again and again before it sleeps
@@ -34,7 +38,8 @@ _SPIN = 0.002
 _GRACE = 1.0
 #: seconds after which a rank that waits looks whether others have ended
 _LATE = 1.0
-#: looks at which all others must have ended or wait for the same as before, so that nobody will ever come
+#: looks at which all others must have ended or wait for the same as before, so that nobody will
+#: ever come
 _SURE = 3
 #: looks in a row that may fail before the watch ends; a store may be slow
 _FAILURES = 240
@@ -43,30 +48,14 @@ _timeout = float(os.environ.get("SHARDEMB_TIMEOUT", "300"))
 _step = 0
 
 
-class PeerFailureError(RuntimeError):
-    """Another rank has died, stopped, raised, or ended before this one.
-
-    Attributes:
-        rank: the other rank, in the default group.
-        step: of this rank, when it waited.
-        operation: what this rank waited in.
-        seconds: that it waited.
-    """
-
-    def __init__(self, rank: int, what: str, step: int, operation: str, seconds: float) -> None:
-        here = dist.get_rank() if dist.is_initialized() else 0
-        super().__init__(f"rank {rank} {what}; rank {here} waited {seconds:.1f} s for it in step {step}, {operation}")
-        self.rank, self.step, self.operation, self.seconds = rank, step, operation, seconds
-
-    def __reduce__(self) -> Any:  # a launcher brings it from one process to another
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
-
-
 def set_timeout(seconds: float) -> None:
-    """Set how many seconds a collective may take, 300 by default (or ``SHARDEMB_TIMEOUT``); ValueError unless above 0."""
+    """Set how many seconds a collective may take, 300 by default (or ``SHARDEMB_TIMEOUT``).
+
+    ValueError unless above 0.
+    """
     global _timeout
     if not seconds > 0:
-        raise ValueError(f"got a timeout of {seconds} seconds, expected more than 0")
+        raise InputError(f"got a timeout of {seconds} seconds, expected more than 0")
     _timeout = float(seconds)
 
 
@@ -134,8 +123,16 @@ class PeerWatchdog:
                     said = now if late else ""
                     self._set(f"waits/{self.rank}", said)
                 ended = self._told("ended", self.others) if late else {}
-                waits = self._told("waits", [rank for rank in self.others if rank not in ended]) if ended else {}
-                sure = bool(ended) and len(ended) + len(waits) == len(self.others) and all(waits.values())
+                waits = (
+                    self._told("waits", [rank for rank in self.others if rank not in ended])
+                    if ended
+                    else {}
+                )
+                sure = (
+                    bool(ended)
+                    and len(ended) + len(waits) == len(self.others)
+                    and all(waits.values())
+                )
                 times = times + 1 if sure and waits == seen else int(sure)
                 seen, self.deserted = waits, times >= _SURE and since == self.since
                 failures = 0
@@ -147,7 +144,10 @@ class PeerWatchdog:
                 return
 
     def leave(self) -> None:
-        """Look no more: a thread that is in the store when the interpreter ends would abort the process."""
+        """Look no more.
+
+        A thread that is in the store when the interpreter ends would abort the process.
+        """
         self._leaves.set()
         self._thread.join(_GRACE)
 
@@ -162,7 +162,11 @@ class PeerWatchdog:
         """Return what ranks have left under a kind of key; None stands for a key without a rank."""
         keys = {rank: kind if rank is None else f"{kind}/{rank}" for rank in ranks}
         with self._lock:
-            return {rank: self.store.get(key).decode() for rank, key in keys.items() if self.store.check([key])}
+            return {
+                rank: self.store.get(key).decode()
+                for rank, key in keys.items()
+                if self.store.check([key])
+            }
 
     def notice(self, kind: str, text: str, alarm: bool = False) -> None:
         """Leave word for the others, if the store still answers."""
@@ -181,12 +185,14 @@ class PeerWatchdog:
             PeerFailureError: it cannot be done any more, or takes longer than the timeout.
         """
         self.operation, self.since, self.deserted = operation, time.monotonic(), False
-        if self.slices:  # a thread that sleeps is woken late where a machine's cores are virtual: 0.3 ms for each of its naps
+        # a sleeping thread wakes late where a machine's cores are virtual: 0.3 ms for each nap
+        if self.slices:
             soon = self.since + _SPIN
             while not work.is_completed() and time.monotonic() < soon:
                 os.sched_yield()
         while True:
-            # it may complete between the end of a slice and this question, so that it is asked for its own result
+            # it may complete between the end of a slice and this question, so that it is asked for
+            # its own result
             whole = not self.slices or work.is_completed()
             try:
                 work.wait() if whole else work.wait(_SLICE)
@@ -225,24 +231,52 @@ class PeerWatchdog:
                 time.sleep(0.05)
 
         answered = _within(_GRACE + 0.4, inquire)
-        # the group's destructor would wait for operations that nobody ends any more, and this process could not exit
+        # the group's destructor would wait for operations that nobody ends any more, and this
+        # process could not exit
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
         silent = [rank for rank in self.others if rank not in answers and rank not in ended]
-        differ = [rank for rank in answers if json.loads(answers[rank]) != {"step": here, "operation": operation}]
+        differ = [
+            rank
+            for rank in answers
+            if json.loads(answers[rank]) != {"step": here, "operation": operation}
+        ]
         if raised:
-            rank, what = min(raised), f"raised {raised[min(raised)]}"
+            rank, what = min(raised), f"raised {json.loads(raised[min(raised)])['text']}"
         elif not answered:
-            rank, what = self.others[0], "has stopped or died, as far as can be told: the store does not answer"
+            rank, what = (
+                self.others[0],
+                "has stopped or died, as far as can be told: the store does not answer",
+            )
         elif silent:
-            rank, what = silent[0], "has died: it does not answer" if lost else "has stopped or died: it does not answer"
+            rank, what = (
+                silent[0],
+                (
+                    "has died: it does not answer"
+                    if lost
+                    else "has stopped or died: it does not answer"
+                ),
+            )
         elif ended:
-            rank, what = min(ended), f"has ended {ended[min(ended)]}, while others go on: did it run out of data?"
+            rank, what = (
+                min(ended),
+                f"has ended {ended[min(ended)]}, while others go on: did it run out of data?",
+            )
         elif differ:
             told = json.loads(answers[differ[0]])
-            rank, what = differ[0], f"is elsewhere, in step {told['step']}, {told['operation'] or 'no collective'}"
+            rank, what = (
+                differ[0],
+                f"is elsewhere, in step {told['step']}, {told['operation'] or 'no collective'}",
+            )
         else:
             rank, what = self.others[0], f"is in the same operation, which failed: {why[:200]}"
-        return PeerFailureError(rank, what, here, operation, seconds)
+        return PeerFailureError(
+            f"rank {rank} {what}; rank {self.rank} waited {seconds:.1f} s for it in step {here},"
+            f" {operation}",
+            rank=rank,
+            step=here,
+            operation=operation,
+            seconds=seconds,
+        )
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> bool:
@@ -267,14 +301,18 @@ _begun: Counter[str] = Counter()
 
 
 def watch(group: Any) -> PeerWatchdog:
-    """Return the watch of a process group, None for the default one; it begins when it is first asked for."""
+    """Return the watch of a process group, None for the default one.
+
+    It begins when it is first asked for.
+    """
     key = dist.group.WORLD if group is None else group
     found = _watches.get(key)
     return found if found is not None else _begin(key)
 
 
 def _begin(group: Any) -> PeerWatchdog:
-    # a store may keep the keys of an attempt that failed, as torchrun's does, or of an earlier group of the same name
+    # a store may keep the keys of an attempt that failed, as torchrun's does, or of an earlier
+    # group of the same name
     name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{group.group_name}"
     _begun[name] += 1
     default: Any = dist.distributed_c10d._get_default_store()
@@ -301,7 +339,9 @@ def _leave_word() -> None:
     _has_left_word = True
     hook = sys.excepthook
 
-    def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def on_error(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
         report(error)
         hook(kind, error, trace)
 
@@ -313,20 +353,29 @@ _has_left_word = False
 
 
 def report(error: BaseException) -> None:
-    """Tell the other ranks that this one has raised; for a launcher that catches what a rank raises."""
+    """Tell the other ranks that this one has raised.
+
+    For a launcher that catches what a rank raises.
+    """
     if not isinstance(error, PeerFailureError):
         for each in _watches.values():
-            each.notice("raised", f"{type(error).__name__}: {str(error)[:300]} (step {_step})", alarm=True)
+            text = f"{type(error).__name__}: {str(error)[:300]} (step {_step})"
+            told = {"text": text, "restart_may_help": restart_may_help(error)}
+            each.notice("raised", json.dumps(told), alarm=True)
     _watches.clear()
 
 
-def raised_elsewhere() -> tuple[int, str] | None:
-    """Return which other rank of the default group has raised, and class and text; for a launcher whose rank lost it."""
+def raised_elsewhere() -> WorkerError | None:
+    """Return what another rank of the default group has raised; for a launcher."""
     found = _watches.get(dist.group.WORLD) if dist.is_initialized() else None
     heard: dict[int, str] = {}
     if found is not None:
         _within(_GRACE, lambda: heard.update(found._told("raised", found.others)))
-    return min(heard.items(), default=None)
+    if not heard:
+        return None
+    told = json.loads(heard[min(heard)])
+    name, _, text = told["text"].partition(": ")
+    return WorkerError(min(heard), name, text, restart_may_help=told["restart_may_help"])
 
 
 def _end() -> None:
@@ -341,7 +390,9 @@ def _leave() -> None:
 
 
 def finish() -> None:
-    """Tell the other ranks that this one has ended, and wait until they have; for a launcher, when a rank's work is done.
+    """Tell the other ranks that this one has ended, and wait until they have.
+
+    For a launcher, when a rank's work is done.
 
     Raises:
         PeerFailureError: another rank has failed meanwhile.
@@ -363,7 +414,9 @@ def finish() -> None:
 
 
 def attend(fn: Callable[..., Any], *args: Any) -> Any:
-    """Return what a rank's function returns, watched from its beginning until all ranks have ended; for a launcher.
+    """Return what a rank's function returns, watched from its beginning until all ranks have ended.
+
+    For a launcher.
 
     Raises:
         PeerFailureError: another rank has failed meanwhile.
@@ -376,13 +429,20 @@ def attend(fn: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def guarded(group: Any, operation: str) -> Iterator[None]:
-    """Turn the error of a collective that a library makes into PeerFailureError; its waits are the library's own."""
+    """Turn the error of a collective that a library makes into PeerFailureError.
+
+    Its waits are the library's own.
+    """
     found = watch(group)
     found.operation, found.since = operation, time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, PeerFailureError) and any(word in str(error) for word in ("gloo", "Connection", "imed out")):
-            raise found.failure(str(error), lost=time.monotonic() - found.since < _timeout) from error
+        if not isinstance(error, PeerFailureError) and any(
+            word in str(error) for word in ("gloo", "Connection", "imed out")
+        ):
+            raise found.failure(
+                str(error), lost=time.monotonic() - found.since < _timeout
+            ) from error
         raise
     found.operation = ""

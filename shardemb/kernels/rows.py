@@ -1,8 +1,9 @@
 """Memory for rows, and the loops over them that are written in C, where a C compiler is found.
 
-``rows.c`` is compiled once (``cc``, or ``$CC``; under a second) into ``$XDG_CACHE_HOME/shardemb``. Without a compiler, or with
-``SHARDEMB_NATIVE=0``, torch's operators do the same, more slowly: everything here has a way without.
-:func:`why_not` says which it is. All rows are on the CPU; callers check row numbers before.
+``rows.c`` is compiled once (``cc``, or ``$CC``; under a second) into ``$XDG_CACHE_HOME/shardemb``.
+Without a compiler, or with ``SHARDEMB_NATIVE=0``, torch's operators do the same, more slowly:
+everything here has a way without. :func:`why_not` says which it is. All rows are on the CPU;
+callers check row numbers before.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardemb.exceptions import IdRangeError, OutOfMemoryError
 from shardemb.utils.files import cache_folder
 from shardemb.utils.types import RowFunction
 
@@ -44,16 +46,19 @@ RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "rowwise_adam"
 
 _log = logging.getLogger("shardemb")
 
-# glibc maps each block larger than any that was freed before anew, and gives back what is free beyond twice that size
-# (mallopt(3), M_MMAP_THRESHOLD); it learns from up to 32 MiB. Page faults were half of the time of a step of 4096 x 128.
+# glibc maps each block larger than any that was freed before anew, and gives back what is free
+# beyond twice that size (mallopt(3), M_MMAP_THRESHOLD); it learns from up to 32 MiB. Page faults
+# were half of the time of a step of 4096 x 128.
 torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Return an uninitialized tensor ``shape``; a large one on the CPU in pages of 2 MiB, where Linux has them.
+    """Return an uninitialized tensor ``shape``.
 
-    Rows picked at random out of gigabytes otherwise cost a walk through the page table each, and a fresh buffer of 32 MiB more
-    time for its 8192 page faults than for its contents.
+    A large one on the CPU in pages of 2 MiB, where Linux has them.
+
+    Rows picked at random out of gigabytes otherwise cost a walk through the page table each, and a
+    fresh buffer of 32 MiB more time for its 8192 page faults than for its contents.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     size = tensor.numel() * tensor.itemsize
@@ -62,14 +67,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
         start = -(-tensor.data_ptr() // page) * page
         # only advice: where it is refused, small pages do
         _libc().madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t((tensor.data_ptr() + size - start) // page * page), _MADV_HUGEPAGE
+            ctypes.c_void_p(start),
+            ctypes.c_size_t((tensor.data_ptr() + size - start) // page * page),
+            _MADV_HUGEPAGE,
         )
     return tensor
 
 
 def contiguous(tensor: Tensor) -> Tensor:
     """Return the tensor, or a contiguous copy as :func:`empty` makes it."""
-    return tensor if tensor.is_contiguous() else empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+    return (
+        tensor
+        if tensor.is_contiguous()
+        else empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+    )
 
 
 @cache
@@ -89,10 +100,21 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         text = getattr(error, "stderr", None) or str(error)
-        _log.warning("shardemb works without its C loops, several times slower: %s did not compile them: %s", compiler, text)
+        _log.warning(
+            "shardemb works without its C loops, several times slower: %s did not compile them: %s",
+            compiler,
+            text,
+        )
         return f"{compiler} did not compile rows.c: {text}"
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.gather.argtypes = library.scatter.argtypes = [pointer, number, pointer, number, number, pointer]
+    library.gather.argtypes = library.scatter.argtypes = [
+        pointer,
+        number,
+        pointer,
+        number,
+        number,
+        pointer,
+    ]
     library.merge.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer]
     library.merge.restype = number
     library.sum_rows.argtypes = [pointer, number, pointer, pointer, number, number, pointer]
@@ -100,18 +122,49 @@ def _library() -> ctypes.CDLL | str:
     library.flags_raised.argtypes = [pointer, number, number, number, number]
     library.flags_raised.restype = number
     library.make_units.argtypes = [pointer, number, pointer, number, number]
-    library.count_better.argtypes = [pointer, number, number, pointer, number, number, number, pointer]
-    library.distances.argtypes = [pointer, pointer, number, number, ctypes.c_int, number, number, pointer]
+    library.count_better.argtypes = [
+        pointer,
+        number,
+        number,
+        pointer,
+        number,
+        number,
+        number,
+        pointer,
+    ]
+    library.distances.argtypes = [
+        pointer,
+        pointer,
+        number,
+        number,
+        ctypes.c_int,
+        number,
+        number,
+        pointer,
+    ]
     tensors: list[Any] = [*[pointer] * 3, number, *[pointer] * 4]
-    library.update.argtypes = [ctypes.c_int, *tensors, number, number, *[real] * 5, ctypes.c_int, pointer, pointer]
+    library.update.argtypes = [
+        ctypes.c_int,
+        *tensors,
+        number,
+        number,
+        *[real] * 5,
+        ctypes.c_int,
+        pointer,
+        pointer,
+    ]
     return library
 
 
 def _compiled(compiler: str) -> Path:
     """Return the library for this source and this processor, compiled if it is not there yet."""
     source = Path(__file__).with_name("rows.c")
-    flags = next((line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256("\0".join([source.read_text(), compiler, *_FLAGS, flags]).encode()).hexdigest()[:16]
+    flags = next(
+        (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), ""
+    )
+    key = hashlib.sha256(
+        "\0".join([source.read_text(), compiler, *_FLAGS, flags]).encode()
+    ).hexdigest()[:16]
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -121,9 +174,17 @@ def _compiled(compiler: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="shardemb-"))
     path = folder / f"rows-{key}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks that compile at once each replace a whole file
+        with tempfile.TemporaryDirectory(
+            dir=folder
+        ) as scratch:  # ranks that compile at once each replace a whole file
             made = Path(scratch) / path.name
-            subprocess.run([compiler, source, "-o", made, *_FLAGS], check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(
+                [compiler, source, "-o", made, *_FLAGS],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
             made.replace(path)
     return path
 
@@ -154,11 +215,16 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="shardemb")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has the object, but not its threads
+os.register_at_fork(
+    after_in_child=_threads.cache_clear
+)  # a child has the object, but not its threads
 
 
 def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER_THREAD) -> None:
-    """Call with ranges that make up ``[0, n)``, on as many threads as torch uses; C calls let the others run."""
+    """Call with ranges that make up ``[0, n)``, on as many threads as torch uses.
+
+    C calls let the others run.
+    """
     parts = min(torch.get_num_threads(), n // least)
     if parts < 2:
         call(0, n)
@@ -169,36 +235,58 @@ def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER
 
 
 def take(table: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``table[rows]``, ``(n, D)`` for rows ``(n,)`` int64 of a table ``(R, D)``, in ``out`` if given; no gradient."""
+    """Return ``table[rows]``, ``(n, D)`` for rows ``(n,)`` int64 of a table ``(R, D)``.
+
+    In ``out`` if given; no gradient.
+    """
     n, dim = rows.shape[0], table.shape[1]  # len() of a tensor takes a microsecond
     if out is None:
         out = empty((n, dim), table.dtype, table.device)
     loops, size = _loops(table, rows, out), dim * table.itemsize
     if loops is None:
         return torch.index_select(table, 0, rows, out=out)
-    _in_parts(lambda a, b: loops.gather(table.data_ptr(), size, rows.data_ptr(), a, b, out.data_ptr()), n)
+    _in_parts(
+        lambda a, b: loops.gather(table.data_ptr(), size, rows.data_ptr(), a, b, out.data_ptr()), n
+    )
     return out
 
 
 def put(table: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Set ``table[rows] = values``, each row once: rows ``(n,)`` int64, values ``(n, D)`` of the table's dtype."""
+    """Set ``table[rows] = values``, each row once.
+
+    Rows ``(n,)`` int64, values ``(n, D)`` of the table's dtype.
+    """
     loops, size = _loops(table, rows, values), table.shape[1] * table.itemsize
     if loops is None or table.dtype != values.dtype:
         table.index_copy_(0, rows, values)
     else:
-        _in_parts(lambda a, b: loops.scatter(table.data_ptr(), size, rows.data_ptr(), a, b, values.data_ptr()), len(rows))
+        _in_parts(
+            lambda a, b: loops.scatter(
+                table.data_ptr(), size, rows.data_ptr(), a, b, values.data_ptr()
+            ),
+            len(rows),
+        )
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Return rows ``(n, D)`` divided by their 2-norm; :func:`constrain` and :func:`update` know it, and do it in C."""
+    """Return rows ``(n, D)`` divided by their 2-norm.
+
+    :func:`constrain` and :func:`update` know it, and do it in C.
+    """
     return F.normalize(rows)
 
 
 def constrain(table: Tensor, rows: Tensor, function: RowFunction) -> None:
-    """Set ``table[rows] = function(table[rows])``, each row once, in chunks: rows ``(n,)`` int64, a function of ``(m, D)``."""
+    """Set ``table[rows] = function(table[rows])``, each row once, in chunks.
+
+    Rows ``(n,)`` int64, a function of ``(m, D)``.
+    """
     loops = _loops(table, rows)
     if function is unit_rows and loops is not None and table.dtype == torch.float32:
-        _in_parts(lambda a, b: loops.make_units(table.data_ptr(), table.shape[1], rows.data_ptr(), a, b), len(rows))
+        _in_parts(
+            lambda a, b: loops.make_units(table.data_ptr(), table.shape[1], rows.data_ptr(), a, b),
+            len(rows),
+        )
         return
     buffer = empty((min(len(rows), CHUNK_ROWS), table.shape[1]), table.dtype, table.device)
     for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
@@ -213,13 +301,17 @@ class Merged:
     unique: Tensor
     #: (n,) where each of the n stands in ``unique``
     inverse: Tensor
-    #: (n,) the places in the rows, by row, in the order in which they came; empty without the C loops
+    #: (n,) the places in the rows, by row, in the order in which they came; empty without the C
+    #: loops
     order: Tensor
     #: (u + 1,) where each unique row begins in ``order``; empty without the C loops
     starts: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up the values ``(n, D)`` of each row, in the order in which they came: ``(u, D)``; half precision in float32."""
+        """Add up the values ``(n, D)`` of each row, in the order in which they came: ``(u, D)``.
+
+        Half precision in float32.
+        """
         if values.itemsize < 4:
             return self.sum(values.float()).to(values.dtype)
         out = empty((len(self.unique), values.shape[1]), values.dtype, values.device)
@@ -232,26 +324,43 @@ class Merged:
 
 
 def merge(rows: Tensor, num_rows: int) -> Merged:
-    """Merge the duplicates of rows ``(n,)`` int64 that lie in ``[0, num_rows)``; IndexError (from the C loops) if not."""
+    """Merge the duplicates of rows ``(n,)`` int64 that lie in ``[0, num_rows)``.
+
+    IndexError (from the C loops) if not.
+    """
     loops, n = _loops(rows), rows.shape[0]
     if loops is None:
         each_once, places = rows.unique(return_inverse=True)
         return Merged(each_once, places, rows[:0], rows[:0])
-    order, unique, starts, inverse = (torch.empty(size, dtype=torch.int64) for size in (n, n, n + 1, n))
+    order, unique, starts, inverse = (
+        torch.empty(size, dtype=torch.int64) for size in (n, n, n + 1, n)
+    )
     found = loops.merge(
-        rows.data_ptr(), n, num_rows, order.data_ptr(), unique.data_ptr(), starts.data_ptr(), inverse.data_ptr()
+        rows.data_ptr(),
+        n,
+        num_rows,
+        order.data_ptr(),
+        unique.data_ptr(),
+        starts.data_ptr(),
+        inverse.data_ptr(),
     )
     if found == -2:
-        raise IndexError(f"got rows {int(rows.min())} to {int(rows.max())}, expected 0 <= row < {num_rows}")
+        raise IdRangeError(
+            f"got rows {int(rows.min())} to {int(rows.max())}, expected 0 <= row < {num_rows}"
+        )
     if found < 0:
-        raise MemoryError(f"no memory to merge {n} rows")
+        raise OutOfMemoryError(f"no memory to merge {n} rows")
     return Merged(unique[:found], inverse, order, starts[: found + 1])
 
 
 def can_update(weight: Tensor, grad: Tensor, merged: Merged, state: list[Tensor]) -> bool:
     """Whether :func:`update` takes these."""
     tensors = [weight, grad, *state]
-    return merged.starts.shape[0] > 0 and all(t.dtype == torch.float32 for t in tensors) and _loops(*tensors) is not None
+    return (
+        merged.starts.shape[0] > 0
+        and all(t.dtype == torch.float32 for t in tensors)
+        and _loops(*tensors) is not None
+    )
 
 
 def update(
@@ -278,7 +387,8 @@ def update(
         decay: rows are scaled by ``1 - decay`` first.
         eps: added to the root.
         betas: decay of Adam's moments.
-        constrain: function of rows ``(m, D)``, applied to the updated rows while they are in cache; :func:`unit_rows` in C.
+        constrain: function of rows ``(m, D)``, applied to the updated rows while they are in cache;
+            :func:`unit_rows` in C.
     """
     loops, dim = _library(), weight.shape[1]
     assert not isinstance(loops, str)
@@ -302,12 +412,18 @@ def update(
     buffer = empty((min(chunk, total), dim), weight.dtype)
     for start in range(0, total, chunk):
         rows = buffer[: total - start]
-        _in_parts(lambda a, b, start=start, rows=rows: part(start + a, start + b, rows[a:]), len(rows))  # type: ignore[misc]
+        _in_parts(partial(_shifted, part, start, rows), len(rows))
         put(weight, merged.unique[start : start + len(rows)], constrain(rows).contiguous())
 
 
+def _shifted(part: Callable[..., None], start: int, rows: Tensor, a: int, b: int) -> None:
+    part(start + a, start + b, rows[a:])
+
+
 def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
-    """Count in each row of scores ``(B, N)``, of the first n, those above ``truth`` ``(B,)``, equal to it, and finite ones.
+    """Count in each row of scores ``(B, N)``, of the first n, those above ``truth`` ``(B,)``.
+
+    Equal to it, and finite ones.
 
     Args:
         scores: any real dtype; float32 in C.
@@ -318,33 +434,59 @@ def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
     loops = _loops(scores, truth, out) if scores.dtype == torch.float32 else None
     if loops is not None:
         tensors = scores.data_ptr(), scores.shape[1], n, truth.data_ptr(), len(scores)
-        _in_parts(lambda a, b: loops.count_better(*tensors, a, b, out.data_ptr()), len(scores), _SCORES_PER_THREAD)
+        _in_parts(
+            lambda a, b: loops.count_better(*tensors, a, b, out.data_ptr()),
+            len(scores),
+            _SCORES_PER_THREAD,
+        )
         return
     scores, truth = scores[:, :n], truth.unsqueeze(1)
-    for line, mask in zip(out, (scores > truth, scores == truth, torch.isfinite(scores)), strict=True):
+    for line, mask in zip(
+        out, (scores > truth, scores == truth, torch.isfinite(scores)), strict=True
+    ):
         # numpy's counting costs a fifth of torch's sum over bools on the CPU
-        line += mask.sum(1) if mask.is_cuda else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+        line += (
+            mask.sum(1)
+            if mask.is_cuda
+            else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+        )
 
 
 def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
-    """Return the distances of ``(..., B, D)`` to ``(..., N, D)`` in the p-norm, ``(..., B, N)``, from differences.
+    """Return the distances of ``(..., B, D)`` to ``(..., N, D)`` in the p-norm, ``(..., B, N)``.
+
+    From differences.
 
     In C for p 1 or 2, two dimensions, float32, and where no gradient is asked for.
     """
-    loops, flat = _loops(queries, rows), queries.dim() == rows.dim() == 2 and queries.dtype == rows.dtype == torch.float32
+    loops, flat = (
+        _loops(queries, rows),
+        queries.dim() == rows.dim() == 2 and queries.dtype == rows.dtype == torch.float32,
+    )
     graded = torch.is_grad_enabled() and (queries.requires_grad or rows.requires_grad)
     if loops is None or not flat or graded or p not in (1, 2):
         return torch.cdist(queries, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist")
     out = torch.empty(len(queries), len(rows))
     tensors = queries.data_ptr(), rows.data_ptr(), queries.shape[1], len(rows), p == 1
-    _in_parts(lambda a, b: loops.distances(*tensors, a, b, out.data_ptr()), len(queries), _SCORES_PER_THREAD)
+    _in_parts(
+        lambda a, b: loops.distances(*tensors, a, b, out.data_ptr()),
+        len(queries),
+        _SCORES_PER_THREAD,
+    )
     return out
 
 
 def nonfinite_rows(values: Tensor) -> Tensor:
-    """Return which rows of a real tensor ``(n, ...)`` hold NaN or infinite values, as int64; one pass if there are none."""
-    if not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values)):
-        return torch.empty(0, dtype=torch.int64, device=values.device)  # NaN is the least and the most
+    """Return which rows of a real tensor ``(n, ...)`` hold NaN or infinite values, as int64.
+
+    One pass if there are none.
+    """
+    if not values.numel() or all(
+        math.isfinite(extreme.item()) for extreme in torch.aminmax(values)
+    ):
+        return torch.empty(
+            0, dtype=torch.int64, device=values.device
+        )  # NaN is the least and the most
     return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)
 
 
@@ -375,9 +517,13 @@ class Flags:
         self._raised = library.flags_raised
 
     def reached(self, value: int, awake: float = 0.0, limit: float = 0.0) -> int:
-        """Wait until all have reached a value, at most ``limit`` seconds, ``awake`` of them without sleep.
+        """Wait until all have reached a value, at most ``limit`` seconds.
+
+        ``awake`` of them without sleep.
 
         Returns:
             How many of them have, in their order.
         """
-        return self._raised(self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9))
+        return self._raised(
+            self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9)
+        )

@@ -1,4 +1,7 @@
-"""Knowledge-graph embeddings on sharded tables: ingest, triples, scorers, losses, sampling, model, evaluation, trainer."""
+"""Knowledge-graph embeddings on sharded tables.
+
+Ingest, triples, scorers, losses, sampling, model, evaluation, trainer.
+"""
 
 from typing import TYPE_CHECKING
 

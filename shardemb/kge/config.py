@@ -1,4 +1,7 @@
-"""A job's settings: the rooms' own dataclasses, read strictly from TOML and written back in full."""
+"""A job's settings.
+
+The rooms' own dataclasses, read strictly from TOML and written back in full.
+"""
 
 import dataclasses
 import difflib
@@ -10,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from shardemb.exceptions import InputError
 from shardemb.kge.data.splits import check_unseen
 from shardemb.kge.data.triples import is_bundled
 from shardemb.kge.evaluation import EvaluationConfig
@@ -24,11 +28,15 @@ from shardemb.utils.files import read_text
 
 @dataclass(frozen=True)
 class JobConfig:
-    """Everything that decides what a training job computes, and where (``launch``, which changes nothing of it)."""
+    """Everything that decides what a training job computes, and where (``launch``.
+
+    Which changes nothing of it).
+    """
 
     #: see :meth:`shardemb.kge.Triples.load`
     dataset: str = "wordnet"
-    #: "keep", "drop" or "error": valid and test triples with an entity or a relation that no training triple holds
+    #: "keep", "drop" or "error": valid and test triples with an entity or a relation that no
+    #: training triple holds
     unseen: str = "keep"
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -40,42 +48,60 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_unseen(self.unseen)
-        Settings(self.model, self.loss, self.sampling, self.optimizer, self.training, self.evaluation)
+        Settings(
+            self.model, self.loss, self.sampling, self.optimizer, self.training, self.evaluation
+        )
 
     @classmethod
-    def load(cls, path: Path | None = None, overrides: Iterable[str] = (), dataset: str | None = None) -> "JobConfig":
-        """Read a TOML file, then ``key=value`` overrides such as ``training.epochs=3`` (values as in TOML, or a bare word).
+    def load(
+        cls, path: Path | None = None, overrides: Iterable[str] = (), dataset: str | None = None
+    ) -> "JobConfig":
+        """Read a TOML file.
+
+        Then ``key=value`` overrides such as ``training.epochs=3`` (values as in TOML, or a bare
+        word).
 
         Raises:
-            ValueError: text that is not TOML, an unknown key (with the nearest known one), a value of a wrong type or out of
-                range; names file, overrides and key.
+            ValueError: text that is not TOML, an unknown key (with the nearest known one), a value
+                of a wrong type or out of range; names file, overrides and key.
             OSError: the file cannot be opened.
         """
         overrides = list(overrides)
-        source = " with ".join(filter(None, [str(path or ""), " ".join(overrides)])) or "configuration"
+        source = (
+            " with ".join(filter(None, [str(path or ""), " ".join(overrides)])) or "configuration"
+        )
         tree: dict[str, Any] = {}
         if path is not None:
             text = read_text(path)
             try:
                 tree = tomllib.loads(text)
-            except (ValueError, RecursionError) as error:  # also numbers too long, and brackets too deep
-                raise ValueError(f"{path}: got text that is not TOML: {error}") from error
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # also numbers too long, and brackets too deep
+                raise InputError(f"{path}: got text that is not TOML: {error}") from error
         for override in overrides:
             key, separator, text = override.partition("=")
             if not separator:
-                raise ValueError(f"got override {override!r}, expected key=value, e.g. training.epochs=3")
+                raise InputError(
+                    f"got override {override!r}, expected key=value, e.g. training.epochs=3"
+                )
             *sections, name = key.strip().split(".")
             node = tree
             for section in sections:
                 node = node.setdefault(section, {})
                 if not isinstance(node, dict):
-                    raise ValueError(f"{source}: got override {override!r}, but {section!r} is no section")
+                    raise InputError(
+                        f"{source}: got override {override!r}, but {section!r} is no section"
+                    )
             node[name] = _parse(text.strip())
         if dataset is not None:
             tree["dataset"] = dataset
         named = tree.get("dataset")
         if isinstance(named, str) and named and Path(named).exists() and not is_bundled(named):
-            tree["dataset"] = str(Path(named).resolve())  # so that a run folder finds it from anywhere
+            tree["dataset"] = str(
+                Path(named).resolve()
+            )  # so that a run folder finds it from anywhere
         return _build(cls, tree, source, "")
 
     def to_toml(self) -> str:
@@ -83,14 +109,21 @@ class JobConfig:
         lines, sections = [], []
         for key, value in dataclasses.asdict(self).items():
             if isinstance(value, dict):
-                sections += ["", f"[{key}]", *(f"{name} = {_format(entry)}" for name, entry in value.items())]
+                sections += [
+                    "",
+                    f"[{key}]",
+                    *(f"{name} = {_format(entry)}" for name, entry in value.items()),
+                ]
             else:
                 lines.append(f"{key} = {_format(value)}")
         return "\n".join(lines + sections) + "\n"
 
     def differences(self, other: "JobConfig") -> list[str]:
-        """Return ``this against other`` for each setting that differs and changes what is computed."""
-        mine, theirs = (dataclasses.replace(each, launch=LaunchConfig()).to_toml().splitlines() for each in (self, other))
+        """Return ``this against other`` for each differing setting that changes the results."""
+        mine, theirs = (
+            dataclasses.replace(each, launch=LaunchConfig()).to_toml().splitlines()
+            for each in (self, other)
+        )
         pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
         return [f"{a} against {b}" for a, b in pairs if a.split(" ")[0] not in WHEN_TO_SAVE]
 
@@ -105,25 +138,36 @@ def _parse(text: str) -> Any:
 
 def _format(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_format(key)} = {_format(entry)}" for key, entry in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{_format(key)} = {_format(entry)}" for key, entry in value.items())
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_format(entry) for entry in value) + "]"
     if isinstance(value, float):
         return repr(value)  # TOML has inf, JSON has not
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no surrogates, and escapes DEL
+    return json.dumps(value, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # TOML has no surrogates, and escapes DEL
 
 
 def _keys(cls: Any, prefix: str = "") -> list[str]:
     """Return the full names of all settings and sections."""
     keys = []
     for key, expected in get_type_hints(cls).items():
-        keys += [prefix + key, *(_keys(expected, f"{prefix}{key}.") if dataclasses.is_dataclass(expected) else ())]
+        keys += [
+            prefix + key,
+            *(_keys(expected, f"{prefix}{key}.") if dataclasses.is_dataclass(expected) else ()),
+        ]
     return keys
 
 
 def _near(key: str, hints: Iterable[str], prefix: str) -> str:
     """Return advice for an unknown key: a similar one beside it, or else one of another section."""
-    places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)} | {name: prefix + name for name in hints}
+    places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)} | {
+        name: prefix + name for name in hints
+    }
     for names in (hints, places):
         if near := difflib.get_close_matches(key, names, n=1):
             return f"did you mean {places[near[0]]!r}?"
@@ -135,18 +179,18 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            raise ValueError(f"{source}: unknown key {prefix + key!r}: {_near(key, hints, prefix)}")
+            raise InputError(f"{source}: unknown key {prefix + key!r}: {_near(key, hints, prefix)}")
         expected = hints[key]
         if dataclasses.is_dataclass(expected):
             if not isinstance(value, Mapping):
-                raise ValueError(f"{source}: {prefix + key}: got {value!r}, expected a section")
+                raise InputError(f"{source}: {prefix + key}: got {value!r}, expected a section")
             values[key] = _build(expected, value, source, f"{prefix}{key}.")
         else:
             values[key] = _check(value, expected, f"{source}: {prefix + key}")
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
 
 
 def _check(value: Any, expected: Any, where: str) -> Any:
@@ -156,9 +200,12 @@ def _check(value: Any, expected: Any, where: str) -> Any:
     if kind is float and type(value) is int:  # a truth value is none
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where}: got {value!r:.80}, expected a value of type {getattr(expected, '__name__', expected)}")
+        raise InputError(
+            f"{where}: got {value!r:.80}, expected a value of type"
+            f" {getattr(expected, '__name__', expected)}"
+        )
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"{where}: got {value!r}, expected a finite number")
+        raise InputError(f"{where}: got {value!r}, expected a finite number")
     return value
 
 
@@ -169,13 +216,15 @@ def _writable(value: Any, where: str) -> None:
             _writable(key, where)
             _writable(entry, f"{where}.{key}")
     elif not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: got {value!r}, expected text, a number or a truth value")
+        raise InputError(f"{where}: got {value!r}, expected text, a number or a truth value")
     elif isinstance(value, int) and value.bit_length() > 63:
-        raise ValueError(f"{where}: got an integer of {value.bit_length()} bits, expected at most 63")
+        raise InputError(
+            f"{where}: got an integer of {value.bit_length()} bits, expected at most 63"
+        )
     elif isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{where}: got nan, expected a number")
+        raise InputError(f"{where}: got nan, expected a number")
     elif isinstance(value, str) and not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
-            raise ValueError(f"{where}: got {value!r:.80}, expected UTF-8 text") from error
+            raise InputError(f"{where}: got {value!r:.80}, expected UTF-8 text") from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardemb.comm import collectives
+from shardemb.exceptions import InputError
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.ranking import Comparison, with_all, with_drawn
 from shardemb.kge.sampling import SIDES, Known
@@ -24,7 +25,8 @@ class EvaluationConfig:
 
     #: leave out other true answers (of any split)
     filtered: bool = True
-    #: the rank among equal scores: "optimistic", the first; "pessimistic", the last; "realistic", their mean
+    #: the rank among equal scores: "optimistic", the first; "pessimistic", the last; "realistic",
+    #: their mean
     ties: str = "realistic"
     #: entities that each answer is compared with, drawn by the seed (Hu et al. 2021); 0 for all
     candidates: int = 0
@@ -36,8 +38,12 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         one_of("evaluation", self, {"ties": TIES})
         at_least("evaluation", self, candidates=0)
-        if not all(type(k) is int and k > 0 for k in self.hits) or len(set(self.hits)) < len(self.hits):
-            raise ValueError(f"evaluation.hits: got {self.hits}, expected numbers from 1, each once")
+        if not all(type(k) is int and k > 0 for k in self.hits) or len(set(self.hits)) < len(
+            self.hits
+        ):
+            raise InputError(
+                f"evaluation.hits: got {self.hits}, expected numbers from 1, each once"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Report:
 
     #: of "both", "tail" and "head"
     sides: dict[str, dict[str, float]]
-    #: of each relation's id ("relation") and direction ("side"), with the triples ("count"); empty unless configured
+    #: of each relation's id ("relation") and direction ("side"), with the triples ("count"); empty
+    #: unless configured
     table: list[dict[str, Any]]
 
     @property
@@ -58,8 +65,9 @@ class Report:
 def check_candidates(config: EvaluationConfig, entities: int) -> None:
     """Raise ValueError if as many candidates shall be drawn as there are entities."""
     if config.candidates >= entities:
-        raise ValueError(
-            f"evaluation.candidates: got {config.candidates} of {entities} entities, expected fewer: 0 compares with all"
+        raise InputError(
+            f"evaluation.candidates: got {config.candidates} of {entities} entities, expected"
+            " fewer: 0 compares with all"
         )
 
 
@@ -97,21 +105,26 @@ def report(
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
-        ValueError: no triples; or candidates are to be drawn, but there are no more entities than that.
+        ValueError: no triples; or candidates are to be drawn, but there are no more entities than
+            that.
     """
     entities = model.entity.max_id
     if not len(triples):
-        raise ValueError("got no triples to rank, expected one at least")
+        raise InputError("got no triples to rank, expected one at least")
     check_candidates(config, entities)
     known = _known(splits, share, model.num_relations, triples) if config.filtered else None
     training = model.training
     model.eval()
     parts: dict[str, tuple[Tensor, Tensor]] = {}
-    with progress_bar(total=2 * len(triples), desc="ranking", unit=" queries", disable=not shown) as bar:
+    with progress_bar(
+        total=2 * len(triples), desc="ranking", unit=" queries", disable=not shown
+    ) as bar:
         try:
             for side in SIDES:
                 if config.candidates:
-                    found = with_drawn(model, side, triples, known, config.candidates, seed, bar.update)
+                    found = with_drawn(
+                        model, side, triples, known, config.candidates, seed, bar.update
+                    )
                 else:
                     found = with_all(model, side, triples, known, bar.update)
                 parts[side] = _ranks(found, config.ties), found.options
@@ -127,19 +140,37 @@ def report(
                 table.append({"relation": kind, "side": name, "count": len(which), **figures})
     ranks, options = (torch.cat(columns) for columns in zip(*parts.values(), strict=True))
     parts = {"both": (ranks, options), **parts}
-    return Report({name: metrics(ranks, options, config.hits) for name, (ranks, options) in parts.items()}, table)
+    return Report(
+        {name: metrics(ranks, options, config.hits) for name, (ranks, options) in parts.items()},
+        table,
+    )
 
 
-def _known(splits: Sequence[Tensor], share: Tensor | None, num_relations: int, triples: Tensor) -> Known:
-    """Return what is true of the queries of triples; each rank reads a part of the splits. A collective."""
+def _known(
+    splits: Sequence[Tensor], share: Tensor | None, num_relations: int, triples: Tensor
+) -> Known:
+    """Return what is true of the queries of triples; each rank reads a part of the splits.
+
+    A collective.
+    """
     rank, world_size = collectives.rank_and_size()
-    parts = [split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size] for split in splits]
+    parts = [
+        split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size]
+        for split in splits
+    ]
     parts += [] if share is None else [share]
-    return Known(parts, num_relations, triples, partial(collectives.all_gather_rows, operation="known answers"))
+    return Known(
+        parts,
+        num_relations,
+        triples,
+        partial(collectives.all_gather_rows, operation="known answers"),
+    )
 
 
 def _ranks(found: Comparison, ties: str) -> Tensor:
-    return 1 + found.better + found.equal * {"optimistic": 0, "realistic": 0.5, "pessimistic": 1}[ties]
+    return (
+        1 + found.better + found.equal * {"optimistic": 0, "realistic": 0.5, "pessimistic": 1}[ties]
+    )
 
 
 def metrics(ranks: Tensor, options: Tensor, hits: Sequence[int] = (1, 3, 10)) -> dict[str, float]:
@@ -151,8 +182,9 @@ def metrics(ranks: Tensor, options: Tensor, hits: Sequence[int] = (1, 3, 10)) ->
         hits: the k of Hits@k.
 
     Returns:
-        "mrr", the mean reciprocal rank; "mr", the mean rank; "hits_at_k", how many are at most k; "amri", which is 1 where all
-        ranks are 1, and 0 where they are what chance gives (Berrendorf et al. 2020), also without any other candidate.
+        "mrr", the mean reciprocal rank; "mr", the mean rank; "hits_at_k", how many are at most k;
+        "amri", which is 1 where all ranks are 1, and 0 where they are what chance gives (Berrendorf
+        et al. 2020), also without any other candidate.
     """
     mean, chance = ranks.mean().item(), ((options + 1) / 2).mean().item()
     return {

@@ -1,8 +1,8 @@
 """Losses of a true answer against wrong ones, as pure functions that leave out what is -inf.
 
-Each takes the scores of the true answers ``(...)`` and of the negatives ``(..., N)``, of which those that do not count are
--inf, and returns one number a query ``(...)``. Sums over queries are the caller's, so any split of a batch over ranks gives
-the same.
+Each takes the scores of the true answers ``(...)`` and of the negatives ``(..., N)``, of which
+those that do not count are -inf, and returns one number a query ``(...)``. Sums over queries are
+the caller's, so any split of a batch over ranks gives the same.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardemb.exceptions import InputError
 from shardemb.utils.validation import at_least, one_of, within
 
 
 class _Softmax(torch.autograd.Function):
-    """One pass over the scores for the loss and its gradient, which autograd would make in eight."""
+    """One pass over the scores for the loss and its gradient.
+
+    Which autograd would make in eight.
+    """
 
     @staticmethod
     def forward(ctx: Any, positive: Tensor, negative: Tensor, smoothing: float) -> Tensor:
-        top, share = negative.amax(-1), negative.softmax(-1)  # torch's softmax takes one pass; the rest is of (...)
+        top, share = (
+            negative.amax(-1),
+            negative.softmax(-1),
+        )  # torch's softmax takes one pass; the rest is of (...)
         wrong = top - share.amax(-1).log()
         empty = top == -torch.inf
         if empty.any():  # no negative of a query counts
@@ -48,7 +55,10 @@ class _Softmax(torch.autograd.Function):
 
 
 def softmax(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of the true answer among itself and the negatives, as torch.nn.functional.cross_entropy."""
+    """Return the cross-entropy of the true answer among itself and the negatives.
+
+    As torch.nn.functional.cross_entropy.
+    """
     wide = torch.promote_types(positive.dtype, torch.float32)
     return _Softmax.apply(positive.to(wide), negative.to(wide), label_smoothing)
 
@@ -62,18 +72,32 @@ def logistic(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -
     wrong = F.softplus(negative)
     if label_smoothing:
         wrong = wrong - label_smoothing / 2 * negative.masked_fill(~counts, 0)
-    return F.softplus(-positive) + label_smoothing / 2 * positive + wrong.sum(-1) / counts.sum(-1).clamp_min(1)
+    return (
+        F.softplus(-positive)
+        + label_smoothing / 2 * positive
+        + wrong.sum(-1) / counts.sum(-1).clamp_min(1)
+    )
 
 
 def margin_ranking(positive: Tensor, negative: Tensor, margin: float = 1.0) -> Tensor:
-    """Return the mean over negatives of ``max(0, margin + negative - positive)`` (Bordes et al. 2013)."""
+    """Return the mean over negatives of ``max(0, margin + negative - positive)`` (Bordes et al.
+
+    2013).
+    """
     counts = negative > -torch.inf
     return (margin + negative - positive.unsqueeze(-1)).relu().sum(-1) / counts.sum(-1).clamp_min(1)
 
 
-def self_adversarial(positive: Tensor, negative: Tensor, margin: float = 9.0, temperature: float = 1.0) -> Tensor:
-    """Return the self-adversarial loss (Sun et al. 2019): hard negatives weigh more, by a softmax without gradient."""
-    weights = (temperature * negative.detach()).softmax(-1).nan_to_num(0)  # NaN where no negative counts
+def self_adversarial(
+    positive: Tensor, negative: Tensor, margin: float = 9.0, temperature: float = 1.0
+) -> Tensor:
+    """Return the self-adversarial loss (Sun et al. 2019).
+
+    Hard negatives weigh more, by a softmax without gradient.
+    """
+    weights = (
+        (temperature * negative.detach()).softmax(-1).nan_to_num(0)
+    )  # NaN where no negative counts
     return (F.softplus(-margin - positive) + (weights * F.softplus(margin + negative)).sum(-1)) / 2
 
 
@@ -87,9 +111,11 @@ class LossConfig:
     margin: float = 1.0
     #: of "self_adversarial": larger weighs hard negatives more
     temperature: float = 1.0
-    #: part of the target that all candidates share ("softmax"), or taken from both classes ("logistic")
+    #: part of the target that all candidates share ("softmax"), or taken from both classes
+    #: ("logistic")
     label_smoothing: float = 0.0
-    #: weigh a triple by 1 / sqrt(how often its (head, relation) and (relation, tail) occur), as word2vec (Sun et al. 2019)
+    #: weigh a triple by 1 / sqrt(how often its (head, relation) and (relation, tail) occur), as
+    #: word2vec (Sun et al. 2019)
     subsampling: bool = False
 
     def __post_init__(self) -> None:
@@ -97,7 +123,10 @@ class LossConfig:
         at_least("loss", self, margin=0)
         within("loss", self, label_smoothing=(0, 0.99), temperature=(0.001, 1000))
         if self.label_smoothing and "label_smoothing" not in LOSSES[self.name][1]:
-            raise ValueError(f"loss.label_smoothing: got {self.label_smoothing} with loss {self.name!r}, which has no labels")
+            raise InputError(
+                f"loss.label_smoothing: got {self.label_smoothing} with loss {self.name!r}, which"
+                " has no labels"
+            )
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Return the loss of each query ``(...)``, of scores ``(...)`` and ``(..., N)``."""
@@ -115,5 +144,8 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 
 def lp(*moduli: Tensor, power: float) -> Tensor:
-    """Sum of absolute values to a power: the p-norm's; with 3 the weighted nuclear 3-norm of Lacroix et al. 2018, N3."""
+    """Sum of absolute values to a power: the p-norm's.
+
+    With 3 the weighted nuclear 3-norm of Lacroix et al. 2018, N3.
+    """
     return sum((modulus.pow(power).sum() for modulus in moduli), start=torch.zeros(()))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
+from shardemb.exceptions import InputError
 from shardemb.kge.losses import LossConfig, lp
 from shardemb.kge.sampling import Batch, Queries, Side
 from shardemb.kge.scorers import SCORERS
@@ -20,13 +21,17 @@ from shardemb.utils.validation import at_least, one_of, within
 class ModelConfig:
     """What is trained."""
 
-    #: scorer: "complex", "distmult", "hole", "quate", "rotate", "simple", "transe" (L2) or "transe_l1"
+    #: scorer: "complex", "distmult", "hole", "quate", "rotate", "simple", "transe" (L2) or
+    #: "transe_l1"
     scorer: str = "complex"
-    #: real numbers in an entity's row: for ComplEx and RotatE twice the complex ones, for QuatE four times the quaternions
+    #: real numbers in an entity's row: for ComplEx and RotatE twice the complex ones, for QuatE
+    #: four times the quaternions
     dim: int = 256
-    #: rank heads as tails of a second, reciprocal relation (Lacroix et al. 2018), instead of by the relation itself
+    #: rank heads as tails of a second, reciprocal relation (Lacroix et al. 2018), instead of by the
+    #: relation itself
     reciprocal: bool = True
-    #: standard deviation of the initial rows; near 0 a product's gradient is small, and the first epochs learn little
+    #: standard deviation of the initial rows; near 0 a product's gradient is small, and the first
+    #: epochs learn little
     init_std: float = 0.1
     #: row-wise function after each step ("normalize", "clamp_norm", ...); "" for none
     constrainer: str = ""
@@ -36,7 +41,8 @@ class ModelConfig:
     entity_dropout: float = 0.0
     #: of a relation's
     relation_dropout: float = 0.0
-    #: weight of the N3 regularizer of a query's rows: head, relation and tail, or without the answer against all entities
+    #: weight of the N3 regularizer of a query's rows: head, relation and tail, or without the
+    #: answer against all entities
     n3: float = 0.05
     #: weight of the Lp regularizer, per query
     lp: float = 0.0
@@ -50,13 +56,15 @@ class ModelConfig:
         try:
             SCORERS[self.scorer]().check_dim(self.dim)
         except ValueError as error:
-            raise ValueError(f"model.dim: {error}") from error
+            raise InputError(f"model.dim: {error}") from error
         try:
             constrainer = resolve_constrainer(self.constrainer or None, self.constrainer_kwargs)
             if constrainer is not None:
                 probe_constrainer(constrainer, (self.dim,), torch.get_default_dtype(), "entity")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"model.constrainer, model.constrainer_kwargs: {error.args[0]}") from error
+            raise InputError(
+                f"model.constrainer, model.constrainer_kwargs: {error.args[0]}"
+            ) from error
 
 
 class KnowledgeGraphModel(nn.Module):
@@ -126,7 +134,10 @@ class KnowledgeGraphModel(nn.Module):
         Returns:
             ``(B, D)``, for the scorer.
         """
-        known, relation = self.entity(entities.to(self.entity.device)), self.relation(self._kinds(side == "head", relations))
+        known, relation = (
+            self.entity(entities.to(self.entity.device)),
+            self.relation(self._kinds(side == "head", relations)),
+        )
         return self._query(side == "head", known, relation)
 
     def _kinds(self, head: Tensor | bool, relations: Tensor) -> Tensor:
@@ -143,10 +154,13 @@ class KnowledgeGraphModel(nn.Module):
         return torch.where(head.unsqueeze(-1).to(known.device), *both)
 
     def loss(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """Look all entities of a step up at once, and add up the loss of this rank's chunks. A collective.
+        """Look all entities of a step up at once, and add up the loss of this rank's chunks.
+
+        A collective.
 
         Returns:
-            The sum over queries of what training minimizes, and of its loss alone, without regularizers (detached).
+            The sum over queries of what training minimizes, and of its loss alone, without
+            regularizers (detached).
         """
         parts = [ids for batch in batches for ids in (batch.heads, batch.tails, batch.candidates)]
         ids = torch.cat([part.reshape(-1) for part in parts] or [torch.empty(0, dtype=torch.int64)])
@@ -155,16 +169,23 @@ class KnowledgeGraphModel(nn.Module):
         total, plain = rows.sum() * 0 if not len(ids) else rows.new_zeros(()), rows.new_zeros(())
         for batch in batches:
             heads, tails = (next(looked_up).view(*batch.heads.shape, -1) for _ in range(2))
-            loss, penalty = self._loss(batch, heads, tails, next(looked_up).view(*batch.candidates.shape, -1))
+            loss, penalty = self._loss(
+                batch, heads, tails, next(looked_up).view(*batch.candidates.shape, -1)
+            )
             plain += loss.detach()
             total = total + loss + penalty
         return total, plain
 
-    def _loss(self, batch: Batch, heads: Tensor, tails: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, batch: Batch, heads: Tensor, tails: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ways = batch.replaced_heads
-        # without reciprocal relations all ways have the same relation, and the true triple has the same score
+        # without reciprocal relations all ways have the same relation, and the true triple has the
+        # same score
         own = len(ways) if self.config.reciprocal else 1
-        relations = self.relation(torch.stack([self._kinds(head, batch.relations) for head in ways[:own]]))
+        relations = self.relation(
+            torch.stack([self._kinds(head, batch.relations) for head in ways[:own]])
+        )
         queries: list[Tensor] = []
         positives: list[Tensor] = []
         for way, head in enumerate(ways):
@@ -175,7 +196,9 @@ class KnowledgeGraphModel(nn.Module):
                 known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
             queries.append(self._query(head, known, relations[way % own]))
             positives.append(self.scorer.score(queries[-1], answers) if way < own else positives[0])
-        penalty = self._penalty(heads, tails) * len(ways) + self._penalty(relations) * (len(ways) // own)
+        penalty = self._penalty(heads, tails) * len(ways) + self._penalty(relations) * (
+            len(ways) // own
+        )
         negative = self.scorer.score_all(torch.stack(queries), candidates)
         if len(batch.hits):
             with torch.no_grad():  # what is -inf has no gradient in any loss
@@ -186,7 +209,9 @@ class KnowledgeGraphModel(nn.Module):
         return loss.sum(), penalty
 
     def loss_vs_all(self, queries: Queries, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-        """Compare the answers of a step's queries with all entities, each rank with its own rows. A collective.
+        """Compare the answers of a step's queries with all entities, each rank with its own rows.
+
+        A collective.
 
         Args:
             queries: of all ranks, the same on all.
@@ -194,14 +219,17 @@ class KnowledgeGraphModel(nn.Module):
             world_size: number of processes.
 
         Returns:
-            As :meth:`loss`; the gradients of the first, summed over ranks, are those of the whole step.
+            As :meth:`loss`; the gradients of the first, summed over ranks, are those of the whole
+            step.
         """
         device = self.entity.device
         share = mine(len(queries.entities), rank, world_size)
         head = queries.head[share]
         known = self.entity(queries.entities[share].to(device))
         relations = self.relation(self._kinds(head, queries.relations[share]))
-        query = gather_queries(self._query(head, known, relations), len(queries.entities), rank, world_size)
+        query = gather_queries(
+            self._query(head, known, relations), len(queries.entities), rank, world_size
+        )
         rows = self.entity.local_rows(trainable=True)
         if self.entity.dropout is not None:
             rows = self.entity.dropout(rows)
@@ -209,7 +237,14 @@ class KnowledgeGraphModel(nn.Module):
         here, own = self.entity.plan.owned(queries.answers)
         labels = queries.places[here].to(device), own.to(device)
         counts = torch.bincount(queries.places, minlength=len(query)).to(device)
-        loss = vs_all(scores, labels, counts, self.entity.max_id, self.loss_config.name, self.loss_config.label_smoothing)
+        loss = vs_all(
+            scores,
+            labels,
+            counts,
+            self.entity.max_id,
+            self.loss_config.name,
+            self.loss_config.label_smoothing,
+        )
         if queries.weights is not None:
             loss = loss * queries.weights.to(device)
         return loss.sum() + self._penalty(known, relations), loss.detach()[share].sum()

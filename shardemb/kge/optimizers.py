@@ -35,8 +35,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     #: the whole gradient's 2-norm is cut to this; 0 for no clipping
     max_grad_norm: float = 0.0
-    #: of the learning rates: "constant", "linear" or "cosine" down to ``final_lr``, "plateau": times ``plateau_factor`` after
-    #: ``plateau_patience`` validations without a better MRR
+    #: of the learning rates: "constant", "linear" or "cosine" down to ``final_lr``, "plateau":
+    #: times ``plateau_factor`` after ``plateau_patience`` validations without a better MRR
     schedule: str = "linear"
     #: part of the learning rates that is left in the end
     final_lr: float = 0.02
@@ -50,7 +50,14 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         one_of("optimizer", self, {"name": sorted(OPTIMIZERS), "schedule": SCHEDULES})
         at_least(
-            "optimizer", self, entity_lr=0, relation_lr=0, weight_decay=0, max_grad_norm=0, warmup_steps=0, plateau_patience=1
+            "optimizer",
+            self,
+            entity_lr=0,
+            relation_lr=0,
+            weight_decay=0,
+            max_grad_norm=0,
+            warmup_steps=0,
+            plateau_patience=1,
         )
         within("optimizer", self, final_lr=(0, 1), plateau_factor=(0.01, 1))
 
@@ -58,11 +65,19 @@ class OptimizerConfig:
         """Make the optimizer of both tables."""
         rates = [(model.entity, self.entity_lr), (model.relation, self.relation_lr)]
         groups = [
-            {"params": table.parameters(), "lr": lr, "initial_lr": lr, "weight_decay": self.weight_decay} for table, lr in rates
+            {
+                "params": table.parameters(),
+                "lr": lr,
+                "initial_lr": lr,
+                "weight_decay": self.weight_decay,
+            }
+            for table, lr in rates
         ]
         return OPTIMIZERS[self.name](groups)
 
-    def set_rates(self, optimizer: torch.optim.Optimizer, done: int, steps: int, plateau: float = 1.0) -> None:
+    def set_rates(
+        self, optimizer: torch.optim.Optimizer, done: int, steps: int, plateau: float = 1.0
+    ) -> None:
         """Set the learning rates of the step that follows ``done`` of all ``steps``.
 
         Args:

@@ -3,40 +3,55 @@
 import torch
 from torch import Tensor
 
+from shardemb.exceptions import IdRangeError, InputError
 from shardemb.kge.scorers import SCORERS
 from shardemb.serving.read_table import Keys, Nearest
 from shardemb.serving.store import Store
 
 
 @torch.no_grad()
-def best_tails(store: Store, heads: Keys, relations: Keys, k: int = 10, inverse: bool = False) -> Nearest:
-    """Score all entities as tails of queries (head, relation, ?), and return the best, known ones included.
+def best_tails(
+    store: Store, heads: Keys, relations: Keys, k: int = 10, inverse: bool = False
+) -> Nearest:
+    """Score all entities as tails of queries (head, relation, ?), and return the best.
+
+    Known ones included.
 
     Args:
         store: of a checkpoint that the trainer has made.
         heads: ids or labels, one or ``(q,)``.
         relations: as many.
         k: how many tails.
-        inverse: ask for the heads of (?, relation, tail) instead, by the reciprocal relation; ``heads`` are the tails then.
+        inverse: ask for the heads of (?, relation, tail) instead, by the reciprocal relation;
+            ``heads`` are the tails then.
 
     Raises:
-        ValueError: the checkpoint holds no knowledge-graph model, or there are not as many heads as relations.
+        ValueError: the checkpoint holds no knowledge-graph model, or there are not as many heads as
+            relations.
         KeyError, IndexError, TypeError: as :meth:`shardemb.serving.read_table.Table.ids`.
     """
     told = store.state.get("model")
     if told is None or told["scorer"] not in SCORERS:
-        raise ValueError(f"{store.path}: holds no knowledge-graph model that shardemb train has made, so it has no scorer")
+        raise InputError(
+            f"{store.path}: holds no knowledge-graph model that shardemb train has made, so it has"
+            " no scorer"
+        )
     scorer = SCORERS[told["scorer"]]()
     entity, relation = store["entity"], store["relation"]
     h, r = entity.ids(heads).reshape(-1), relation.ids(relations).reshape(-1)
     if len(h) != len(r):
-        raise ValueError(f"got {len(h)} heads and {len(r)} relations, expected as many")
+        raise InputError(f"got {len(h)} heads and {len(r)} relations, expected as many")
     r = r + told["num_relations"] * (inverse and told["reciprocal"])
     if len(r) and int(r.max()) >= relation.max_id:
-        raise IndexError(f"{store.path}: got relation {int(r.max())}, expected below {told['num_relations']} with inverse=True")
+        raise IdRangeError(
+            f"{store.path}: got relation {int(r.max())}, expected below {told['num_relations']}"
+            " with inverse=True"
+        )
     known, relations = entity.lookup(h), relation.lookup(r, raw=True)
     if scorer.relation_normalizer is not None:
         relations = scorer.relation_normalizer(relations)
     by_head = inverse and not told["reciprocal"]
-    query: Tensor = scorer.head_query(known, relations) if by_head else scorer.tail_query(known, relations)
+    query: Tensor = (
+        scorer.head_query(known, relations) if by_head else scorer.tail_query(known, relations)
+    )
     return entity.best(lambda rows: scorer.score_all(query, rows), k, queries=len(h))

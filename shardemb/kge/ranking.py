@@ -1,7 +1,10 @@
-"""How many entities score better than a triple's answer, and how many the same; only counts travel between ranks.
+"""How many entities score better than a triple's answer, and how many the same.
 
-All entities are compared where they lie: each rank scores its own rows, in tiles that are counted while they are in the cache.
-Tiles have one shape on all ranks, so that equal rows get equal scores to the last bit, wherever they stand.
+Only counts travel between ranks.
+
+All entities are compared where they lie: each rank scores its own rows, in tiles that are counted
+while they are in the cache. Tiles have one shape on all ranks, so that equal rows get equal scores
+to the last bit, wherever they stand.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +18,14 @@ from torch.nn import functional as F
 
 from shardemb import kernels
 from shardemb.comm import collectives
+from shardemb.exceptions import NonfiniteError
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.sampling import SIDES, Known, Side, columns_of
 from shardemb.sharding.placement import RowPlan
 
-#: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what keeps it busy. With 128
-#: columns this is within 2 % of the fastest of 64 to 4096 queries and 1024 to 16384 rows (EPYC, 512 KiB of second cache)
+#: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what
+#: keeps it busy. With 128 columns this is within 2 % of the fastest of 64 to 4096 queries and 1024
+#: to 16384 rows (EPYC, 512 KiB of second cache)
 _BATCH = 256
 _TILE, _TILE_CUDA = 1 << 19, 1 << 24
 #: queries whose rows are looked up together, and their answers that are left out
@@ -43,7 +48,11 @@ class Comparison:
 
 @torch.no_grad()
 def with_all(
-    model: KnowledgeGraphModel, side: Side, triples: Tensor, known: Known | None, told: Callable[[int], object] = lambda n: None
+    model: KnowledgeGraphModel,
+    side: Side,
+    triples: Tensor,
+    known: Known | None,
+    told: Callable[[int], object] = lambda n: None,
 ) -> Comparison:
     """Compare one side of each triple with all entities. A collective.
 
@@ -69,13 +78,20 @@ def with_all(
         true = torch.cat(
             [
                 scorer.score_all(q, _padded(a, width), exact=True).diagonal()
-                for q, a in zip(query, _padded(entity(answers.to(rows.device)), batch).split(batch), strict=True)
+                for q, a in zip(
+                    query, _padded(entity(answers.to(rows.device)), batch).split(batch), strict=True
+                )
             ]
         )
         pairs = _left_out(side, entities, relations, answers, known, plan, batch, width, len(query))
-        ends = torch.searchsorted(pairs, torch.arange(1, len(tiles) * len(query) + 1) * (batch * width)).tolist()
+        ends = torch.searchsorted(
+            pairs, torch.arange(1, len(tiles) * len(query) + 1) * (batch * width)
+        ).tolist()
         places = (pairs % (batch * width)).to(rows.device)
-        out, counts = true.new_empty(len(pairs)), torch.zeros(len(query), 3, batch, dtype=torch.int64, device=rows.device)
+        out, counts = (
+            true.new_empty(len(pairs)),
+            torch.zeros(len(query), 3, batch, dtype=torch.int64, device=rows.device),
+        )
         start = 0
         for ((tile, n), number), end in zip(product(tiles, range(len(query))), ends, strict=True):
             scores = scorer.score_all(query[number], tile, exact=True)
@@ -83,11 +99,18 @@ def with_all(
             if end > start:
                 torch.index_select(scores.view(-1), 0, places[start:end], out=out[start:end])
                 start = end
-        queries = (pairs // (batch * width) % len(query) * batch + pairs // width % batch).to(rows.device)
+        queries = (pairs // (batch * width) % len(query) * batch + pairs // width % batch).to(
+            rows.device
+        )
         answer, number = true[queries], len(query) * batch
-        less = [torch.bincount(queries[which], minlength=number) for which in (out > answer, out == answer, slice(None))]
+        less = [
+            torch.bincount(queries[which], minlength=number)
+            for which in (out > answer, out == answer, slice(None))
+        ]
         better, equal, finite = counts.transpose(0, 1).reshape(3, -1)
-        summary = torch.stack([better - less[0], equal - less[1], finite, less[2]])[:, : len(answers)]
+        summary = torch.stack([better - less[0], equal - less[1], finite, less[2]])[
+            :, : len(answers)
+        ]
         found.append(_all_reduced(summary))
         told(len(answers))
         _check_finite(model, bool((found[-1][2] == plan.num_rows).all()))
@@ -105,16 +128,21 @@ def with_drawn(
     seed: int,
     told: Callable[[int], object] = lambda n: None,
 ) -> Comparison:
-    """Compare one side of each triple with a number of entities, drawn uniformly for each. A collective.
+    """Compare one side of each triple with a number of entities, drawn uniformly for each.
 
-    What is drawn depends on seed, side and the triple's place alone. The answer is no candidate, nor is a known one. The ranks
-    share the queries. Arguments and errors are those of :func:`with_all`.
+    A collective.
+
+    What is drawn depends on seed, side and the triple's place alone. The answer is no candidate,
+    nor is a known one. The ranks share the queries. Arguments and errors are those of
+    :func:`with_all`.
     """
     entity, scorer, plan = model.entity, model.scorer, model.entity.plan
     size = max(1, _DRAWN // ((number + 1) * max(1, plan.dim)))
     counts = torch.zeros(4, len(triples), dtype=torch.int64)
     for start in range(0, len(triples), size * plan.world_size):
-        mine = torch.arange(start, min(start + size * plan.world_size, len(triples)))[plan.rank :: plan.world_size]
+        mine = torch.arange(start, min(start + size * plan.world_size, len(triples)))[
+            plan.rank :: plan.world_size
+        ]
         entities, relations, answers = columns_of(side, triples[mine])
         drawn = torch.empty(len(mine), number, dtype=torch.int64)
         for line, query in zip(drawn, mine.tolist(), strict=True):
@@ -134,8 +162,13 @@ def with_drawn(
     return Comparison(better, equal, options + 1)
 
 
-def _groups(side: Side, triples: Tensor, known: Known | None, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the columns of triples that are ranked together: few enough, with few enough known answers."""
+def _groups(
+    side: Side, triples: Tensor, known: Known | None, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the columns of triples that are ranked together.
+
+    Few enough, with few enough known answers.
+    """
     for block in triples.split(size) if len(triples) else ():
         entities, relations, _ = columns = columns_of(side, block)
         if known is None:
@@ -158,7 +191,8 @@ def _left_out(
 ) -> Tensor:
     """Return each pair of a query and a row of this rank that is no candidate, once, as a number.
 
-    Its digits are the tile's rows, the tile's batch, the query within the batch, and the row within the tile.
+    Its digits are the tile's rows, the tile's batch, the query within the batch, and the row within
+    the tile.
     """
     of, found = torch.arange(len(answers)), answers
     if known is not None:
@@ -166,19 +200,28 @@ def _left_out(
         of, found = torch.cat([of, more]), torch.cat([found, others])
     here, rows = plan.owned(found)
     of = of[here]
-    return (((rows // width * batches + of // batch) * batch + of % batch) * width + rows % width).unique()
+    return (
+        ((rows // width * batches + of // batch) * batch + of % batch) * width + rows % width
+    ).unique()
 
 
 def _known_among(side: Side, triples: Tensor, drawn: Tensor, known: Known | None) -> Tensor:
     """Return where entities ``(B, K)`` are the answers of triples ``(B, 3)``, or known ones."""
     hits, start = drawn == columns_of(side, triples)[2].unsqueeze(1), 0
-    for entities, relations, _ in _groups(side, triples, known, _GROUP) if known is not None else ():
+    for entities, relations, _ in (
+        _groups(side, triples, known, _GROUP) if known is not None else ()
+    ):
         of, found = known.answers(side, entities, relations)  # type: ignore[union-attr]
-        part, stride = slice(start, start + len(entities)), int(max(found.max(), drawn.max())) + 1 if len(found) else 1
+        part, stride = (
+            slice(start, start + len(entities)),
+            (int(max(found.max(), drawn.max())) + 1 if len(found) else 1),
+        )
         pairs = (of * stride + found).sort().values
         wanted = torch.arange(len(entities)).unsqueeze(1) * stride + drawn[part]
         if len(pairs):
-            hits[part] |= pairs[torch.searchsorted(pairs, wanted).clamp_max_(len(pairs) - 1)] == wanted
+            hits[part] |= (
+                pairs[torch.searchsorted(pairs, wanted).clamp_max_(len(pairs) - 1)] == wanted
+            )
         start += len(entities)
     return hits
 
@@ -205,7 +248,7 @@ def _joined(found: list[Tensor], lines: int) -> Tensor:
 
 def _check_finite(model: KnowledgeGraphModel, finite: bool) -> None:
     if not finite:  # NaN is neither better nor equal, so that it would take the first rank
-        raise FloatingPointError(
-            f"scores are NaN or infinite: the rows of {model.entity.name!r} or {model.relation.name!r} have grown too large; "
-            f"lower the learning rates"
+        raise NonfiniteError(
+            f"scores are NaN or infinite: the rows of {model.entity.name!r} or"
+            f" {model.relation.name!r} have grown too large; lower the learning rates"
         )

@@ -1,9 +1,12 @@
-"""Scores of triples as pure functions of rows, with a matrix product where many candidates share a query.
+"""Scores of triples as pure functions of rows.
 
-A scorer splits ``score(h, r, t)`` into a query, made of the relation and of the entity that is known, and what compares it
-with a candidate for the other one: a dot product or a distance. So candidates that share a query cost ``B x D`` times
-``D x N``, except for L1 distances. All are those of ``pykeen.nn.modules``. Complex rows are ``D / 2`` pairs of a real and an
-imaginary part, quaternions ``D / 4`` groups of four, as in PyKEEN.
+With a matrix product where many candidates share a query.
+
+A scorer splits ``score(h, r, t)`` into a query, made of the relation and of the entity that is
+known, and what compares it with a candidate for the other one: a dot product or a distance. So
+candidates that share a query cost ``B x D`` times ``D x N``, except for L1 distances. All are those
+of ``pykeen.nn.modules``. Complex rows are ``D / 2`` pairs of a real and an imaginary part,
+quaternions ``D / 4`` groups of four, as in PyKEEN.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shardemb import kernels
+from shardemb.exceptions import InputError
 from shardemb.utils.types import RowFunction
 
 
@@ -37,12 +41,15 @@ class Scorer(ABC):
 
     @abstractmethod
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        """Score each query against all candidates: ``(..., B, D)``, ``(..., N, D)`` to ``(..., B, N)``.
+        """Score each query against all candidates.
+
+        ``(..., B, D)``, ``(..., N, D)`` to ``(..., B, N)``.
 
         Args:
             query: of :meth:`tail_query` or :meth:`head_query`.
             candidates: rows of entities.
-            exact: differences instead of a matrix product for distances: slow, and without its rounding of small ones.
+            exact: differences instead of a matrix product for distances: slow, and without its
+                rounding of small ones.
         """
 
     def modulus(self, rows: Tensor) -> Tensor:
@@ -55,7 +62,10 @@ class Scorer(ABC):
     def check_dim(self, dim: int) -> None:
         """Raise ValueError for a number of columns that the scorer cannot use."""
         if dim % self.parts:
-            raise ValueError(f"got dim={dim}, expected a multiple of {self.parts}: {type(self).__name__} needs it")
+            raise InputError(
+                f"got dim={dim}, expected a multiple of {self.parts}: {type(self).__name__}"
+                " needs it"
+            )
 
 
 class _Product(Scorer):
@@ -84,9 +94,13 @@ class _Distance(Scorer):
         with torch.autocast(query.device.type, enabled=False):  # the difference of large numbers
             wide = torch.promote_types(query.dtype, torch.float32)
             query, candidates = query.to(wide), candidates.to(wide)
-            lengths = query.square().sum(-1, keepdim=True) + candidates.square().sum(-1).unsqueeze(-2)
+            lengths = query.square().sum(-1, keepdim=True) + candidates.square().sum(-1).unsqueeze(
+                -2
+            )
             square = torch.add(lengths, query @ candidates.mT, alpha=-2)
-        return -square.clamp_min(1e-12).sqrt()  # where it is clamped, rounding is all there is, and the gradient 0
+        return -square.clamp_min(
+            1e-12
+        ).sqrt()  # where it is clamped, rounding is all there is, and the gradient 0
 
 
 class TransE(_Distance):
@@ -183,7 +197,10 @@ def _unit_quaternions(rows: Tensor) -> Tensor:
 
 
 class QuatE(_Product):
-    """``-<h r, t>`` with Hamilton's product of quaternions; ``r`` are rotations (Zhang et al. 2019; the sign is PyKEEN's)."""
+    """``-<h r, t>`` with Hamilton's product of quaternions; ``r`` are rotations (Zhang et al. 2019.
+
+    The sign is PyKEEN's).
+    """
 
     parts = 4
     relation_normalizer = staticmethod(_unit_quaternions)
@@ -194,7 +211,9 @@ class QuatE(_Product):
 
     def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
         """Return the tail, rotated back."""
-        return _hamilton_product(tail, relation * relation.new_tensor([-1, 1, 1, 1]).repeat(relation.shape[-1] // 4))
+        return _hamilton_product(
+            tail, relation * relation.new_tensor([-1, 1, 1, 1]).repeat(relation.shape[-1] // 4)
+        )
 
 
 class HolE(_Product):
@@ -206,7 +225,9 @@ class HolE(_Product):
 
     def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
         """Return the circular correlation of relation and tail."""
-        return torch.fft.irfft(torch.fft.rfft(relation).conj() * torch.fft.rfft(tail), n=tail.shape[-1])
+        return torch.fft.irfft(
+            torch.fft.rfft(relation).conj() * torch.fft.rfft(tail), n=tail.shape[-1]
+        )
 
 
 def _complex_product(a: Tensor, b: Tensor, conjugate: bool = False) -> Tensor:

@@ -1,7 +1,10 @@
-"""The training job that every rank runs: batches, steps, validation, checkpoints, the final ranking.
+"""The training job that every rank runs.
 
-A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.arrow``, ``relations.arrow`` and
-``checkpoints/``; the data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
+Batches, steps, validation, checkpoints, the final ranking.
+
+A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.arrow``,
+``relations.arrow`` and ``checkpoints/``; the data's order follows from seed and epoch, so a resumed
+run equals one that was never stopped.
 """
 
 import hashlib
@@ -18,10 +21,10 @@ from typing import Any
 import torch
 
 from shardemb import checkpoint, kernels
-from shardemb.checkpoint.manifest import CheckpointError
 from shardemb.checkpoint.storage import name_of
 from shardemb.comm import collectives, watchdog
 from shardemb.coordinator import Coordinator
+from shardemb.exceptions import CheckpointError, InputError, NonfiniteError, TerminatedError
 from shardemb.kge.data.triples import Triples
 from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
 from shardemb.kge.losses import LossConfig
@@ -53,7 +56,8 @@ class TrainingConfig:
     validate_every: int = 2
     #: triples of the validation split, drawn by the seed, that are ranked on the way; 0 for all
     validation_triples: int = 1000
-    #: stop after this many validations without a better MRR, and go back to the best one; 0 for never
+    #: stop after this many validations without a better MRR, and go back to the best one; 0 for
+    #: never
     patience: int = 0
     #: epochs between two checkpoints; the last epoch always makes one
     checkpoint_every: int = 1
@@ -61,11 +65,14 @@ class TrainingConfig:
     checkpoint_seconds: float = 0.0
     #: finished checkpoints that stay
     keep: int = 2
-    #: write checkpoints while training goes on, from a copy of the rows, instead of waiting for the disk
+    #: write checkpoints while training goes on, from a copy of the rows, instead of waiting for the
+    #: disk
     background_saves: bool = True
-    #: what a NaN or infinite loss does: "error" ends the run, "warn" tells, "skip" leaves the step out, and tells
+    #: what a NaN or infinite loss does: "error" ends the run, "warn" tells, "skip" leaves the step
+    #: out, and tells
     nonfinite: str = "error"
-    #: in which scores are computed: "float32", or "bfloat16" by torch's autocast; rows and their state stay float32
+    #: in which scores are computed: "float32", or "bfloat16" by torch's autocast; rows and their
+    #: state stay float32
     precision: str = "float32"
     #: where rows lie: "cpu" or "cuda" (then each rank takes the GPU of its local number)
     device: str = "cpu"
@@ -74,18 +81,27 @@ class TrainingConfig:
         one_of(
             "training",
             self,
-            {"nonfinite": ("error", "warn", "skip"), "precision": ("float32", "bfloat16"), "device": ("cpu", "cuda")},
+            {
+                "nonfinite": ("error", "warn", "skip"),
+                "precision": ("float32", "bfloat16"),
+                "device": ("cpu", "cuda"),
+            },
         )
         at_least("training", self, epochs=1, checkpoint_every=1, keep=1)
-        at_least("training", self, seed=0, validate_every=0, validation_triples=0, patience=0, checkpoint_seconds=0)
+        at_least(
+            "training",
+            self,
+            seed=0,
+            validate_every=0,
+            validation_triples=0,
+            patience=0,
+            checkpoint_seconds=0,
+        )
         if self.patience and not self.validate_every:
-            raise ValueError(
-                f"training.patience: got {self.patience} with validate_every = 0, expected validations to wait for"
+            raise InputError(
+                f"training.patience: got {self.patience} with validate_every = 0, expected"
+                " validations to wait for"
             )
-
-
-class TerminatedError(RuntimeError):
-    """The run was asked to end (SIGTERM), has saved what it had, and ends."""
 
 
 def train(
@@ -100,7 +116,9 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[KnowledgeGraphModel, dict[str, float]]:
-    """Train and rank. A collective: every rank of the default process group calls it, with the same arguments.
+    """Train and rank. A collective.
+
+    Every rank of the default process group calls it, with the same arguments.
 
     Args:
         data: the graph, the same on all ranks.
@@ -115,14 +133,16 @@ def train(
         progress: show a bar (rank 0).
 
     Returns:
-        The model with this rank's rows, and the metrics of the test split (empty without test triples).
+        The model with this rank's rows, and the metrics of the test split (empty without test
+        triples).
 
     Raises:
         FloatingPointError: the loss is NaN or infinite, on all ranks.
-        CheckpointError: a checkpoint that cannot be written or read; a folder that cannot be written, or whose disk has too
-            little room, before the first step.
+        CheckpointError: a checkpoint that cannot be written or read; a folder that cannot be
+            written, or whose disk has too little room, before the first step.
         TerminatedError: SIGTERM came; the step that was under way is in a checkpoint.
-        ValueError: a run that shall be resumed with other entities or relations; settings that do not go together.
+        ValueError: a run that shall be resumed with other entities or relations; settings that do
+            not go together.
         FileExistsError: ``output`` holds a run, and it shall not be resumed.
     """
     settings = Settings(
@@ -158,14 +178,19 @@ class Settings:
     def __post_init__(self) -> None:
         if self.sampling.scheme != "negatives" and self.loss.name not in ("softmax", "logistic"):
             scheme = self.sampling.scheme
-            raise ValueError(f"loss.name: got {self.loss.name!r} with scheme {scheme!r}, expected 'softmax' or 'logistic'")
+            raise InputError(
+                f"loss.name: got {self.loss.name!r} with scheme {scheme!r}, expected 'softmax' or"
+                " 'logistic'"
+            )
         if self.sampling.scheme == "kvsall" and self.loss.subsampling:
-            raise ValueError(
-                "loss.subsampling: got true with sampling.scheme 'kvsall', whose queries stand for many triples each"
+            raise InputError(
+                "loss.subsampling: got true with sampling.scheme 'kvsall', whose queries stand for"
+                " many triples each"
             )
         if self.optimizer.schedule == "plateau" and not self.training.validate_every:
-            raise ValueError(
-                "optimizer.schedule: got 'plateau' with training.validate_every = 0, expected validations to look at"
+            raise InputError(
+                "optimizer.schedule: got 'plateau' with training.validate_every = 0, expected"
+                " validations to look at"
             )
 
 
@@ -190,24 +215,38 @@ class _Progress:
 class _Job:
     """The state of one run on one rank."""
 
-    def __init__(self, data: Triples, settings: Settings, output: Path | None, resume: bool, progress: bool) -> None:
+    def __init__(
+        self, data: Triples, settings: Settings, output: Path | None, resume: bool, progress: bool
+    ) -> None:
         self.rank, self.world_size = collectives.rank_and_size()
-        self.data, self.settings, self.config, self.output = data, settings, settings.training, output
+        self.data, self.settings, self.config, self.output = (
+            data,
+            settings,
+            settings.training,
+            output,
+        )
         sampling = settings.sampling
         self.device = resolve_device(self.config.device)
         # when to save, and how triples are ranked, may change from one start of a run to the next
         saving = {key: getattr(TrainingConfig, key) for key in WHEN_TO_SAVE}
-        same = replace(settings, training=replace(self.config, **saving), evaluation=EvaluationConfig())
+        same = replace(
+            settings, training=replace(self.config, **saving), evaluation=EvaluationConfig()
+        )
         self.fingerprints = {
             "settings": hashlib.sha256(repr(same).encode()).hexdigest(),
             "entities": data.entities.fingerprint,
             "relations": data.relations.fingerprint,
             "triples": data.fingerprint,
         }
-        collectives.agree("the training job", {**self.fingerprints, "output": str(output), "resume": resume})
+        collectives.agree(
+            "the training job", {**self.fingerprints, "output": str(output), "resume": resume}
+        )
         waits = self.config.patience or settings.optimizer.schedule == "plateau"
         if waits and not len(data.valid):
-            raise ValueError(f"{data.name}: got no valid triples, expected some for training.patience or a plateau schedule")
+            raise InputError(
+                f"{data.name}: got no valid triples, expected some for training.patience or a"
+                " plateau schedule"
+            )
         check_candidates(settings.evaluation, len(data.entities))
         self.against_all = sampling.scheme != "negatives"
         self.model = KnowledgeGraphModel(
@@ -220,12 +259,14 @@ class _Job:
             device=self.device,
         )
         self.optimizer = settings.optimizer.make(self.model)
-        self.coordinator = Coordinator(self.model, self.optimizer, settings.optimizer.max_grad_norm or None)
+        self.coordinator = Coordinator(
+            self.model, self.optimizer, settings.optimizer.max_grad_norm or None
+        )
         chunks = -(-sampling.batch_size // sampling.chunk_size)
         if self.world_size > chunks and self.rank == 0 and not self.against_all:
             warnings.warn(
-                f"{self.world_size} workers share {chunks} chunks a step, so some have nothing to train: lower "
-                f"sampling.chunk_size or raise sampling.batch_size",
+                f"{self.world_size} workers share {chunks} chunks a step, so some have nothing to"
+                " train: lower sampling.chunk_size or raise sampling.batch_size",
                 stacklevel=2,
             )
         self.sampler = Sampler(
@@ -239,7 +280,9 @@ class _Job:
             settings.loss.subsampling,
             data.shared,
         )
-        sample = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(self.config.seed))
+        sample = torch.randperm(
+            len(data.valid), generator=torch.Generator().manual_seed(self.config.seed)
+        )
         self.validation = data.valid[sample[: self.config.validation_triples or None]]
         self.steps = self.config.epochs * self.sampler.num_steps
         self.at = _Progress()
@@ -252,22 +295,33 @@ class _Job:
                 self._resume(output / "checkpoints")
             else:
                 self._require_new(output)
-            checkpoint.require_room(output / "checkpoints", self.model, [self.optimizer], self.config.keep)
-            self.saver = checkpoint.AsyncSaver(output / "checkpoints", self.config.keep, self.config.background_saves)
+            checkpoint.require_room(
+                output / "checkpoints", self.model, [self.optimizer], self.config.keep
+            )
+            self.saver = checkpoint.AsyncSaver(
+                output / "checkpoints", self.config.keep, self.config.background_saves
+            )
             if self.config.patience:
-                self.best_saver = checkpoint.AsyncSaver(output / "best", keep=1, background=False)  # no second copy
+                self.best_saver = checkpoint.AsyncSaver(
+                    output / "best", keep=1, background=False
+                )  # no second copy
         self.best_rows: list[dict[str, torch.Tensor]] | None = None
         self.coordinator.steps = self.done
         watchdog.at_step(self.done + 1)
         self.file = None
         if output is not None and self.rank == 0:
             for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
-                if not (output / f"{name}.arrow").exists():  # otherwise it is the same, and another rank may be reading it
+                if not (
+                    output / f"{name}.arrow"
+                ).exists():  # otherwise it is the same, and another rank may be reading it
                     vocabulary.save(output / f"{name}.arrow")
-            self.file = MetricsFile(output / "metrics.jsonl", step=self.done, tensorboard=output / "tensorboard")
+            self.file = MetricsFile(
+                output / "metrics.jsonl", step=self.done, tensorboard=output / "tensorboard"
+            )
         self.bar = progress_bar(
             total=self.config.epochs * self.sampler.num_samples,
-            initial=(self.at.epoch + self.at.step / self.sampler.num_steps) * self.sampler.num_samples,
+            initial=(self.at.epoch + self.at.step / self.sampler.num_steps)
+            * self.sampler.num_samples,
             unit=" queries" if sampling.scheme == "kvsall" else " triples",
             smoothing=0.05,
             disable=self.rank > 0 or not progress,
@@ -277,7 +331,9 @@ class _Job:
         self.counted = (0, 0)
         self.asked_to_end = threading.Event()
         self.handler: Any = None
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to take signals
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows no other to take signals
             self.handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     @property
@@ -297,10 +353,15 @@ class _Job:
 
     def _require_new(self, output: Path) -> None:
         """Raise FileExistsError, on all ranks, if there is a run already. A collective."""
-        found = [name for name in ("checkpoints", "best", "metrics.jsonl") if (output / name).exists()]
+        found = [
+            name for name in ("checkpoints", "best", "metrics.jsonl") if (output / name).exists()
+        ]
         found = collectives.gather(found, operation="is the run folder new?")[0]
         if found:
-            raise FileExistsError(f"{output}: holds {' and '.join(found)} of a run: give another folder, or resume=True")
+            raise FileExistsError(
+                f"{output}: holds {' and '.join(found)} of a run: give another folder, or"
+                " resume=True"
+            )
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_end.set()
@@ -311,7 +372,9 @@ class _Job:
         damaged: list[Path] = []
         while found:
             try:
-                state = checkpoint.load(found[-1], self.model, [self.optimizer], fingerprints=self.fingerprints)
+                state = checkpoint.load(
+                    found[-1], self.model, [self.optimizer], fingerprints=self.fingerprints
+                )
             except CheckpointError as error:
                 if len(found) == 1:
                     raise
@@ -326,13 +389,20 @@ class _Job:
             path.rename(path.with_suffix(".damaged"))
 
     def _resume_best(self) -> None:
-        """Leave only the best checkpoint that this run knows of; without it, the next validation is the best. A collective."""
+        """Leave only the best checkpoint that this run knows of.
+
+        Without it, the next validation is the best. A collective.
+        """
         if not self.config.patience or self.output is None:
             return
         known = f"step-{self.at.best_epoch * self.sampler.num_steps:010d}"
         kept = [Path(path) for path in checkpoint.checkpoints(self.output / "best")]
-        others = [path for path in kept if path.name != known]  # of an attempt that came further than what is left of it
-        there = collectives.gather(len(others) < len(kept), operation="is the best checkpoint there?")[0]
+        others = [
+            path for path in kept if path.name != known
+        ]  # of an attempt that came further than what is left of it
+        there = collectives.gather(
+            len(others) < len(kept), operation="is the best checkpoint there?"
+        )[0]
         if not there:
             self.at.best, self.at.since_best = -1.0, 0
         for path in others if self.rank == 0 else ():
@@ -378,18 +448,30 @@ class _Job:
         return torch.zeros((), device=self.device)
 
     def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return the loss of a step, to be added up over ranks, without regularizers, and its queries on all ranks."""
+        """Return the loss of a step, to be added up over ranks, without regularizers.
+
+        And its queries on all ranks.
+        """
         precise, model = self.config.precision == "float32", self.settings.model
-        if model.entity_dropout or model.relation_dropout:  # masks depend on the rank; otherwise a run is the same again
+        if (
+            model.entity_dropout or model.relation_dropout
+        ):  # masks depend on the rank; otherwise a run is the same again
             torch.manual_seed(seed_of(self.config.seed, 3, epoch, step, self.rank))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not precise):
             if self.against_all:
                 queries = self.sampler.queries(epoch, step)
-                return *self.model.loss_vs_all(queries, self.rank, self.world_size), len(queries.entities)
-            return *self.model.loss(self.sampler.batches(epoch, step)), self.sampler.ways * self.sampler.size(step)
+                return *self.model.loss_vs_all(queries, self.rank, self.world_size), len(
+                    queries.entities
+                )
+            return *self.model.loss(
+                self.sampler.batches(epoch, step)
+            ), self.sampler.ways * self.sampler.size(step)
 
     def _validate(self) -> None:
-        """Rank the validation triples; keep the best model, lower the rates on a plateau. A collective."""
+        """Rank the validation triples; keep the best model, lower the rates on a plateau.
+
+        A collective.
+        """
         result = self.evaluate("valid", self.validation)
         at, options = self.at, self.settings.optimizer
         if not result:
@@ -419,17 +501,26 @@ class _Job:
             name = f"step-{self.at.best_epoch * self.sampler.num_steps:010d}"
             checkpoint.load(self.output / "best" / name, self.model, optimizer_state=False)
         elif self.best_rows is not None:
-            for table, rows in zip((self.model.entity, self.model.relation), self.best_rows, strict=True):
+            for table, rows in zip(
+                (self.model.entity, self.model.relation), self.best_rows, strict=True
+            ):
                 table.load_stored_rows(rows)
 
     def _end(self) -> None:
         step = self.done
         self.finish_saving()
-        where = f"saved as {name_of(self.last_saved)}" if self.output is not None else "nothing is saved without an output"
+        where = (
+            f"saved as {name_of(self.last_saved)}"
+            if self.output is not None
+            else "nothing is saved without an output"
+        )
         raise TerminatedError(f"SIGTERM came in step {step}: {where}")
 
     def _agree(self, number: int, loss: torch.Tensor) -> tuple[bool, bool, bool]:
-        """Return whether this step trains, whether a checkpoint is due, and whether the run shall end. A collective."""
+        """Return whether this step trains, whether a checkpoint is due.
+
+        And whether the run shall end. A collective.
+        """
         config = self.config
         due = self.rank == 0 and 0 < config.checkpoint_seconds <= time.monotonic() - self.saved_at
         told = self.coordinator.reduce([not torch.isfinite(loss), due, self.asked_to_end.is_set()])
@@ -439,11 +530,19 @@ class _Job:
             mine = "" if torch.isfinite(loss) else f"the loss is {loss.item()}{self._bad_rows()}"
             each = collectives.gather(mine, operation="whose loss is no number?")
             several = len(each) > 1
-            found = "; ".join(f"rank {rank}: {what}" if several else what for rank, what in enumerate(each) if what)
+            found = "; ".join(
+                f"rank {rank}: {what}" if several else what
+                for rank, what in enumerate(each)
+                if what
+            )
             text = f"step {number}: {found}: {advice}"
             if config.nonfinite == "error":
-                raise FloatingPointError(text)
-            skips = f", step left out, {self.coordinator.skipped + 1} so far" if config.nonfinite == "skip" else ""
+                raise NonfiniteError(text)
+            skips = (
+                f", step left out, {self.coordinator.skipped + 1} so far"
+                if config.nonfinite == "skip"
+                else ""
+            )
             if self.rank == 0:
                 warnings.warn(text + skips, stacklevel=2)
         return not (nonfinite and config.nonfinite == "skip"), due, ends
@@ -454,7 +553,9 @@ class _Job:
         for table in (self.model.entity, self.model.relation):
             ids = table.plan.local_ids()[kernels.nonfinite_rows(table.local_rows())].tolist()
             if ids:
-                what = f"{len(ids)} rows with NaN or infinite values on rank {self.rank}: {few(ids)}"
+                what = (
+                    f"{len(ids)} rows with NaN or infinite values on rank {self.rank}: {few(ids)}"
+                )
                 found.append(f"table {table.name!r} has {what}")
         return f" ({'; '.join(found)})" if found else ""
 
@@ -477,10 +578,16 @@ class _Job:
             nonfinite="error" if self.config.nonfinite == "error" else "warn",
         )
         if saver is None:
-            self.saved_at, self.last_saved = time.monotonic(), self.output / "checkpoints" / f"step-{self.done:010d}"
+            self.saved_at, self.last_saved = (
+                time.monotonic(),
+                self.output / "checkpoints" / f"step-{self.done:010d}",
+            )
 
     def finish_saving(self) -> None:
-        """Wait for the last checkpoint; SIGTERM ends the process at once from here on: nothing can be lost. A collective."""
+        """Wait for the last checkpoint; SIGTERM ends the process at once from here on.
+
+        Nothing can be lost. A collective.
+        """
         if self.saver is not None:
             self.saver.wait()
         self._leave_signals()
@@ -490,10 +597,16 @@ class _Job:
             signal.signal(signal.SIGTERM, self.handler)
             self.handler = None
 
-    def _log(self, total: torch.Tensor, queries: int, triples: int, steps: int, seconds: float) -> None:
+    def _log(
+        self, total: torch.Tensor, queries: int, triples: int, steps: int, seconds: float
+    ) -> None:
         entity = self.model.entity
         counts = (entity.exchanged_bytes, self.optimizer.rows_updated[next(entity.parameters())])
-        here = [total.item(), *(now - before for now, before in zip(counts, self.counted, strict=True)), self._memory()]
+        here = [
+            total.item(),
+            *(now - before for now, before in zip(counts, self.counted, strict=True)),
+            self._memory(),
+        ]
         self.counted = counts
         each = torch.zeros(self.world_size, len(here), dtype=torch.float64, device=self.device)
         each[self.rank] = torch.tensor(here, dtype=torch.float64)
@@ -501,7 +614,9 @@ class _Job:
         losses, exchanged, touched, memory = each.T.tolist()
         loss = sum(losses) / max(1, queries)
         ends = self.at.step == self.sampler.num_steps  # otherwise the bar goes by its own clock
-        self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}", refresh=ends)
+        self.bar.set_description(
+            f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}", refresh=ends
+        )
         self._record(
             "train",
             epoch=self.done / self.sampler.num_steps,
@@ -516,7 +631,11 @@ class _Job:
         )
 
     def _memory(self) -> int:
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else resident_bytes()
+        return (
+            torch.cuda.max_memory_reserved(self.device)
+            if self.device.type == "cuda"
+            else resident_bytes()
+        )
 
     def _record(self, kind: str, **figures: Any) -> None:
         """Write a record down (rank 0), and let this process's listeners hear of it."""
@@ -533,9 +652,15 @@ class _Job:
         start = time.perf_counter()
         config = replace(self.settings.evaluation, per_relation=False)
         data = self.data
-        splits, share = ((data.valid, data.test), data.train) if data.shared else (data.splits, None)
+        splits, share = (
+            ((data.valid, data.test), data.train) if data.shared else (data.splits, None)
+        )
         result = evaluate(self.model, triples, splits, config, self.config.seed, share)
-        figures: dict[str, Any] = {**result, "triples": len(triples), "seconds": round(time.perf_counter() - start, 3)}
+        figures: dict[str, Any] = {
+            **result,
+            "triples": len(triples),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
         self._record(split, epoch=self.at.epoch, **figures)
         if self.file is not None and self.output is not None:
             plot_metrics(read_metrics(self.output / "metrics.jsonl"), self.output / "metrics.png")
@@ -558,12 +683,20 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("training.device: got 'cuda', but torch finds no GPU: use 'cpu', or install torch's CUDA build")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        raise InputError(
+            "training.device: got 'cuda', but torch finds no GPU: use 'cpu', or install torch's"
+            " CUDA build"
+        )
+    device = torch.device(
+        "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    )
     torch.cuda.set_device(device)
     return device
 
 
 def _same_labels(path: Path, vocabulary: Vocabulary) -> None:
     if path.exists() and Vocabulary.load(path).fingerprint != vocabulary.fingerprint:
-        raise ValueError(f"{path}: the run was trained on other labels than the dataset has now: give another --output")
+        raise InputError(
+            f"{path}: the run was trained on other labels than the dataset has now: give another"
+            " --output"
+        )

@@ -1,8 +1,11 @@
-"""Losses against all entities: every rank scores all queries against its own rows, and only sums a query travel.
+"""Losses against all entities.
 
-Forward gathers the queries ``(Q, D)`` from the ranks, and reduces the largest score, the sum of exponentials and the score
-of the true answers of each query, ``(Q,)`` each. Backward adds the gradients of the queries up, ``(Q, D)``; those of the rows
-stay where they are. No row of the table is sent.
+Every rank scores all queries against its own rows, and only sums a query travel.
+
+Forward gathers the queries ``(Q, D)`` from the ranks, and reduces the largest score, the sum of
+exponentials and the score of the true answers of each query, ``(Q,)`` each. Backward adds the
+gradients of the queries up, ``(Q, D)``; those of the rows stay where they are. No row of the table
+is sent.
 """
 
 from typing import Any
@@ -21,7 +24,10 @@ def mine(total: int, rank: int, world_size: int) -> slice:
 
 
 def gather_queries(query: Tensor, total: int, rank: int, world_size: int) -> Tensor:
-    """Return the queries ``(Q, D)`` of all ranks, from those of :func:`mine`. A collective, and so is its backward."""
+    """Return the queries ``(Q, D)`` of all ranks, from those of :func:`mine`.
+
+    A collective, and so is its backward.
+    """
     return query if world_size == 1 else _Gather.apply(query, total, rank, world_size)
 
 
@@ -33,7 +39,9 @@ class _Gather(torch.autograd.Function):
         padded = query.new_zeros(block, query.shape[1])
         padded[: len(query)] = query
         everything = query.new_empty(world_size * block, query.shape[1])
-        collectives.all_gather(list(everything.split(block)), padded, operation="queries of all ranks")
+        collectives.all_gather(
+            list(everything.split(block)), padded, operation="queries of all ranks"
+        )
         return everything[:total]
 
     @staticmethod
@@ -52,15 +60,17 @@ def vs_all(
     name: str,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the loss of each query ``(Q,)``, of scores whose columns lie on several ranks. A collective.
+    """Return the loss of each query ``(Q,)``, of scores whose columns lie on several ranks.
+
+    A collective.
 
     Args:
         scores: ``(Q, R)`` against this rank's rows; they are overwritten.
         labels: queries and local rows ``(n,)`` of the true answers.
         counts: ``(Q,)`` how many true answers a query has on all ranks.
         num_entities: columns on all ranks.
-        name: "softmax": the cross-entropy of a query's true answers, each with an equal share of the target; "logistic": the
-            mean of the binary cross-entropies of all entities.
+        name: "softmax": the cross-entropy of a query's true answers, each with an equal share of
+            the target; "logistic": the mean of the binary cross-entropies of all entities.
         label_smoothing: as in :mod:`shardemb.kge.losses`.
     """
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -77,16 +87,29 @@ class _VsAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, labels: tuple[Tensor, Tensor], counts: Tensor, num_entities: int, name: str, smoothing: float
+        ctx: Any,
+        scores: Tensor,
+        labels: tuple[Tensor, Tensor],
+        counts: Tensor,
+        num_entities: int,
+        name: str,
+        smoothing: float,
     ) -> Tensor:
         scores = scores.detach()
-        true = scores.new_zeros(len(scores)).index_put_((labels[0],), scores[labels], accumulate=True)
+        true = scores.new_zeros(len(scores)).index_put_(
+            (labels[0],), scores[labels], accumulate=True
+        )
         each = 1.0 / counts
         all_scores = scores.sum(1) if smoothing else None
         if name == "softmax":
-            top = _reduce(scores.amax(1) if scores.shape[1] else scores.new_full((len(scores),), -torch.inf), collectives.MAX)
+            top = _reduce(
+                scores.amax(1) if scores.shape[1] else scores.new_full((len(scores),), -torch.inf),
+                collectives.MAX,
+            )
             scores.sub_(top.unsqueeze(1)).exp_()
-            sums = torch.stack([scores.sum(1), true] + ([all_scores] if all_scores is not None else []))
+            sums = torch.stack(
+                [scores.sum(1), true] + ([all_scores] if all_scores is not None else [])
+            )
             total, true, *rest = _reduce(sums)
             loss = total.log() + top - (1 - smoothing) * true * each
             scores.div_(total.unsqueeze(1))
@@ -95,7 +118,9 @@ class _VsAll(torch.autograd.Function):
                 scores.sub_(smoothing / num_entities)
             scores.index_put_(labels, -(1 - smoothing) * each[labels[0]], accumulate=True)
         else:
-            sums = torch.stack([F.softplus(scores).sum(1), true] + ([all_scores] if all_scores is not None else []))
+            sums = torch.stack(
+                [F.softplus(scores).sum(1), true] + ([all_scores] if all_scores is not None else [])
+            )
             total, true, *rest = _reduce(sums)
             loss = total - (1 - smoothing) * true
             scores.sigmoid_()

@@ -5,7 +5,6 @@ import os
 import signal
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,11 +12,12 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
 
-from shardemb.exceptions import WorkerError
-from shardemb.launch.ray import CAUSES
+from shardemb.exceptions import InputError, WorkerError
 
 
-def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300, backend: str = "gloo") -> Any:
+def run_local(
+    fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float = 300, backend: str = "gloo"
+) -> Any:
     """Run ``fn(*args)`` on every rank of a process group of this machine's processes.
 
     The processes are spawned: a script that calls this needs ``if __name__ == "__main__":``.
@@ -33,12 +33,12 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
         What rank 0 returned (picklable).
 
     Raises:
-        WorkerError: a rank raised, died or stopped: the one that did so first, not those that missed it. With 1 worker its
-            exception comes as it is.
+        WorkerError: a rank raised, died or stopped: the one that did so first, not those that
+            missed it. With 1 worker its exception comes as it is.
         ValueError: less than one worker.
     """
     if workers < 1:
-        raise ValueError(f"got {workers} workers, expected at least 1")
+        raise InputError(f"got {workers} workers, expected at least 1")
     if workers == 1:
         return fn(*args)
     context = multiprocessing.get_context("spawn")
@@ -50,7 +50,9 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
                 here, there = context.Pipe(duplex=False)
                 # the store is a file of this user's: a TCP store would listen on all interfaces
                 call = (there, rank, workers, f"{folder}/store", timeout_s, backend, fn, args)
-                process = context.Process(target=_rank_main, args=call, daemon=True, name=f"shardemb-rank-{rank}")
+                process = context.Process(
+                    target=_rank_main, args=call, daemon=True, name=f"shardemb-rank-{rank}"
+                )
                 process.start()
                 there.close()
                 channels.append(here)
@@ -67,7 +69,9 @@ def run_local(fn: Callable[..., Any], workers: int, *args: Any, timeout_s: float
 @contextmanager
 def _forwarding_sigterm(ranks: list[Any]) -> Iterator[None]:
     """Let SIGTERM reach the ranks, which may save before they end."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows no other to take signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python allows no other to take signals
         yield
         return
 
@@ -96,12 +100,13 @@ def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
                 ok, value = channels[rank].recv()
             except EOFError:
                 ranks[rank].join(10)
-                ok, value = False, ("died", f"the process ended with exit code {ranks[rank].exitcode}")
+                text = f"the process ended with exit code {ranks[rank].exitcode}"
+                ok, value = False, WorkerError(rank, "died", text)
             results[rank] = value
             if not ok:
-                failures.append(WorkerError(rank, *value))
+                failures.append(value)
     if failures:
-        raise min(failures, key=lambda failure: CAUSES.get(failure.error, 1))
+        raise min(failures, key=lambda failure: failure.order)
     return results[0]
 
 
@@ -116,7 +121,9 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     _end_with_parent()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_WORLD_SIZE=str(workers))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_WORLD_SIZE=str(workers)
+    )
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody outside of this machine has a part in it
     try:
         import torch
@@ -129,19 +136,24 @@ def _rank_main(
         # the watch is first to give up, and says why
         limit = timedelta(seconds=timeout_s + 10)
         if backend == "nccl" and not torch.cuda.is_available():
-            raise ValueError("got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's CUDA build")
+            raise InputError(
+                "got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's CUDA"
+                " build"
+            )
         if backend == "nccl":  # which binds a rank to the current GPU
             torch.cuda.set_device(rank % torch.cuda.device_count())
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
+        dist.init_process_group(
+            backend, init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit
+        )
         result = watchdog.attend(fn, *args)
         dist.destroy_process_group()
         channel.send((True, result if rank == 0 else None))
     except KeyboardInterrupt:
         pass  # the parent has it too, and ends the job
     except BaseException as error:
-        if "faults" in locals():
+        if "watchdog" in locals():
             watchdog.report(error)
-        channel.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+        channel.send((False, WorkerError.of(rank, error)))
 
 
 def _end_with_parent() -> None:

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,33 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from shardemb.comm import watchdog
-from shardemb.exceptions import WorkerError
+from shardemb.exceptions import InputError, MissingExtraError, WorkerError, restart_may_help
 from shardemb.utils import run_metrics
 
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
-#: which failure is the cause: others lose their connection to one that failed, and may say so first
-CAUSES = {"died": 0, "PeerFailureError": 2}
 #: of Ray Train's processes, unless the user has set them
 _SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # between two looks at the workers; a report waits for one
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # for which a worker that has stopped is waited for
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": (
+        "0.5"
+    ),  # between two looks at the workers; a report waits for one
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": (
+        "5"
+    ),  # for which a worker that has stopped is waited for
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths are relative to where the user is
 }
 #: what Ray Train says again and again, to all who have no dashboard
 _NOISE = "Failed to query Ray Train Controller actor state|Reporting training result"
-#: what comes again in every attempt
-_FINAL = (
-    AttributeError,
-    FileExistsError,
-    FileNotFoundError,
-    FloatingPointError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    PermissionError,
-    TypeError,
-    ValueError,
-)
 
 
 def load_ray() -> Any:
@@ -52,18 +40,22 @@ def load_ray() -> Any:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"got no Ray ({error}), expected it: pip install 'shardemb[ray]'") from error
+        raise MissingExtraError(
+            f"got no Ray ({error}), expected it: pip install 'shardemb[ray]'"
+        ) from error
     return ray
 
 
 @contextmanager
-def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bool = True) -> Iterator[Any]:
+def connected(
+    address: str | None, *, cpus: int | None = None, log_to_driver: bool = True
+) -> Iterator[Any]:
     """Be connected to a Ray cluster, and to no other than the one that is named.
 
     Args:
-        address: "local" starts a Ray of its own on this machine, that listens to this machine alone and ends with the block;
-            "auto" is the cluster that this machine is a node of; "HOST:PORT" one's head; None what this process is connected
-            to already.
+        address: "local" starts a Ray of its own on this machine, that listens to this machine alone
+            and ends with the block; "auto" is the cluster that this machine is a node of;
+            "HOST:PORT" one's head; None what this process is connected to already.
         cpus: of "local": how many logical CPUs it has; None for this machine's.
         log_to_driver: whether what workers print is printed here.
 
@@ -72,27 +64,40 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ValueError: an address of another form; this process is connected already, or is not, against ``address``.
+        ValueError: an address of another form; this process is connected already, or is not,
+            against ``address``.
         ConnectionError: there is no such cluster.
     """
     ray = load_ray()
     if address is None:
         if not ray.is_initialized():
-            raise ValueError("got address None without a connection, expected 'local', 'auto' or HOST:PORT")
+            raise InputError(
+                "got address None without a connection, expected 'local', 'auto' or HOST:PORT"
+            )
         yield ray
         return
     check_address(address)
     if ray.is_initialized():
-        raise ValueError(f"got address {address!r}, but this process is connected to Ray already: give None to use that")
+        raise InputError(
+            f"got address {address!r}, but this process is connected to Ray already: give None to"
+            " use that"
+        )
     alone = address == "local"
     if address not in ("local", "auto"):
         host, _, port = address.rpartition(":")
         if error := _refusal(host, port):  # Ray itself would try for a quarter of an hour
             raise _missing(address, error) from error
         # of those that listen on 127.0.0.1 alone Ray would ask another address of this machine
-        alone = host in ("127.0.0.1", "localhost", "[::1]") and _refusal(ray.util.get_node_ip_address(), port) is not None
+        alone = (
+            host in ("127.0.0.1", "localhost", "[::1]")
+            and _refusal(ray.util.get_node_ip_address(), port) is not None
+        )
     environment = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-    options: dict[str, Any] = {"address": address, "log_to_driver": log_to_driver, "configure_logging": False}
+    options: dict[str, Any] = {
+        "address": address,
+        "log_to_driver": log_to_driver,
+        "configure_logging": False,
+    }
     with ExitStack() as stack:
         if alone:
             stack.enter_context(_on_this_machine_alone(ray))
@@ -111,7 +116,10 @@ def connected(address: str | None, *, cpus: int | None = None, log_to_driver: bo
 
 @contextmanager
 def _on_this_machine_alone(ray: Any) -> Iterator[None]:
-    """Let Ray start or find one that listens on 127.0.0.1; it would on all interfaces, whatever address it is given."""
+    """Let Ray start or find one that listens on 127.0.0.1.
+
+    It would on all interfaces, whatever address it is given.
+    """
     constants, switch = ray._private.ray_constants, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     before = constants.ENABLE_RAY_CLUSTER
     with _environment({switch: "0"}):
@@ -123,7 +131,9 @@ def _on_this_machine_alone(ray: Any) -> Iterator[None]:
 
 
 def _missing(address: str, error: OSError) -> ConnectionError:
-    return ConnectionError(f"Ray at {address!r}: {error}: is the cluster up, and its address right?")
+    return ConnectionError(
+        f"Ray at {address!r}: {error}: is the cluster up, and its address right?"
+    )
 
 
 def _refusal(host: str, port: str) -> OSError | None:
@@ -141,9 +151,9 @@ def check_address(address: str) -> None:
         return
     host, separator, port = address.rpartition(":")
     if address.startswith("ray://") or not separator or not host or not port.isdigit():
-        raise ValueError(
-            f"got Ray address {address!r}, expected 'local', 'auto' on a node of the cluster, or HOST:PORT of its head; from "
-            f"outside of the cluster use ray job submit"
+        raise InputError(
+            f"got Ray address {address!r}, expected 'local', 'auto' on a node of the cluster, or"
+            " HOST:PORT of its head; from outside of the cluster use ray job submit"
         )
 
 
@@ -163,16 +173,19 @@ def run_on_ray(
     timeout_s: float = 300,
     storage: Path | None = None,
 ) -> Any:
-    """Run ``fn(*args)`` on every rank of a process group of a Ray cluster's workers, by Ray Train's TorchTrainer.
+    """Run ``fn(*args)`` on every rank of a process group of a Ray cluster's workers.
 
-    When a worker or its node dies, all ranks start again, in fresh processes and a fresh process group: ``fn`` goes on from
-    its newest checkpoint, or from the beginning. An error that would come again (ValueError, TypeError, FileNotFoundError,
-    FloatingPointError and the like) ends the job at once.
+    By Ray Train's TorchTrainer.
+
+    When a worker or its node dies, all ranks start again, in fresh processes and a fresh process
+    group: ``fn`` goes on from its newest checkpoint, or from the beginning. An error that would
+    come again (ValueError, TypeError, FileNotFoundError, FloatingPointError and the like) ends the
+    job at once.
 
     Args:
         fn: picklable; it finds its rank with ``torch.distributed``.
-        workers: number of ranks; or the least and the most, of which Ray takes as many as the cluster has room for. When it
-            gets room for more, all ranks start again.
+        workers: number of ranks; or the least and the most, of which Ray takes as many as the
+            cluster has room for. When it gets room for more, all ranks start again.
         args: picklable.
         address: see :func:`shardemb.connected`.
         use_gpu: give each rank a GPU, and the group NCCL instead of gloo.
@@ -196,8 +209,12 @@ def run_on_ray(
     """
     least, most = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= least <= most:
-        raise ValueError(f"got {workers} workers, expected at least 1, or (least, most)")
-    resources = {**(resources_per_worker or {}), "CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+        raise InputError(f"got {workers} workers, expected at least 1, or (least, most)")
+    resources = {
+        **(resources_per_worker or {}),
+        "CPU": cpus_per_worker,
+        **({"GPU": 1.0} if use_gpu else {}),
+    }
     logical = math.ceil(most * cpus_per_worker) if address == "local" else None
     with connected(address, cpus=logical):
         require_room(least, resources, placement, wait_s)
@@ -210,12 +227,14 @@ def run_on_ray(
             max_failures,
             storage,
         )
-    if isinstance(outcome, Failure):
-        raise WorkerError(outcome.rank, outcome.error, outcome.message, outcome.trace)
+    if isinstance(outcome, WorkerError):
+        raise outcome
     return outcome
 
 
-def require_room(workers: int, resources: Mapping[str, float], placement: str, wait_s: float) -> None:
+def require_room(
+    workers: int, resources: Mapping[str, float], placement: str, wait_s: float
+) -> None:
     """Return when the cluster has room for so many workers of these resources each, busy or not.
 
     Ray Train itself would try for ever, and not listen to Ctrl-C.
@@ -226,16 +245,24 @@ def require_room(workers: int, resources: Mapping[str, float], placement: str, w
     ray, deadline = load_ray(), time.monotonic() + wait_s
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fits = [int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in resources.items())) for node in nodes]
-        room = {"STRICT_PACK": max(fits, default=0), "STRICT_SPREAD": sum(map(bool, fits))}.get(placement, sum(fits))
+        fits = [
+            int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in resources.items()))
+            for node in nodes
+        ]
+        room = {"STRICT_PACK": max(fits, default=0), "STRICT_SPREAD": sum(map(bool, fits))}.get(
+            placement, sum(fits)
+        )
         if room >= workers:
             return
         if time.monotonic() >= deadline:
             wanted = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-            have = "; ".join(", ".join(f"{node.get(name, 0.0):g} {name}" for name in resources) for node in nodes)
-            raise ValueError(
-                f"got {workers} workers of {wanted} each ({placement}), expected at most {room}: the cluster's {len(nodes)} "
-                f"nodes have {have}: ask for less, or add nodes (waited {wait_s:g} s)"
+            have = "; ".join(
+                ", ".join(f"{node.get(name, 0.0):g} {name}" for name in resources) for node in nodes
+            )
+            raise InputError(
+                f"got {workers} workers of {wanted} each ({placement}), expected at most {room}:"
+                f" the cluster's {len(nodes)} nodes have {have}: ask for less, or add nodes (waited"
+                f" {wait_s:g} s)"
             )
         time.sleep(min(1.0, wait_s))
 
@@ -255,21 +282,6 @@ class Work:
     rows: int = 0
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What ended a job."""
-
-    rank: int
-    error: str
-    message: str
-    trace: str = ""
-
-    @classmethod
-    def of(cls, rank: int, error: BaseException) -> "Failure":
-        """Describe an exception that is being handled."""
-        return cls(rank, type(error).__name__, str(error), "".join(traceback.format_exception(error)))
-
-
 def fit(
     work: Work,
     workers: int | tuple[int, int],
@@ -279,7 +291,7 @@ def fit(
     max_failures: int,
     storage: Path | None,
 ) -> Any:
-    """Let Ray Train run a function on workers; return what rank 0 returned, or a Failure."""
+    """Let Ray Train run a function on workers; return what rank 0 returned, or a WorkerError."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
@@ -302,7 +314,9 @@ def fit(
             train_loop_config={"work": work},
             datasets=datasets,
             # the watch is first to give up, and says why
-            torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=round(work.timeout_s + 10)),
+            torch_config=TorchConfig(
+                "nccl" if use_gpu else "gloo", timeout_s=round(work.timeout_s + 10)
+            ),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=use_gpu,
@@ -311,7 +325,8 @@ def fit(
                 elastic_resize_monitor_interval_s=resize_s,
             ),
             run_config=RunConfig(
-                name=f"shardemb-{time.time_ns()}",  # another name than before, or Ray Train would go on with its own records
+                # another name than before, or Ray Train would go on with its own records
+                name=f"shardemb-{time.time_ns()}",
                 storage_path=None if storage is None else str(Path(storage).resolve()),
                 failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
                 worker_runtime_env={"env_vars": environment},
@@ -321,12 +336,18 @@ def fit(
         try:
             return _in_thread(trainer.fit).return_value
         except WorkerGroupError as error:
-            failures = [Failure(rank, _name_of(found), str(found)) for rank, found in error.worker_failures.items()]
-            return min(failures, key=lambda failure: CAUSES.get(failure.error, 1))
+            failures = [
+                WorkerError(rank, _name_of(found), str(found))
+                for rank, found in error.worker_failures.items()
+            ]
+            return min(failures, key=lambda failure: failure.order)
 
 
 def _name_of(error: BaseException) -> str:
-    """Return an exception's class; or "died", which is what Ray's own exceptions of a worker mean."""
+    """Return an exception's class.
+
+    Or "died", which is what Ray's own exceptions of a worker mean.
+    """
     return "died" if type(error).__module__.startswith("ray.") else type(error).__name__
 
 
@@ -343,7 +364,10 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _in_thread(call: Callable[[], Any]) -> Any:
-    """Call in another thread, so that Ray Train leaves SIGINT to this one, and Ctrl-C is KeyboardInterrupt."""
+    """Call in another thread, so that Ray Train leaves SIGINT to this one.
+
+    And Ctrl-C is KeyboardInterrupt.
+    """
     done: list[Any] = []
     failed: list[BaseException] = []
 
@@ -367,32 +391,45 @@ _work: Work | None = None
 
 
 def share(batch_rows: int = 1 << 17) -> tuple[Iterator[Any], int]:
-    """Return this rank's share of the job's Parquet as Arrow tables, and how many rows all shares have together.
+    """Return this rank's share of the job's Parquet as Arrow tables.
 
-    Ray Data deals the rows to the ranks, as many to each: a few that are left over come to nobody, and who gets which may be
-    another one in each attempt.
+    And how many rows all shares have together.
+
+    Ray Data deals the rows to the ranks, as many to each: a few that are left over come to nobody,
+    and who gets which may be another one in each attempt.
     """
     import ray.train
 
     assert _work is not None, "not on a worker of run_on_ray(parquet=...)"
-    return ray.train.get_dataset_shard("share").iter_batches(batch_size=batch_rows, batch_format="pyarrow"), _work.rows
+    return (
+        ray.train.get_dataset_shard("share").iter_batches(
+            batch_size=batch_rows, batch_format="pyarrow"
+        ),
+        _work.rows,
+    )
 
 
 def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> run_metrics.Listener:
     """Return what hands a rank's records to Ray: gauges for Prometheus, and Ray Train's report.
 
-    A report waits for all ranks and for the controller, so there is one for an epoch and one for a validation.
+    A report waits for all ranks and for the controller, so there is one for an epoch and one for a
+    validation.
     """
     from ray.util.metrics import Gauge
 
     gauges: dict[str, Any] = {}
 
     def listener(kind: str, step: int, figures: dict[str, Any]) -> None:
-        mine = {name: value[rank] if isinstance(value, list) else value for name, value in figures.items()}
+        mine = {
+            name: value[rank] if isinstance(value, list) else value
+            for name, value in figures.items()
+        }
         for name, value in {"step": step, **mine}.items():
             full = f"shardemb_{name}" if kind == "train" else f"shardemb_{kind}_{name}"
             if full not in gauges:
-                gauges[full] = Gauge(full, description=f"{name} of shardemb's {kind} records", tag_keys=("rank",))
+                gauges[full] = Gauge(
+                    full, description=f"{name} of shardemb's {kind} records", tag_keys=("rank",)
+                )
             gauges[full].set(value, tags={"rank": str(rank)})
         if kind != "train" or figures["epoch"] % 1 == 0:
             report({"kind": kind, "step": step, **figures})
@@ -416,13 +453,11 @@ def _rank_main(config: dict[str, Any]) -> Any:
         return watchdog.attend(work.fn, *work.args)
     except Exception as error:
         elsewhere = watchdog.raised_elsewhere()
-        if elsewhere is not None:  # this rank has lost one that raised, whatever it was in
-            name, _, text = elsewhere[1].partition(": ")
-            if name in {kind.__name__ for kind in _FINAL}:
-                return Failure(elsewhere[0], name, text)
+        if elsewhere is not None and not elsewhere.restart_may_help:
+            return elsewhere  # this rank has lost one that raised, whatever it was in
         watchdog.report(error)
-        if type(error) in _FINAL:  # the others know its name alone
+        if not restart_may_help(error):  # Ray Train would start again after an exception
             if dist.get_backend() == "gloo":
-                dist.destroy_process_group()  # so that they do not wait for this rank
-            return Failure.of(rank, error)
+                dist.destroy_process_group()  # so that the others do not wait for this rank
+            return WorkerError.of(rank, error)
         raise

@@ -5,8 +5,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from shardemb.exceptions import InputError
 
-def run_under_torchrun(fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo") -> Any:
+
+def run_under_torchrun(
+    fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo"
+) -> Any:
     """Run ``fn(*args)`` on this rank of those that torchrun has started: all of them call this.
 
     Args:
@@ -27,7 +31,7 @@ def run_under_torchrun(fn: Callable[..., Any], *args: Any, timeout_s: float = 30
     from shardemb.comm import watchdog
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ValueError(
+        raise InputError(
             "got launcher 'torchrun' in a process that torchrun has not started, expected "
             "torchrun --nproc-per-node 2 -m shardemb train ..."
         )
@@ -37,7 +41,9 @@ def run_under_torchrun(fn: Callable[..., Any], *args: Any, timeout_s: float = 30
     limit = timedelta(seconds=timeout_s + 10)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     # torchrun's store keeps the addresses of an attempt that failed
-    attempt = dist.PrefixStore(f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    attempt = dist.PrefixStore(
+        f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store
+    )
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
     try:
         result = watchdog.attend(fn, *args)

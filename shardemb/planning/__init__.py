@@ -9,8 +9,28 @@ if TYPE_CHECKING:
     from shardemb.planning.cost_model import Estimate, Job, Machine, estimate, fewest_workers
     from shardemb.planning.report import Plan, machine_of, plan
 
-__all__ = ["Estimate", "Job", "Machine", "Plan", "calibrate", "estimate", "fewest_workers", "machine_of", "plan"]
+__all__ = [
+    "Estimate",
+    "Job",
+    "Machine",
+    "Plan",
+    "calibrate",
+    "estimate",
+    "fewest_workers",
+    "machine_of",
+    "plan",
+]
 
-_MODULES = {"Estimate": "cost_model", "Job": "cost_model", "Machine": "cost_model", "estimate": "cost_model", "fewest_workers": "cost_model", "Plan": "report", "plan": "report", "machine_of": "report", "calibrate": "calibrate"}
+_MODULES = {
+    "Estimate": "cost_model",
+    "Job": "cost_model",
+    "Machine": "cost_model",
+    "estimate": "cost_model",
+    "fewest_workers": "cost_model",
+    "Plan": "report",
+    "plan": "report",
+    "machine_of": "report",
+    "calibrate": "calibrate",
+}
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

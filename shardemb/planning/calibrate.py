@@ -1,7 +1,8 @@
 """Measures the rates of this machine that :mod:`shardemb.planning.cost_model` plans with.
 
-Matrix products, rows at random places, and messages between two ranks are measured alone; what a step costs besides is the real
-training loop's time on shapes of which each shows one part: next to no work, many ids, wide queries, many scores.
+Matrix products, rows at random places, and messages between two ranks are measured alone; what a
+step costs besides is the real training loop's time on shapes of which each shows one part: next to
+no work, many ids, wide queries, many scores.
 """
 
 import os
@@ -19,6 +20,7 @@ import torch
 
 from shardemb import kernels
 from shardemb.comm import collectives
+from shardemb.exceptions import InputError
 from shardemb.kge.data.triples import Triples
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
@@ -30,7 +32,8 @@ from shardemb.utils import memory, run_metrics
 from shardemb.vocabulary import Vocabulary
 
 _RELATIONS = 50
-#: columns, triples of a rank and negatives of a step that shows one part of its time, by Machine's name for that part
+#: columns, triples of a rank and negatives of a step that shows one part of its time, by Machine's
+#: name for that part
 _SHAPES = {
     "overhead_seconds": (8, 16, 16),
     "id_seconds": (8, 8192, 16),
@@ -56,10 +59,13 @@ class Effort:
 
 
 def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = None) -> Machine:
-    """Measure the rates of a rank on this machine, which should be idle; two processes of its own take part.
+    """Measure the rates of a rank on this machine, which should be idle.
+
+    Two processes of its own take part.
 
     Args:
-        device: that rows lie on, "cpu" or "cuda"; on several GPUs, exchange is that of the first two.
+        device: that rows lie on, "cpu" or "cuda"; on several GPUs, exchange is that of the first
+            two.
         threads: of a rank.
         effort: how much is measured.
 
@@ -68,17 +74,32 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
     """
     cores = len(os.sched_getaffinity(0))
     if not 1 <= threads <= cores:
-        raise ValueError(f"calibrate: got {threads} threads for a rank, expected 1 to {cores}, this machine's cores")
+        raise InputError(
+            f"calibrate: got {threads} threads for a rank, expected 1 to {cores}, this machine's"
+            " cores"
+        )
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"calibrate: got device {device!r}, expected 'cpu', or 'cuda' where torch finds a GPU")
+        raise InputError(
+            f"calibrate: got device {device!r}, expected 'cpu', or 'cuda' where torch finds a GPU"
+        )
     effort, gpu = effort or Effort(), device == "cuda"
     ranks = torch.cuda.device_count() if gpu else max(1, cores // threads)
     alone = _alone(device, threads, effort)
     several = ranks > 1
-    pair = run_local(_pair, 2, device, threads, effort, backend="nccl" if gpu else "gloo") if several else {}
+    pair = (
+        run_local(_pair, 2, device, threads, effort, backend="nccl" if gpu else "gloo")
+        if several
+        else {}
+    )
     machine = Machine(
-        name=f"{torch.cuda.get_device_name() if gpu else memory.cpu_name()}, {threads} thread(s) a rank",
-        source=f"measured on {platform.node() or 'this machine'}, {date.today().isoformat()}, torch {torch.__version__}",
+        name=(
+            f"{torch.cuda.get_device_name() if gpu else memory.cpu_name()}, {threads} thread(s) a"
+            " rank"
+        ),
+        source=(
+            f"measured on {platform.node() or 'this machine'}, {date.today().isoformat()}, torch"
+            f" {torch.__version__}"
+        ),
         memory_bytes=torch.cuda.mem_get_info()[1] if gpu else memory.total_bytes(),
         ranks_per_host=ranks,
         cores=ranks,
@@ -96,15 +117,23 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         network_bandwidth=0.0,
         process_bytes=alone["process_bytes"],
     )
-    for name, shape in [*_SHAPES.items()] * 5:  # each shape shows a little of the others too: Gauss and Seidel's iteration
+    for name, shape in [
+        *_SHAPES.items()
+    ] * 5:  # each shape shows a little of the others too: Gauss and Seidel's iteration
         job = _job(shape, 1, effort)
         queries = job.sides * job.rank_triples
-        units = {"id_seconds": sum(job.draws), "query_seconds": queries * job.dim, "score_seconds": queries * job.negatives}
+        units = {
+            "id_seconds": sum(job.draws),
+            "query_seconds": queries * job.dim,
+            "score_seconds": queries * job.negatives,
+        }
         without = replace(machine, **{name: 0.0})  # type: ignore[arg-type]
         left = alone[name] - (estimate(job, without).step_seconds or 0.0)
         machine = replace(machine, **{name: max(0.0, left) / units.get(name, 1)})
     if several:
-        left = pair["step"] - (estimate(_job(_SHAPES["overhead_seconds"], 2, effort), machine).step_seconds or 0.0)
+        left = pair["step"] - (
+            estimate(_job(_SHAPES["overhead_seconds"], 2, effort), machine).step_seconds or 0.0
+        )
         machine = replace(machine, exchange_overhead_seconds=max(0.0, left))
     return machine
 
@@ -128,7 +157,9 @@ def _alone(device: str, threads: int, effort: Effort) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, shape in _SHAPES.items():
             found[name] = _step(shape, device, effort)
-            found.setdefault("process_bytes", _process_bytes(device))  # after the first, which has next to no rows
+            found.setdefault(
+                "process_bytes", _process_bytes(device)
+            )  # after the first, which has next to no rows
         return found | {"matmul": _matmul(device, effort), "rows": _rows(device, effort)}
 
 
@@ -188,7 +219,11 @@ def _matmul(device: str, effort: Effort) -> float:
     scores = queries @ candidates.mT
 
     def products() -> None:
-        torch.matmul(queries, candidates.mT), torch.matmul(scores, candidates), torch.matmul(scores.mT, queries)
+        (
+            torch.matmul(queries, candidates.mT),
+            torch.matmul(scores, candidates),
+            torch.matmul(scores.mT, queries),
+        )
 
     return 3 * 2 * 2 * 1024 * 512 * 128 / _median(products, device, effort.repeat)
 
@@ -208,16 +243,24 @@ def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
     steps = LOG_STEPS * (effort.windows * (10 if shape == _SHAPES["overhead_seconds"] else 1) + 1)
     generator = torch.Generator().manual_seed(0)
     kinds = [(effort.entities, "e"), (_RELATIONS, "r"), (effort.entities, "e")]
-    columns = [torch.randint(size, (triples * workers * steps,), generator=generator) for size, _ in kinds]
-    entities, relations = (Vocabulary([f"{letter}{number}" for number in range(size)]) for size, letter in kinds[:2])
+    columns = [
+        torch.randint(size, (triples * workers * steps,), generator=generator) for size, _ in kinds
+    ]
+    entities, relations = (
+        Vocabulary([f"{letter}{number}" for number in range(size)]) for size, letter in kinds[:2]
+    )
     none = torch.empty(0, 3, dtype=torch.int32)
-    data = Triples("calibration", torch.stack(columns, dim=1).int(), none, none, entities, relations)
+    data = Triples(
+        "calibration", torch.stack(columns, dim=1).int(), none, none, entities, relations
+    )
     seconds: list[float] = []
     with run_metrics.listening(lambda kind, step, figures: seconds.append(figures["step_seconds"])):
         train(
             data,
             ModelConfig(dim=dim, reciprocal=False, n3=0.0),
-            sampling=SamplingConfig(batch_size=triples * workers, chunk_size=triples, num_negatives=negatives),
+            sampling=SamplingConfig(
+                batch_size=triples * workers, chunk_size=triples, num_negatives=negatives
+            ),
             optimizer=OptimizerConfig(schedule="constant"),
             training=TrainingConfig(epochs=1, validate_every=0, device=device),
             progress=False,

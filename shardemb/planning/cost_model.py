@@ -1,8 +1,11 @@
-"""What a training job takes, before it is started: memory, exchange and time of a rank, and the fewest ranks that hold it.
+"""What a training job takes, before it is started.
 
-Memory and exchange are counted: what the rooms below allocate and send, with the expected number of distinct rows of a batch
-under Zipf's law. Time is a roofline (Williams et al. 2009) without overlap: each part of a step is its work over a rate of a
-:class:`Machine`, which :mod:`shardemb.planning.calibrate` measures, or which a data sheet gives.
+Memory, exchange and time of a rank, and the fewest ranks that hold it.
+
+Memory and exchange are counted: what the rooms below allocate and send, with the expected number of
+distinct rows of a batch under Zipf's law. Time is a roofline (Williams et al. 2009) without
+overlap: each part of a step is its work over a rate of a :class:`Machine`, which
+:mod:`shardemb.planning.calibrate` measures, or which a data sheet gives.
 """
 
 import dataclasses
@@ -16,16 +19,19 @@ from typing import Any
 import numpy as np
 
 from shardemb.checkpoint.writer import FILE_BYTES
+from shardemb.exceptions import InputError
 from shardemb.kge.optimizers import OPTIMIZERS
 from shardemb.sharding.exchange import message_bytes
 from shardemb.sharding.placement import RowPlan
 from shardemb.utils.files import read_text, replacing
 from shardemb.utils.validation import at_least, one_of, within
 
-#: passes over the bytes of (query, column) and of (query, negative) in ComplEx's forward and backward, for a machine of which a
-#: data sheet is all that is known; and over those of (row, column) in lookup and update
+#: passes over the bytes of (query, column) and of (query, negative) in ComplEx's forward and
+#: backward, for a machine of which a data sheet is all that is known; and over those of (row,
+#: column) in lookup and update
 _QUERY_PASSES, _SCORE_PASSES, _ROW_PASSES = 40, 16, 6
-#: tensors of a step that are alive at once: of (query, column), of (query, negative), of (row, column)
+#: tensors of a step that are alive at once: of (query, column), of (query, negative), of (row,
+#: column)
 _QUERY_TENSORS, _SCORE_TENSORS, _ROW_TENSORS = 12, 4, 4
 #: collectives of a step: counts, rows, gradients, and what the coordinator reduces
 COLLECTIVES = 4
@@ -69,7 +75,8 @@ class Machine:
     id_seconds: float
     #: of a collective of a few bytes
     latency_seconds: float
-    #: all to all within a host, bytes a second that a rank sends; 0 where there was no second rank to measure it with
+    #: all to all within a host, bytes a second that a rank sends; 0 where there was no second rank
+    #: to measure it with
     exchange_bandwidth: float
     #: the same between hosts; 0 where nobody has measured it, and it is taken to be as within one
     network_bandwidth: float
@@ -79,10 +86,24 @@ class Machine:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"machine {self.name!r}: {field.name}: got {value!r}, expected a finite number, at least 0")
+            if field.type in (int, float) and not (
+                isinstance(value, int | float) and 0 <= value < math.inf
+            ):
+                raise InputError(
+                    f"machine {self.name!r}: {field.name}: got {value!r}, expected a finite number,"
+                    " at least 0"
+                )
         where = f"machine {self.name!r}"
-        at_least(where, self, memory_bytes=1, ranks_per_host=1, cores=1, matmul_flops=1, row_bandwidth=1, contention=1)
+        at_least(
+            where,
+            self,
+            memory_bytes=1,
+            ranks_per_host=1,
+            cores=1,
+            matmul_flops=1,
+            row_bandwidth=1,
+            contention=1,
+        )
 
     @property
     def between_hosts(self) -> float:
@@ -91,29 +112,43 @@ class Machine:
 
     @classmethod
     def load(cls, path: Path) -> "Machine":
-        """Read what ``shardemb bench calibrate`` has written; ValueError for anything else, OSError for no file."""
+        """Read what ``shardemb bench calibrate`` has written.
+
+        ValueError for anything else, OSError for no file.
+        """
         text = read_text(path)
         try:
             values: dict[str, Any] = json.loads(text)["machine"]
             return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
-            why = f"got no figures of a machine ({error}), expected what shardemb bench calibrate writes"
-            raise ValueError(f"{path}: {why}: run it again") from error
+            why = (
+                f"got no figures of a machine ({error}), expected what shardemb bench calibrate"
+                " writes"
+            )
+            raise InputError(f"{path}: {why}: run it again") from error
 
     def save(self, path: Path, **more: Any) -> None:
         """Write the figures, and more about them, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            partial.write_text(json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(
+                json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1) + "\n",
+                encoding="utf-8",
+            )
 
 
 def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 50e9) -> Machine:
-    """Return a GPU of NVIDIA's Hopper data sheets, at a part of what they promise that well-made kernels reach."""
+    """Return a GPU of NVIDIA's Hopper data sheets.
+
+    At a part of what they promise that well-made kernels reach.
+    """
     reached = 0.6
     return Machine(
         name=name,
-        source=f"NVIDIA's data sheet (SXM, 8 GPUs a host, NVLink 450 GB/s, {network / 1e9:.0f} GB/s of network a GPU) at "
-        f"{reached:.0%}; latencies and overheads assumed; not measured",
+        source=(
+            f"NVIDIA's data sheet (SXM, 8 GPUs a host, NVLink 450 GB/s, {network / 1e9:.0f} GB/s of"
+            f" network a GPU) at {reached:.0%}; latencies and overheads assumed; not measured"
+        ),
         memory_bytes=memory,
         ranks_per_host=8,
         cores=8,
@@ -175,9 +210,27 @@ class Job:
 
     def __post_init__(self) -> None:
         one_of("plan", self, {"optimizer": sorted(OPTIMIZERS)})
-        at_least("plan", self, entities=1, relations=1, triples=0, dim=1, workers=1, batch_size=1, chunk_size=1, keep=1)
+        at_least(
+            "plan",
+            self,
+            entities=1,
+            relations=1,
+            triples=0,
+            dim=1,
+            workers=1,
+            batch_size=1,
+            chunk_size=1,
+            keep=1,
+        )
         at_least("plan", self, negatives=0 if self.in_batch else 1)
-        within("plan", self, zipf=(0, 4), workers=(1, MOST_WORKERS), sides=(1, 2), entities=(1, 1 << 40))
+        within(
+            "plan",
+            self,
+            zipf=(0, 4),
+            workers=(1, MOST_WORKERS),
+            sides=(1, 2),
+            entities=(1, 1 << 40),
+        )
 
     @property
     def chunks(self) -> int:
@@ -211,7 +264,8 @@ class Estimate:
     memory: dict[str, int]
     #: bytes of the host's memory besides, if that is another one
     host_bytes: int
-    #: ids looked up, distinct ones among them, and rows of the table that a step of all ranks touches
+    #: ids looked up, distinct ones among them, and rows of the table that a step of all ranks
+    #: touches
     ids: int
     distinct: int
     touched: int
@@ -220,7 +274,8 @@ class Estimate:
     #: of all tables and their state; pieces of it that a rank writes
     checkpoint_bytes: int
     pieces: int
-    #: seconds of a step, by part; None without a machine, or for several ranks without its rate of exchange
+    #: seconds of a step, by part; None without a machine, or for several ranks without its rate of
+    #: exchange
     seconds: dict[str, float] | None
 
     @property
@@ -253,7 +308,10 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it, as JSON holds it."""
-        told = {name: getattr(self, name) for name in ("fits", "memory_bytes", "step_seconds", "triples_per_second")}
+        told = {
+            name: getattr(self, name)
+            for name in ("fits", "memory_bytes", "step_seconds", "triples_per_second")
+        }
         return {**dataclasses.asdict(self), **told, "exchange_bytes": sum(self.exchange.values())}
 
 
@@ -261,7 +319,8 @@ def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: 
     """Return the expected number of distinct rows among independent draws.
 
     Row ``i`` of ``rows`` is drawn with probability ``i^-exponent`` over its sum, or uniformly:
-    ``sum_i 1 - (1 - p_i)^n (1 - 1/V)^m``. The first 4096 rows are summed one by one, the others in steps that grow with i.
+    ``sum_i 1 - (1 - p_i)^n (1 - 1/V)^m``. The first 4096 rows are summed one by one, the others in
+    steps that grow with i.
 
     Args:
         rows: ``V``.
@@ -278,7 +337,9 @@ def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: 
     shares = middle**-exponent
     shares /= (shares * width).sum()
     sure = 1 - 2.0**-53  # a single row is drawn for sure, whose logarithm would be infinite
-    missed = zipf_draws * np.log1p(-np.minimum(shares, sure)) + uniform_draws * math.log1p(-min(1 / rows, sure))
+    missed = zipf_draws * np.log1p(-np.minimum(shares, sure)) + uniform_draws * math.log1p(
+        -min(1 / rows, sure)
+    )
     return float((width * -np.expm1(missed)).sum())
 
 
@@ -292,7 +353,10 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
     rank = RowPlan("entity", job.entities, job.dim, job.workers)
     width, state = 4 * job.dim, job.state_bytes
     zipf, uniform = job.draws
-    queries, negatives = job.sides * job.rank_triples, job.negatives + job.in_batch * min(job.chunk_size, job.rank_triples)
+    queries, negatives = (
+        job.sides * job.rank_triples,
+        job.negatives + job.in_batch * min(job.chunk_size, job.rank_triples),
+    )
     distinct = distinct_rows(job.entities, zipf, uniform, job.zipf)
     touched = distinct_rows(job.entities, zipf * job.workers, uniform * job.workers, job.zipf)
     several = job.workers > 1
@@ -300,9 +364,13 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
     memory = {
         "rows": rank.num_local * width,
         "optimizer state": rank.num_local * state,
-        "relations": job.relations * (width * (5 if several else 2) + state),  # with gradients, and what is reduced
-        "a step's tensors": 4 * queries * (_QUERY_TENSORS * job.dim + _SCORE_TENSORS * negatives)
-        + width * _ROW_TENSORS * (zipf + uniform + several * round(distinct)),
+        "relations": (
+            job.relations * (width * (5 if several else 2) + state)
+        ),  # with gradients, and what is reduced
+        "a step's tensors": (
+            4 * queries * (_QUERY_TENSORS * job.dim + _SCORE_TENSORS * negatives)
+            + width * _ROW_TENSORS * (zipf + uniform + several * round(distinct))
+        ),
         "process": 0 if machine is None else machine.process_bytes,
     }
     gpu, copy = machine is not None and machine.gpu, saved if job.background_saves else 0
@@ -313,7 +381,9 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
         "ids": round(message_bytes(job.workers, distinct)) if several else 0,
         "rows": round(sent * width),
         "gradients": round(sent * width),
-        "relation gradients": round(2 * (job.workers - 1) / job.workers * 4 * job.relations * job.dim),  # a ring's
+        "relation gradients": round(
+            2 * (job.workers - 1) / job.workers * 4 * job.relations * job.dim
+        ),  # a ring's
     }
     whole = (job.entities + job.relations) * (width + state)
     found = Estimate(
@@ -334,7 +404,9 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
     return dataclasses.replace(found, seconds=_seconds(found, machine, queries, negatives, state))
 
 
-def _seconds(found: Estimate, machine: Machine, queries: int, negatives: int, state: int) -> dict[str, float]:
+def _seconds(
+    found: Estimate, machine: Machine, queries: int, negatives: int, state: int
+) -> dict[str, float]:
     """Return a step's time, by part."""
     job, width = found.job, 4 * found.job.dim
     ranks = min(job.workers, machine.ranks_per_host)
@@ -344,30 +416,41 @@ def _seconds(found: Estimate, machine: Machine, queries: int, negatives: int, st
     work = {
         "overhead": machine.overhead_seconds,
         "ids": machine.id_seconds * found.ids,
-        "matrix products": 6 * queries * negatives * job.dim / machine.matmul_flops,  # forward, and for both factors
+        "matrix products": (
+            6 * queries * negatives * job.dim / machine.matmul_flops
+        ),  # forward, and for both factors
         "queries": machine.query_seconds * queries * job.dim,
         "scores": machine.score_seconds * queries * negatives,
         "rows": moved / machine.row_bandwidth,
     }
-    parts = {name: turns * (machine.contention if ranks > 1 else 1.0) * value for name, value in work.items()}
+    parts = {
+        name: turns * (machine.contention if ranks > 1 else 1.0) * value
+        for name, value in work.items()
+    }
     if job.workers > 1:
         near, far = machine.exchange_bandwidth, machine.between_hosts
         inside, ring = (ranks - 1) / (job.workers - 1), found.exchange["relation gradients"]
         seconds = (sum(found.exchange.values()) - ring) * (inside / near + (1 - inside) / far)
         seconds += ring / (near if inside == 1 else min(near, far))  # as fast as its slowest link
-        parts |= {"exchange overhead": turns * machine.exchange_overhead_seconds, "exchange": turns * seconds}
+        parts |= {
+            "exchange overhead": turns * machine.exchange_overhead_seconds,
+            "exchange": turns * seconds,
+        }
     if job.workers > 2:  # two ranks' are in the overhead
         parts["latency"] = COLLECTIVES * machine.latency_seconds * (math.log2(job.workers) - 1)
     return parts
 
 
-def fewest_workers(job: Job, machine: Machine, batch_grows: bool = True, most: int = MOST_WORKERS) -> int | None:
+def fewest_workers(
+    job: Job, machine: Machine, batch_grows: bool = True, most: int = MOST_WORKERS
+) -> int | None:
     """Return the fewest ranks whose memory holds the job; None if ``most`` do not.
 
     Args:
         job: of any number of ranks.
         machine: that shall run it.
-        batch_grows: each rank has as many chunks as now; otherwise the batch stays, and ranks share it.
+        batch_grows: each rank has as many chunks as now; otherwise the batch stays, and ranks share
+            it.
         most: ranks that are tried.
     """
     chunks = job.chunks
@@ -399,25 +482,38 @@ def assumptions(found: Estimate, told: Mapping[str, str]) -> list[str]:
     job, machine = found.job, found.machine
     lines = [f"{name}: {value}" for name, value in told.items()]
     lines += [
-        f"entities are heads or tails by Zipf's law with exponent {job.zipf:g}; negatives are uniform",
-        "rows, gradients and scores in float32; ids of a batch travel once; popular rows spread over all ranks",
+        (
+            f"entities are heads or tails by Zipf's law with exponent {job.zipf:g}; negatives are"
+            " uniform"
+        ),
+        (
+            "rows, gradients and scores in float32; ids of a batch travel once; popular rows spread"
+            " over all ranks"
+        ),
         "of the dataset nothing: triples and labels are mapped from the disk",
     ]
     if -(-job.batch_size // job.chunk_size) < job.workers:
         lines.append(
-            f"a step has {-(-job.batch_size // job.chunk_size)} chunk(s) of {job.chunk_size} triples, so that some of "
-            f"{job.workers} ranks have none: raise the batch size to {job.workers * job.chunk_size}"
+            f"a step has {-(-job.batch_size // job.chunk_size)} chunk(s) of {job.chunk_size}"
+            f" triples, so that some of {job.workers} ranks have none: raise the batch size to"
+            f" {job.workers * job.chunk_size}"
         )
     if machine is not None:
         lines += [
             f"{machine.name}: {machine.source}",
             f"{machine.ranks_per_host} ranks a host, {FULL:.0%} of the memory in use",
-            "time: no overlap; latency grows with the logarithm of the number of ranks, which is the least that it can do",
+            (
+                "time: no overlap; latency grows with the logarithm of the number of ranks, which"
+                " is the least that it can do"
+            ),
         ]
         if found.host_bytes:
             lines.append("the host's memory is not checked: copies for checkpoints must fit there")
         if job.workers > machine.ranks_per_host and not machine.network_bandwidth:
-            lines.append("between hosts, exchange as fast as within one: nothing was measured there; give --network")
+            lines.append(
+                "between hosts, exchange as fast as within one: nothing was measured there; give"
+                " --network"
+            )
         if job.workers > machine.cores and machine.cores < machine.ranks_per_host:
             lines.append(f"{machine.cores} ranks of a host compute at once, others take turns")
     return lines

@@ -1,4 +1,7 @@
-"""``shardemb plan``: a configuration and the size of a graph, turned into what a job takes, and told in a page of text."""
+"""``shardemb plan``.
+
+A configuration and the size of a graph, turned into what a job takes, and told in a page of text.
+"""
 
 import dataclasses
 import json
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.kge.config import JobConfig
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.planning.cost_model import (
@@ -33,7 +37,14 @@ _NOT_COUNTED = {
 }
 #: settings that decide what a job takes
 _TOLD = (
-    *("model.dim", "model.reciprocal", "optimizer.name", "sampling.chunk_size", "sampling.num_negatives", "sampling.corrupt"),
+    *(
+        "model.dim",
+        "model.reciprocal",
+        "optimizer.name",
+        "sampling.chunk_size",
+        "sampling.num_negatives",
+        "sampling.corrupt",
+    ),
     "training.background_saves",
 )
 
@@ -52,7 +63,12 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
-        body = {**self.estimate.to_json(), "fewest_workers": self.fewest, "assumed": self.assumed, "torchrec": self.torchrec}
+        body = {
+            **self.estimate.to_json(),
+            "fewest_workers": self.fewest,
+            "assumed": self.assumed,
+            "torchrec": self.torchrec,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
@@ -61,10 +77,13 @@ class Plan:
         """Return a page for a person."""
         found, job, machine = self.estimate, self.estimate.job, self.estimate.machine
         lines = [
-            f"{job.entities:,} rows x {job.dim} columns, float32, {job.optimizer}, on {job.workers:,} rank(s)"
+            f"{job.entities:,} rows x {job.dim} columns, float32, {job.optimizer}, on"
+            f" {job.workers:,} rank(s)"
             + (f" of {machine.name}, {_hosts(job.workers, machine)}" if machine else ""),
-            f"a step: {job.batch_size:,} triples, {job.rank_triples:,} a rank; {job.negatives:,} negatives for each side of a "
-            f"chunk of {job.chunk_size:,}",
+            (
+                f"a step: {job.batch_size:,} triples, {job.rank_triples:,} a rank;"
+                f" {job.negatives:,} negatives for each side of a chunk of {job.chunk_size:,}"
+            ),
             "",
             "memory of a rank",
             *(f"  {name:<24}{_bytes(size):>12}" for name, size in found.memory.items() if size),
@@ -73,23 +92,38 @@ class Plan:
         if found.host_bytes:
             ranks = min(job.workers, machine.ranks_per_host) if machine else 1
             lines.append(
-                f"  {'copy on the host':<24}{_bytes(found.host_bytes):>12}  for checkpoints in the background, "
-                f"{_bytes(ranks * found.host_bytes)} a host"
+                f"  {'copy on the host':<24}{_bytes(found.host_bytes):>12}  for checkpoints in the"
+                f" background, {_bytes(ranks * found.host_bytes)} a host"
             )
         lines += [
             "",
-            f"a checkpoint: {_bytes(found.checkpoint_bytes)} in all, {found.pieces:,} file(s) a rank; on the disk with "
-            f"{job.keep} kept and one under way: {_bytes((job.keep + 1) * found.checkpoint_bytes)}",
+            (
+                f"a checkpoint: {_bytes(found.checkpoint_bytes)} in all, {found.pieces:,} file(s) a"
+                f" rank; on the disk with {job.keep} kept and one under way:"
+                f" {_bytes((job.keep + 1) * found.checkpoint_bytes)}"
+            ),
             "",
-            f"a step of a rank looks up {found.ids:,} ids, {found.distinct:,} of them distinct; all ranks touch "
-            f"{found.touched:,} rows",
+            (
+                f"a step of a rank looks up {found.ids:,} ids, {found.distinct:,} of them distinct;"
+                f" all ranks touch {found.touched:,} rows"
+            ),
         ]
         if job.workers > 1:
             lines += [
                 f"it sends {_bytes(sum(found.exchange.values()))} to others",
                 *(f"  {name:<24}{_bytes(size):>12}" for name, size in found.exchange.items()),
             ]
-        return "\n".join([*lines, "", *self._time(), *self._torchrec(), "", "assumed", *(f"  {line}" for line in self.assumed)])
+        return "\n".join(
+            [
+                *lines,
+                "",
+                *self._time(),
+                *self._torchrec(),
+                "",
+                "assumed",
+                *(f"  {line}" for line in self.assumed),
+            ]
+        )
 
     def _verdict(self) -> str:
         room, machine = self.estimate.room_bytes, self.estimate.machine
@@ -110,7 +144,9 @@ class Plan:
             *(f"  {name:<24}{1e3 * part:>9.3f} ms" for name, part in found.seconds.items()),
         ]
         if found.job.triples:
-            lines.append(f"an epoch of {found.job.triples:,} triples: {_duration(found.job.triples / rate)}")
+            lines.append(
+                f"an epoch of {found.job.triples:,} triples: {_duration(found.job.triples / rate)}"
+            )
         return lines
 
     def _torchrec(self) -> list[str]:
@@ -121,8 +157,11 @@ class Plan:
             return ["", told["error"]]
         return [
             "",
-            f"TorchRec's planner: {told['sharding_type']}, {told['compute_kernel']}, {told['ranks']:,} rank(s) with rows, "
-            f"{_bytes(told['memory_bytes'])} on the fullest; lookup, exchange and update: {1e3 * told['seconds']:,.3g} ms",
+            (
+                f"TorchRec's planner: {told['sharding_type']}, {told['compute_kernel']},"
+                f" {told['ranks']:,} rank(s) with rows, {_bytes(told['memory_bytes'])} on the"
+                f" fullest; lookup, exchange and update: {1e3 * told['seconds']:,.3g} ms"
+            ),
         ]
 
 
@@ -146,7 +185,8 @@ def plan(
         entities: of the graph.
         relations: of the graph, without reciprocal ones.
         triples: of an epoch; 0 for unknown.
-        batch_size: triples of a step of all ranks; None for the configuration's, or for a chunk a rank if that is the default.
+        batch_size: triples of a step of all ranks; None for the configuration's, or for a chunk a
+            rank if that is the default.
         workers: ranks; None for the fewest that fit, or 1 without a machine.
         zipf: exponent of how often entities are heads or tails.
         torchrec: ask TorchRec's planner too.
@@ -157,19 +197,22 @@ def plan(
     """
     sampling, training = config.sampling, config.training
     if sampling.scheme != "negatives":
-        raise ValueError(
-            f"plan: got sampling.scheme {sampling.scheme!r}, which compares with all entities in every step, expected "
-            f"'negatives': that is what a table of this size can be trained with"
+        raise InputError(
+            f"plan: got sampling.scheme {sampling.scheme!r}, which compares with all entities in"
+            " every step, expected 'negatives': that is what a table of this size can be trained"
+            " with"
         )
     for name, count in (("batch_size", batch_size), ("workers", workers)):
         if count is not None and count < 1:
-            raise ValueError(f"plan.{name}: got {count}, expected at least 1")
+            raise InputError(f"plan.{name}: got {count}, expected at least 1")
     if batch_size is None and sampling.batch_size != SamplingConfig().batch_size:
         batch_size = sampling.batch_size
     told = {"settings": ", ".join(f"{key} = {_setting(config, key)!r}" for key in _TOLD)}
     if others := [key for key, counted in _NOT_COUNTED.items() if _setting(config, key) != counted]:
         got = ", ".join(f"{key} = {_setting(config, key)!r}" for key in others)
-        told["not counted"] = f"{got}; as if it were {', '.join(repr(_NOT_COUNTED[key]) for key in others)}"
+        told["not counted"] = (
+            f"{got}; as if it were {', '.join(repr(_NOT_COUNTED[key]) for key in others)}"
+        )
     job = Job(
         entities=entities,
         relations=relations * (1 + config.model.reciprocal),
@@ -186,16 +229,23 @@ def plan(
         background_saves=training.background_saves,
         keep=training.keep,
     )
-    fewest = None if machine is None else fewest_workers(job, machine, batch_grows=batch_size is None)
+    fewest = (
+        None if machine is None else fewest_workers(job, machine, batch_grows=batch_size is None)
+    )
     if workers is None and machine is not None:
         if fewest is None:
-            raise MemoryError(
-                f"plan: {entities:,} rows x {job.dim} columns with {job.optimizer} do not fit {MOST_WORKERS:,} ranks of "
-                f"{machine.name}: use fewer columns, or more memory a rank"
+            raise OutOfMemoryError(
+                f"plan: {entities:,} rows x {job.dim} columns with {job.optimizer} do not fit"
+                f" {MOST_WORKERS:,} ranks of {machine.name}: use fewer columns, or more memory a"
+                " rank"
             )
-        job = dataclasses.replace(job, workers=fewest, batch_size=batch_size or sampling.chunk_size * fewest)
+        job = dataclasses.replace(
+            job, workers=fewest, batch_size=batch_size or sampling.chunk_size * fewest
+        )
     if workers is None:
-        told["workers"] = f"{job.workers:,}, " + ("the fewest that fit" if machine else "as nobody said how many")
+        told["workers"] = f"{job.workers:,}, " + (
+            "the fewest that fit" if machine else "as nobody said how many"
+        )
     if batch_size is None:
         told["batch size"] = f"{job.batch_size:,} triples, a chunk a rank"
     found = estimate(job, machine)
@@ -210,8 +260,9 @@ def _setting(config: JobConfig, key: str) -> Any:
 def _ask_torchrec(found: Estimate) -> dict[str, Any]:
     job, machine = found.job, found.machine
     if machine is None or found.room_bytes is None:
-        raise ValueError(
-            "plan: --torchrec needs a machine's rates: run shardemb bench calibrate, or give --device h100 or h200"
+        raise InputError(
+            "plan: --torchrec needs a machine's rates: run shardemb bench calibrate, or give"
+            " --device h100 or h200"
         )
     table = RowPlan("entity", job.entities, job.dim, job.workers)
     rates = {
@@ -221,7 +272,9 @@ def _ask_torchrec(found: Estimate) -> dict[str, Any]:
     }
     device = "cuda" if machine.gpu else "cpu"
     try:
-        return place(table, job.optimizer, device, found.room_bytes, machine.ranks_per_host, rates, found.ids)
+        return place(
+            table, job.optimizer, device, found.room_bytes, machine.ranks_per_host, rates, found.ids
+        )
     except (MemoryError, ValueError) as error:
         return {"error": str(error)}
 
@@ -232,13 +285,16 @@ def calibrated() -> Path:
 
 
 def machine_of(
-    device: str, memory: str | None = None, ranks_per_host: int | None = None, network: str | None = None
+    device: str,
+    memory: str | None = None,
+    ranks_per_host: int | None = None,
+    network: str | None = None,
 ) -> Machine | None:
     """Return a machine by name.
 
     Args:
-        device: "cpu" for what was measured here, None if nothing was; a name of :data:`~shardemb.planning.cost_model.DATA_SHEETS`; or a
-            file of measured figures.
+        device: "cpu" for what was measured here, None if nothing was; a name of
+            :data:`~shardemb.planning.cost_model.DATA_SHEETS`; or a file of measured figures.
         memory: another size, such as "80GiB".
         ranks_per_host: another number.
         network: another rate between hosts, bytes a second that a rank sends, such as "3GB".
@@ -253,19 +309,25 @@ def machine_of(
         if not calibrated().exists():
             if memory or ranks_per_host or network:
                 options = "--memory, --ranks-per-host and --network"
-                raise ValueError(f"plan: {options} need --device, or what shardemb bench calibrate measures")
+                raise InputError(
+                    f"plan: {options} need --device, or what shardemb bench calibrate measures"
+                )
             return None
         machine = Machine.load(calibrated())
     elif device.endswith(".json"):
         machine = Machine.load(Path(device))
     else:
-        raise ValueError(f"plan: got --device {device!r}, expected cpu, {', '.join(DATA_SHEETS)} or a FILE.json")
+        raise InputError(
+            f"plan: got --device {device!r}, expected cpu, {', '.join(DATA_SHEETS)} or a FILE.json"
+        )
     if memory is not None:
         machine = dataclasses.replace(machine, memory_bytes=bytes_of("--memory", memory))
     if ranks_per_host is not None:
         machine = dataclasses.replace(machine, ranks_per_host=ranks_per_host)
     if network is not None:
-        machine = dataclasses.replace(machine, network_bandwidth=float(bytes_of("--network", network)))
+        machine = dataclasses.replace(
+            machine, network_bandwidth=float(bytes_of("--network", network))
+        )
     return machine
 
 

@@ -2,15 +2,38 @@
 
 from typing import TYPE_CHECKING
 
+from shardemb.exceptions import ShardBusyError, ShardUnavailableError
 from shardemb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from shardemb.serving.export import export_table, import_table
-    from shardemb.serving.ray_service import Client, Service, ShardBusyError, ShardHealth, ShardUnavailableError, connect, serve
+    from shardemb.serving.ray_service import Client, Service, ShardHealth, connect, serve
     from shardemb.serving.store import Store, open_store
 
-__all__ = ["Client", "Service", "ShardBusyError", "ShardHealth", "ShardUnavailableError", "Store", "connect", "export_table", "import_table", "open_store", "serve"]
+__all__ = [
+    "Client",
+    "Service",
+    "ShardBusyError",
+    "ShardHealth",
+    "ShardUnavailableError",
+    "Store",
+    "connect",
+    "export_table",
+    "import_table",
+    "open_store",
+    "serve",
+]
 
-_MODULES = {"Store": "store", "open_store": "store", "export_table": "export", "import_table": "export", "connect": "ray_service", "serve": "ray_service", "Client": "ray_service", "Service": "ray_service", "ShardHealth": "ray_service", "ShardBusyError": "ray_service", "ShardUnavailableError": "ray_service"}
+_MODULES = {
+    "Store": "store",
+    "open_store": "store",
+    "export_table": "export",
+    "import_table": "export",
+    "connect": "ray_service",
+    "serve": "ray_service",
+    "Client": "ray_service",
+    "Service": "ray_service",
+    "ShardHealth": "ray_service",
+}
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,8 +1,11 @@
-"""The store as a service: row shards of a checkpoint in named Ray actors, and one client for every job of the cluster.
+"""The store as a service.
 
-A shard maps the checkpoint's files into memory and reads its own rows of every table, those that lie together in the files. So
-a shard that dies comes back with what the files hold, and nothing else has to be kept. One lookup sends one request to each
-shard that owns some of the ids, however many ids there are; very many are sent in several rounds.
+Row shards of a checkpoint in named Ray actors, and one client for every job of the cluster.
+
+A shard maps the checkpoint's files into memory and reads its own rows of every table, those that
+lie together in the files. So a shard that dies comes back with what the files hold, and nothing
+else has to be kept. One lookup sends one request to each shard that owns some of the ids, however
+many ids there are; very many are sent in several rounds.
 """
 
 import asyncio
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardemb.checkpoint.manifest import CheckpointError
+from shardemb.exceptions import CheckpointError, InputError, ShardBusyError, ShardUnavailableError
 from shardemb.launch.ray import load_ray
 from shardemb.serving.read_table import Metric, Table, Tables, best_of, scores_of
 from shardemb.serving.store import Store, open_store
@@ -36,14 +39,6 @@ _REQUEST = 1 << 25
 _LABELS = 1 << 16
 #: calls that a shard may answer beside those that wait: refusals and health
 _SPARE = 100
-
-
-class ShardUnavailableError(RuntimeError):
-    """A shard did not answer: it died, its node is away, or it cannot open the checkpoint."""
-
-
-class ShardBusyError(RuntimeError):
-    """A shard has as many requests waiting as it may."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,10 @@ class Info:
     tables: dict[str, TableInfo]
 
     def rows(self, shard: int) -> dict[str, tuple[int, int]]:
-        """Return the rows ``[first, last)`` of each table that a shard holds, in the order of the files."""
+        """Return the rows ``[first, last)`` of each table that a shard holds.
+
+        In the order of the files.
+        """
         return {
             prefix: (table.max_id * shard // self.shards, table.max_id * (shard + 1) // self.shards)
             for prefix, table in self.tables.items()
@@ -83,8 +81,14 @@ class Info:
 
     def who(self, shard: int, node: str | None) -> str:
         """Name a shard, for errors."""
-        rows = ", ".join(f"{prefix or self.tables[prefix].name} {a}-{b}" for prefix, (a, b) in self.rows(shard).items())
-        return f"store {self.name!r}, shard {shard} of {self.shards} (rows of {rows}) on node {node or 'unknown'}"
+        rows = ", ".join(
+            f"{prefix or self.tables[prefix].name} {a}-{b}"
+            for prefix, (a, b) in self.rows(shard).items()
+        )
+        return (
+            f"store {self.name!r}, shard {shard} of {self.shards} (rows of {rows}) on node"
+            f" {node or 'unknown'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,17 +116,36 @@ class ShardHealth:
 class Shard:
     """The actor: some rows of every table, read when they are asked for."""
 
-    def __init__(self, info: Info, number: int, max_pending: int, normalizers: Mapping[str, RowFunction | None] | None) -> None:
-        self._info, self._number, self._max_pending, self._normalizers = info, number, max_pending, normalizers
+    def __init__(
+        self,
+        info: Info,
+        number: int,
+        max_pending: int,
+        normalizers: Mapping[str, RowFunction | None] | None,
+    ) -> None:
+        self._info, self._number, self._max_pending, self._normalizers = (
+            info,
+            number,
+            max_pending,
+            normalizers,
+        )
         ray = load_ray()
         self._node = ray.util.get_node_ip_address()
         # what was_current_actor_reconstructed reads, which tells only whether there were any
-        self._restarts = int(ray._private.state.actors(actor_id=ray.get_runtime_context().get_actor_id())["NumRestarts"])
+        self._restarts = int(
+            ray._private.state.actors(actor_id=ray.get_runtime_context().get_actor_id())[
+                "NumRestarts"
+            ]
+        )
         # a search reads all rows of the shard: lookups do not wait for it
-        self._threads = {name: ThreadPoolExecutor(1) for name in ("lookup", "search", "ids_of", "labels_of")}
+        self._threads = {
+            name: ThreadPoolExecutor(1) for name in ("lookup", "search", "ids_of", "labels_of")
+        }
         self._pending = self._served = 0
         self._store: Store | None = None
-        with suppress(ShardUnavailableError):  # asked again at each request: a file system that was away comes back
+        with suppress(
+            ShardUnavailableError
+        ):  # asked again at each request: a file system that was away comes back
             self._opened()
 
     def _opened(self) -> Store:
@@ -131,11 +154,14 @@ class Shard:
             try:
                 store = open_store(info.path, self._normalizers)
             except (CheckpointError, OSError) as error:
-                raise self._unavailable(f"{error}: every node must see the checkpoint under this path") from None
+                raise self._unavailable(
+                    f"{error}: every node must see the checkpoint under this path"
+                ) from None
             if store.manifest.digest != info.digest:
                 raise self._unavailable(
-                    f"{info.path}: got another checkpoint than the service was started with (its manifest's sha256 is "
-                    f"{store.manifest.digest[:12]}, expected {info.digest[:12]}): put it back, or serve anew"
+                    f"{info.path}: got another checkpoint than the service was started with (its"
+                    f" manifest's sha256 is {store.manifest.digest[:12]}, expected"
+                    f" {info.digest[:12]}): put it back, or serve anew"
                 )
             self._store = store
         return self._store
@@ -169,13 +195,15 @@ class Shard:
     async def ask(self, key: tuple[str, int], what: str, *arguments: Any) -> Any:
         """Answer a request, or refuse it if too many wait."""
         if key != (self._info.digest, self._info.shards):
-            raise ValueError(
-                f"store {self._info.name!r} serves another checkpoint, or other shards, than the client knows: connect() again"
+            raise InputError(
+                f"store {self._info.name!r} serves another checkpoint, or other shards, than the"
+                " client knows: connect() again"
             )
         if self._pending >= self._max_pending:
             raise ShardBusyError(
-                f"{self._info.who(self._number, self._node)}: {self._pending} requests wait, as many as max_pending allows: "
-                f"ask for more ids in fewer calls, from fewer callers, or serve with more shards or a larger max_pending"
+                f"{self._info.who(self._number, self._node)}: {self._pending} requests wait, as"
+                " many as max_pending allows: ask for more ids in fewer calls, from fewer callers,"
+                " or serve with more shards or a larger max_pending"
             )
         self._pending += 1
         try:
@@ -219,7 +247,10 @@ class Shard:
 
 
 def _bytes(x: Tensor) -> np.ndarray:
-    """Return a tensor's memory, for dtypes that numpy lacks too; Ray moves arrays without a copy."""
+    """Return a tensor's memory, for dtypes that numpy lacks too.
+
+    Ray moves arrays without a copy.
+    """
     return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -233,7 +264,12 @@ class ServedTable(Table):
 
     def __init__(self, client: "Client", prefix: str) -> None:
         info = client.info.tables[prefix]
-        self.name, self.max_id, self.shape, self.dtype = info.name, info.max_id, info.shape, info.dtype
+        self.name, self.max_id, self.shape, self.dtype = (
+            info.name,
+            info.max_id,
+            info.shape,
+            info.dtype,
+        )
         self.path = client.info.path
         self._client, self._prefix, self._info = client, prefix, info
         ends = [client.info.rows(shard)[prefix][1] for shard in range(client.info.shards)]
@@ -246,31 +282,47 @@ class ServedTable(Table):
 
     def _ids_of(self, labels: list[str]) -> np.ndarray:
         parts = [labels[start : start + _LABELS] for start in range(0, len(labels), _LABELS)]
-        return np.concatenate([self._client._ask_any("ids_of", self._prefix, part) for part in parts])
+        return np.concatenate(
+            [self._client._ask_any("ids_of", self._prefix, part) for part in parts]
+        )
 
     def _labels_of(self, ids: Tensor) -> list[list[str]]:
         step = max(1, _LABELS // max(1, ids.shape[1]))
-        parts = [self._client._ask_any("labels_of", self._prefix, part.numpy()) for part in ids.split(step)]
+        parts = [
+            self._client._ask_any("labels_of", self._prefix, part.numpy())
+            for part in ids.split(step)
+        ]
         return [line for part in parts for line in part]
 
     def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
         # numpy: torch's threads would wait for cores that the shards of this node have
         order = (RowPermutation(self.max_id).slots(ids) if self._info.sharded else ids).numpy()
         owner = np.searchsorted(self._ends, order, side="right")
-        owned, sent = [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)], ids.numpy()
+        owned, sent = (
+            [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)],
+            ids.numpy(),
+        )
         width = math.prod(self.shape)
         step = max(1, _REQUEST // max(1, width * self.dtype.itemsize))
         out = torch.empty(len(ids), width, dtype=self.dtype)
         for start in range(0, max(map(len, owned)), step):
-            parts = {shard: where[start : start + step] for shard, where in enumerate(owned) if start < len(where)}
-            asked = {shard: ("lookup", self._prefix, sent[where], raw) for shard, where in parts.items()}
+            parts = {
+                shard: where[start : start + step]
+                for shard, where in enumerate(owned)
+                if start < len(where)
+            }
+            asked = {
+                shard: ("lookup", self._prefix, sent[where], raw) for shard, where in parts.items()
+            }
             for shard, (memory, dtype) in self._client._ask(asked).items():
                 if dtype != out.dtype:  # a normalizer of one's own
                     out = out.to(dtype)
                 _place(out, parts[shard], memory)
         return out.reshape(-1, *self.shape)
 
-    def _search(self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _search(
+        self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         step = max(1, _REQUEST // max(1, vectors[:1].nbytes, 16 * min(k, self.max_id)))
         found: list[tuple[Tensor, Tensor]] = []
         for start in range(0, max(1, len(vectors)), step):
@@ -278,7 +330,10 @@ class ServedTable(Table):
             left_out = None if exclude is None else exclude[start : start + step].numpy()
             request = ("search", self._prefix, (_bytes(part), part.dtype), k, metric, left_out)
             answers = self._client._ask(dict.fromkeys(range(self._client.info.shards), request))
-            scores, ids = (torch.tensor(np.concatenate(parts, 1)) for parts in zip(*answers.values(), strict=True))
+            scores, ids = (
+                torch.tensor(np.concatenate(parts, 1))
+                for parts in zip(*answers.values(), strict=True)
+            )
             found.append(best_of(scores, ids, k))
         scores, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
         return scores, ids
@@ -293,11 +348,14 @@ def _place(out: Tensor, where: np.ndarray, memory: np.ndarray) -> None:
 
 
 class Client(Tables[ServedTable]):
-    """Reads what a service holds; see :func:`connect`. It may be pickled into tasks of any job, and used by several threads.
+    """Reads what a service holds; see :func:`connect`.
+
+    It may be pickled into tasks of any job, and used by several threads.
 
     Attributes:
         info: what is served.
-        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round, or two with labels.
+        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round,
+            or two with labels.
         wait_s: seconds that a call waits for a shard that is away or full; 0 to raise at once.
     """
 
@@ -312,7 +370,10 @@ class Client(Tables[ServedTable]):
         return Client, (self.info, self.timeout_s, self.wait_s)
 
     def health(self, timeout_s: float = 5.0) -> list[ShardHealth]:
-        """Ask all shards how they are; one that does not answer in time is not ok. Raises nothing for it."""
+        """Ask all shards how they are; one that does not answer in time is not ok.
+
+        Raises nothing for it.
+        """
         ray, end, found = _connected(), time.monotonic() + timeout_s, []
         sent: dict[int, Any] = {}
         for shard in range(self.info.shards):
@@ -327,21 +388,28 @@ class Client(Tables[ServedTable]):
             except (ShardUnavailableError, ray.exceptions.RayError) as error:
                 self._handles.pop(shard, None)
                 text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                found.append(ShardHealth(shard, False, self.info.rows(shard), self._nodes.get(shard), error=text))
+                found.append(
+                    ShardHealth(
+                        shard, False, self.info.rows(shard), self._nodes.get(shard), error=text
+                    )
+                )
         return found
 
     def _handle(self, shard: int) -> Any:
         if shard not in self._handles:
             try:
-                self._handles[shard] = _connected().get_actor(f"{self.info.name}/{shard}", namespace=NAMESPACE)
+                self._handles[shard] = _connected().get_actor(
+                    f"{self.info.name}/{shard}", namespace=NAMESPACE
+                )
             except ValueError:
                 raise self._away(shard, "there is no such actor") from None
         return self._handles[shard]
 
     def _away(self, shard: int, why: str) -> ShardUnavailableError:
         return ShardUnavailableError(
-            f"{self.info.who(shard, self._nodes.get(shard))}: {why}: a shard comes back by itself while its service runs, so "
-            f"wait longer (wait_s={self.wait_s:g}, timeout_s={self.timeout_s:g}), look at health(), or serve {self.path} anew"
+            f"{self.info.who(shard, self._nodes.get(shard))}: {why}: a shard comes back by itself"
+            f" while its service runs, so wait longer (wait_s={self.wait_s:g},"
+            f" timeout_s={self.timeout_s:g}), look at health(), or serve {self.path} anew"
         )
 
     def _ask_any(self, *request: Any) -> Any:
@@ -349,7 +417,10 @@ class Client(Tables[ServedTable]):
         return answer
 
     def _ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Send a request to each of some shards at once, and again to those that are away or full; answers by shard, rising."""
+        """Send a request to each of some shards at once, and again to those that are away or full.
+
+        Answers by shard, rising.
+        """
         ray, start, pause = _connected(), time.monotonic(), 0.02
         answers: dict[int, Any] = {}
         while True:
@@ -357,12 +428,16 @@ class Client(Tables[ServedTable]):
             sent: dict[int, Any] = {}
             for shard in requests.keys() - answers.keys():
                 try:
-                    sent[shard] = self._handle(shard).ask.remote((self.info.digest, self.info.shards), *requests[shard])
+                    sent[shard] = self._handle(shard).ask.remote(
+                        (self.info.digest, self.info.shards), *requests[shard]
+                    )
                 except ShardUnavailableError as error:
                     failed = error
             for shard, answer in sent.items():
                 try:
-                    answers[shard] = ray.get(answer, timeout=max(0.0, start + self.timeout_s - time.monotonic()))
+                    answers[shard] = ray.get(
+                        answer, timeout=max(0.0, start + self.timeout_s - time.monotonic())
+                    )
                 except ray.exceptions.GetTimeoutError:
                     raise self._away(shard, f"got no answer within {self.timeout_s:g} s") from None
                 except ray.exceptions.RayTaskError as error:
@@ -371,7 +446,9 @@ class Client(Tables[ServedTable]):
                     failed = error.cause
                 except ray.exceptions.RayError as error:
                     self._handles.pop(shard, None)  # the name may be another actor's by now
-                    failed = self._away(shard, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                    failed = self._away(
+                        shard, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                    )
             if failed is None:
                 return dict(sorted(answers.items()))
             if time.monotonic() + pause > start + min(self.wait_s, self.timeout_s):
@@ -383,12 +460,13 @@ class Client(Tables[ServedTable]):
 def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 30.0) -> Client:
     """Find a service by its name, from any job of the cluster.
 
-    A call that meets a shard that is away, because it died and is starting again, or that is full, because ``max_pending``
-    requests wait there already, asks it again until ``wait_s`` have passed.
+    A call that meets a shard that is away, because it died and is starting again, or that is full,
+    because ``max_pending`` requests wait there already, asks it again until ``wait_s`` have passed.
 
     Args:
         name: of the service.
-        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round, or two with labels.
+        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round,
+            or two with labels.
         wait_s: seconds that it waits for a shard that is away or full; 0 to raise at once.
 
     Raises:
@@ -399,19 +477,24 @@ def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 
     try:
         handle = ray.get_actor(f"{name}/0", namespace=NAMESPACE)
     except ValueError:
-        raise ValueError(
-            f"got name {name!r}, expected one of the services that run, {_names()}: shardemb serve starts one"
+        raise InputError(
+            f"got name {name!r}, expected one of the services that run, {_names()}: shardemb serve"
+            " starts one"
         ) from None
     end = time.monotonic() + max(wait_s, 1.0)
     while True:
         try:
-            client = Client(ray.get(handle.info.remote(), timeout=max(0.0, end - time.monotonic())), timeout_s, wait_s)
+            client = Client(
+                ray.get(handle.info.remote(), timeout=max(0.0, end - time.monotonic())),
+                timeout_s,
+                wait_s,
+            )
             break
         except ray.exceptions.RayError as error:
             if time.monotonic() + 0.5 > end:
                 raise ShardUnavailableError(
-                    f"store {name!r}, shard 0: {type(error).__name__}: it did not answer within {max(wait_s, 1.0):g} s: try "
-                    f"again, or serve anew"
+                    f"store {name!r}, shard 0: {type(error).__name__}: it did not answer within"
+                    f" {max(wait_s, 1.0):g} s: try again, or serve anew"
                 ) from None
             time.sleep(0.5)
     client.health()  # so that errors can name the nodes
@@ -420,18 +503,25 @@ def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 
 
 def _names() -> list[str]:
     found = load_ray().util.list_named_actors(all_namespaces=True)
-    return sorted({actor["name"].rpartition("/")[0] for actor in found if actor["namespace"] == NAMESPACE})
+    return sorted(
+        {actor["name"].rpartition("/")[0] for actor in found if actor["namespace"] == NAMESPACE}
+    )
 
 
 def _connected() -> Any:
     ray = load_ray()
     if not ray.is_initialized():  # get_actor would connect to any cluster that it finds
-        raise ValueError("got no connection to Ray, expected one: with shardemb.launch.ray.connected('auto'), or HOST:PORT")
+        raise InputError(
+            "got no connection to Ray, expected one: with shardemb.launch.ray.connected('auto'), or"
+            " HOST:PORT"
+        )
     return ray
 
 
 class Service:
-    """The shards that this process has started; they live until :meth:`stop`, the end of the block, or of the process.
+    """The shards that this process has started.
+
+    They live until :meth:`stop`, the end of the block, or of the process.
 
     Attributes:
         info: what is served.
@@ -458,7 +548,12 @@ class Service:
     def __enter__(self) -> "Service":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
 
@@ -474,37 +569,49 @@ def serve(
 ) -> Service:
     """Serve a checkpoint's tables from row shards, one Ray actor each, spread over the nodes.
 
-    The process must be connected to Ray (:func:`shardemb.launch.ray.connected`), and every node must see the checkpoint under the
-    same path.
+    The process must be connected to Ray (:func:`shardemb.launch.ray.connected`), and every node
+    must see the checkpoint under the same path.
 
     Args:
-        path: a checkpoint, or the newest one of a run folder, as :func:`shardemb.open_store` takes it.
+        path: a checkpoint, or the newest one of a run folder, as :func:`shardemb.open_store` takes
+            it.
         shards: how many; 1 up to the rows of the largest table.
         name: by which clients find the service.
         normalizers: as for :func:`shardemb.open_store`.
-        max_pending: requests that may wait at a shard, from all clients together; more are refused, and clients ask again.
+        max_pending: requests that may wait at a shard, from all clients together; more are refused,
+            and clients ask again.
         resources: of a shard, as options of a Ray actor (default: ``{"num_cpus": 1}``).
         timeout_s: seconds that the shards may take to start.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged one.
-        ValueError: a remote path, no connection to Ray, a name in use, shards or ``max_pending`` out of range.
-        ShardUnavailableError: a shard did not start in time, or its node does not see this checkpoint.
+        ValueError: a remote path, no connection to Ray, a name in use, shards or ``max_pending``
+            out of range.
+        ShardUnavailableError: a shard did not start in time, or its node does not see this
+            checkpoint.
     """
     ray = _connected()
     if not name or "/" in name:
-        raise ValueError(f"got name {name!r}, expected one without '/'")
+        raise InputError(f"got name {name!r}, expected one without '/'")
     if max_pending < 1:
-        raise ValueError(f"got max_pending={max_pending}, expected at least 1")
-    store = open_store(path if "://" in str(path) else Path(path).resolve(), normalizers)  # workers have another working directory
+        raise InputError(f"got max_pending={max_pending}, expected at least 1")
+    store = open_store(
+        path if "://" in str(path) else Path(path).resolve(), normalizers
+    )  # workers have another working directory
     if not 1 <= shards <= store.table.max_id:
-        raise ValueError(
-            f"{store.path}: got {shards} shards, expected 1 to {store.table.max_id}, the rows of the largest table"
+        raise InputError(
+            f"{store.path}: got {shards} shards, expected 1 to {store.table.max_id}, the rows of"
+            " the largest table"
         )
     if name in _names():
-        raise ValueError(f"got name {name!r}, which is in use by a service on this cluster: end that one, or give another name")
+        raise InputError(
+            f"got name {name!r}, which is in use by a service on this cluster: end that one, or"
+            " give another name"
+        )
     tables = {
-        prefix: TableInfo(table.name, table.max_id, table.shape, table.dtype, table.sharded, table.labelled)
+        prefix: TableInfo(
+            table.name, table.max_id, table.shape, table.dtype, table.sharded, table.labelled
+        )
         for prefix, table in store.tables.items()
     }
     info = Info(name, store.path, store.manifest.digest, store.step, shards, tables)
@@ -520,14 +627,19 @@ def serve(
         if late:
             shard = asked.index(late[0])
             raise ShardUnavailableError(
-                f"{info.who(shard, None)}: did not start within {timeout_s:g} s ({len(ready)} of {shards} did): it asks for "
-                f"{dict(resources or {'num_cpus': 1})}, free in the cluster is {ray.available_resources()}"
+                f"{info.who(shard, None)}: did not start within {timeout_s:g} s ({len(ready)} of"
+                f" {shards} did): it asks for {dict(resources or {'num_cpus': 1})}, free in the"
+                f" cluster is {ray.available_resources()}"
             )
         for shard, answer in enumerate(asked):
             try:
                 health = ray.get(answer)
-            except ray.exceptions.RayError as error:  # a node without this package, or with another version of it
-                raise ShardUnavailableError(f"{info.who(shard, None)}: did not start: {error}") from error
+            except (
+                ray.exceptions.RayError
+            ) as error:  # a node without this package, or with another version of it
+                raise ShardUnavailableError(
+                    f"{info.who(shard, None)}: did not start: {error}"
+                ) from error
             if not health.ok:
                 raise ShardUnavailableError(health.error)
     except BaseException:

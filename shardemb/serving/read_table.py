@@ -1,4 +1,7 @@
-"""What can be asked of tables that are only read, wherever their rows lie: rows, neighbours, labels."""
+"""What can be asked of tables that are only read, wherever their rows lie.
+
+Rows, neighbours, labels.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardemb.checkpoint.manifest import CheckpointError
+from shardemb.exceptions import (
+    CheckpointError,
+    IdRangeError,
+    InputError,
+    InputTypeError,
+    UnknownNameError,
+)
 
 Metric = Literal["cosine", "dot", "l2"]
 #: ids or labels, one or many
@@ -64,8 +73,13 @@ class Table(ABC):
         """Return rows ``(n, *shape)`` for ids ``(n,)`` in range."""
 
     @abstractmethod
-    def _search(self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return scores, the higher the nearer, and ids ``(q, k)`` as :func:`best_of` does; -inf for those left out."""
+    def _search(
+        self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores, the higher the nearer, and ids ``(q, k)`` as :func:`best_of` does.
+
+        -inf for those left out.
+        """
 
     def ids(self, keys: Keys) -> Tensor:
         """Return int64 ids for ids or labels of any shape.
@@ -77,21 +91,28 @@ class Table(ABC):
         """
         where = f"{self.path}: table {self.name!r}"
         labels = [keys] if isinstance(keys, str) else keys
-        if isinstance(labels, Sequence) and labels and all(isinstance(label, str) for label in labels):
+        if (
+            isinstance(labels, Sequence)
+            and labels
+            and all(isinstance(label, str) for label in labels)
+        ):
             if not self.labelled:
-                raise KeyError(f"{where}: got a label, but there is no vocabulary beside the checkpoint: give ids")
+                raise UnknownNameError(
+                    f"{where}: got a label, but there is no vocabulary beside the checkpoint:"
+                    " give ids"
+                )
             try:
                 found = torch.from_numpy(self._ids_of([str(label) for label in labels]))
             except KeyError as error:
-                raise KeyError(f"{where}: {error.args[0]}") from None
+                raise UnknownNameError(f"{where}: {error.args[0]}") from None
             return found[0] if isinstance(keys, str) else found
         ids = torch.as_tensor(keys)
         if ids.dtype not in (torch.int32, torch.int64) and ids.numel():
-            raise TypeError(f"{where}: got keys of {ids.dtype}, expected integers or labels")
+            raise InputTypeError(f"{where}: got keys of {ids.dtype}, expected integers or labels")
         ids = ids.long()
         if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.max_id):
             bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise IndexError(f"{where}: got id {bad}, expected 0 <= id < {self.max_id}")
+            raise IdRangeError(f"{where}: got id {bad}, expected 0 <= id < {self.max_id}")
         return ids
 
     @torch.no_grad()
@@ -112,13 +133,17 @@ class Table(ABC):
         return self._look_up(ids.reshape(-1), raw).reshape(*ids.shape, *self.shape)
 
     @torch.no_grad()
-    def nearest(self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True) -> Nearest:
+    def nearest(
+        self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True
+    ) -> Nearest:
         """Find the nearest rows exactly, by comparing with all of them.
 
         Args:
-            query: ids or labels, one or ``(q,)``; or a floating point or complex tensor ``(q, *shape)`` of vectors.
+            query: ids or labels, one or ``(q,)``; or a floating point or complex tensor ``(q,
+                *shape)`` of vectors.
             k: how many.
-            metric: "cosine" (0 for a zero row), "dot" (complex: the real part of the Hermitian product), or "l2", the distance.
+            metric: "cosine" (0 for a zero row), "dot" (complex: the real part of the Hermitian
+                product), or "l2", the distance.
             exclude_query: leave the rows that were asked for out.
 
         Raises:
@@ -126,12 +151,17 @@ class Table(ABC):
             KeyError, IndexError, TypeError: as :meth:`ids`.
         """
         if metric not in ("cosine", "dot", "l2") or k < 1:
-            raise ValueError(f"got metric={metric!r}, k={k}, expected 'cosine', 'dot' or 'l2', and at least 1")
+            raise InputError(
+                f"got metric={metric!r}, k={k}, expected 'cosine', 'dot' or 'l2', and at least 1"
+            )
         exclude = None
         if isinstance(query, Tensor) and (query.is_floating_point() or query.is_complex()):
             vectors = query
             if tuple(vectors.shape[1:]) != self.shape or not vectors.dim():
-                raise ValueError(f"table {self.name!r}: got vectors of shape {tuple(query.shape)}, expected (q, *{self.shape})")
+                raise InputError(
+                    f"table {self.name!r}: got vectors of shape {tuple(query.shape)}, expected (q,"
+                    f" *{self.shape})"
+                )
         else:
             ids = self.ids(query).reshape(-1)
             vectors, exclude = self.lookup(ids), ids if exclude_query else None
@@ -165,7 +195,9 @@ class Tables(Generic[AnyTable]):
         try:
             return self.tables[name]
         except KeyError:
-            raise KeyError(f"{self.path}: got table {name!r}, expected one of {sorted(self.tables)}") from None
+            raise UnknownNameError(
+                f"{self.path}: got table {name!r}, expected one of {sorted(self.tables)}"
+            ) from None
 
     @property
     def table(self) -> AnyTable:
@@ -179,16 +211,29 @@ class Tables(Generic[AnyTable]):
         return (self.table if table is None else self[table]).lookup(keys, raw)
 
     def nearest(
-        self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True, table: str | None = None
+        self,
+        query: Any,
+        k: int = 10,
+        metric: Metric = "cosine",
+        exclude_query: bool = True,
+        table: str | None = None,
     ) -> Nearest:
-        """Find the nearest rows of a table, by default of :attr:`table`; see :meth:`Table.nearest`."""
-        return (self.table if table is None else self[table]).nearest(query, k, metric, exclude_query)
+        """Find the nearest rows of a table, by default of :attr:`table`.
+
+        See :meth:`Table.nearest`.
+        """
+        return (self.table if table is None else self[table]).nearest(
+            query, k, metric, exclude_query
+        )
 
 
 def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k highest of scores ``(q, n)``, falling, and their ids; of equal scores those of the smallest ids, rising.
+    """Return the k highest of scores ``(q, n)``, falling, and their ids.
 
-    So the best of all rows do not depend on how the rows were parted, as topk's choice among equal scores does.
+    Of equal scores those of the smallest ids, rising.
+
+    So the best of all rows do not depend on how the rows were parted, as topk's choice among equal
+    scores does.
 
     Args:
         scores: ``(q, n)``.
@@ -196,7 +241,9 @@ def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: how many; fewer if there are fewer.
     """
     ids, n, k = ids.expand(scores.shape), scores.shape[1], min(k, scores.shape[1])
-    best, found = scores.topk(min(k + 1, n), dim=1)  # one more, which tells whether there are more of the last score
+    best, found = scores.topk(
+        min(k + 1, n), dim=1
+    )  # one more, which tells whether there are more of the last score
     tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1).tolist() if 0 < k < n else []
     best, found = best[:, :k], ids.gather(1, found[:, :k])
     for line in tied:
@@ -210,7 +257,10 @@ def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def scores_of(queries: Tensor, metric: Metric) -> Callable[[Tensor], Tensor]:
-    """Return what maps rows ``(n, *shape)`` to their scores for queries ``(q, *shape)``, ``(q, n)``, the higher the nearer."""
+    """Return what maps rows ``(n, *shape)`` to their scores for queries ``(q, *shape)``, ``(q.
+
+    N)``, the higher the nearer.
+    """
     flat = _real(queries)
 
     def scores(rows: Tensor) -> Tensor:
@@ -220,7 +270,9 @@ def scores_of(queries: Tensor, metric: Metric) -> Callable[[Tensor], Tensor]:
         product = flat @ other.T
         if metric == "dot":
             return product
-        return product / (flat.norm(dim=1, keepdim=True) * other.norm(dim=1)).clamp_min(torch.finfo(flat.dtype).tiny)
+        return product / (flat.norm(dim=1, keepdim=True) * other.norm(dim=1)).clamp_min(
+            torch.finfo(flat.dtype).tiny
+        )
 
     return scores
 

@@ -1,4 +1,7 @@
-"""Reading without training: a checkpoint's tables, memory-mapped, in one process without a process group."""
+"""Reading without training.
+
+A checkpoint's tables, memory-mapped, in one process without a process group.
+"""
 
 import math
 import mmap
@@ -12,10 +15,11 @@ import torch
 from torch import Tensor
 
 from shardemb import kernels
-from shardemb.checkpoint.manifest import CheckpointError, Manifest, SavedShard, Verify, checkpoints
+from shardemb.checkpoint.manifest import Manifest, SavedShard, Verify, checkpoints
 from shardemb.checkpoint.manifest import verify as verify_all
 from shardemb.checkpoint.safetensors_io import Layout
 from shardemb.checkpoint.storage import Location, is_remote
+from shardemb.exceptions import CheckpointError, InputError
 from shardemb.serving.read_table import Metric, Nearest, Table, Tables, best_of, scores_of
 from shardemb.sharding.placement import RowPermutation
 from shardemb.transforms import resolve_normalizer
@@ -30,25 +34,31 @@ _LABELS = {"entity": "entities.arrow", "relation": "relations.arrow"}
 
 
 def open_store(
-    path: str | Path, normalizers: Mapping[str, RowFunction | None] | None = None, verify: Verify | None = None
+    path: str | Path,
+    normalizers: Mapping[str, RowFunction | None] | None = None,
+    verify: Verify | None = None,
 ) -> "Store":
     """Open a checkpoint, or the newest one of a run folder, to be read.
 
-    Files are mapped into memory, so that opening costs the same at any size, and rows are read when they are asked for.
+    Files are mapped into memory, so that opening costs the same at any size, and rows are read when
+    they are asked for.
 
     Args:
-        path: a checkpoint ``step-N``, a folder of such, or a run folder, whose ``entities.arrow`` and ``relations.arrow``
-            give the labels.
-        normalizers: by table; for those whose normalizer the checkpoint cannot name, because it is a function of your own.
-        verify: check "sha256" or "size" of all files first; None checks sizes alone of what is opened.
+        path: a checkpoint ``step-N``, a folder of such, or a run folder, whose ``entities.arrow``
+            and ``relations.arrow`` give the labels.
+        normalizers: by table; for those whose normalizer the checkpoint cannot name, because it is
+            a function of your own.
+        verify: check "sha256" or "size" of all files first; None checks sizes alone of what is
+            opened.
 
     Raises:
         CheckpointError: no checkpoint there, or one that is damaged as far as it was looked at.
         ValueError: a URI: only local files can be mapped into memory.
     """
     if is_remote(path):
-        raise ValueError(
-            f"got {str(path)!r}, expected a local path: files of an object store cannot be mapped into memory, copy them"
+        raise InputError(
+            f"got {str(path)!r}, expected a local path: files of an object store cannot be mapped"
+            " into memory, copy them"
         )
     return Store(newest(Path(str(path).removeprefix("file://"))), normalizers or {}, verify)
 
@@ -62,19 +72,29 @@ def newest(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     found: list[Location] = []
-    for folder in (path, path / "best", path / "checkpoints"):  # best: what a run with patience has gone back to
+    for folder in (
+        path,
+        path / "best",
+        path / "checkpoints",
+    ):  # best: what a run with patience has gone back to
         found = found or checkpoints(folder)
     if not found:
         raise CheckpointError(
-            f"{path}: got no finished checkpoint there, expected step-N with a manifest.json, or a run folder"
+            f"{path}: got no finished checkpoint there, expected step-N with a manifest.json, or a"
+            " run folder"
         )
     return Path(found[-1])
 
 
 class Store(Tables["StoredTable"]):
-    """The tables of one checkpoint, read-only; see :func:`open`. It maps table names to :class:`StoredTable`."""
+    """The tables of one checkpoint, read-only; see :func:`open`.
 
-    def __init__(self, path: Path, normalizers: Mapping[str, RowFunction | None], verify: Verify | None) -> None:
+    It maps table names to :class:`StoredTable`.
+    """
+
+    def __init__(
+        self, path: Path, normalizers: Mapping[str, RowFunction | None], verify: Verify | None
+    ) -> None:
         self.path = path
         self.manifest = Manifest(path) if verify is None else verify_all(path, verify)
         values = self.manifest.values
@@ -83,7 +103,10 @@ class Store(Tables["StoredTable"]):
         self.state: dict[str, Any] = values["state"]
         unknown = normalizers.keys() - values["tables"].keys()
         if unknown:
-            raise CheckpointError(f"{path}: got a normalizer for {sorted(unknown)}, expected one of {sorted(values['tables'])}")
+            raise CheckpointError(
+                f"{path}: got a normalizer for {sorted(unknown)}, expected one of"
+                f" {sorted(values['tables'])}"
+            )
         self.tables = {
             prefix: StoredTable(self, prefix, told, normalizers.get(prefix, _SAVED))
             for prefix, told in values["tables"].items()
@@ -97,7 +120,12 @@ class StoredTable(Table):
     """A table of a checkpoint, its files mapped into memory."""
 
     def __init__(self, store: Store, prefix: str, told: Mapping[str, Any], normalizer: Any) -> None:
-        self.name, self.max_id, self.shape, self.path = told["name"], told["max_id"], tuple(told["shape"]), store.path
+        self.name, self.max_id, self.shape, self.path = (
+            told["name"],
+            told["max_id"],
+            tuple(told["shape"]),
+            store.path,
+        )
         self.is_complex: bool = told["complex"]
         self._store, self._prefix = store, prefix
         self._saved_normalizer, self._normalizer = told["normalizer"], normalizer
@@ -121,34 +149,54 @@ class StoredTable(Table):
         saved = self._saved_normalizer
         if saved is not None and saved["name"] is None:
             raise CheckpointError(
-                f"{self._store.path}: table {self.name!r} was trained with the normalizer {saved['function']}, a function of "
-                f"your own: give it, normalizers={{{self._prefix!r}: ...}}, or None for the rows as they are stored"
+                f"{self._store.path}: table {self.name!r} was trained with the normalizer"
+                f" {saved['function']}, a function of your own: give it,"
+                f" normalizers={{{self._prefix!r}: ...}}, or None for the rows as they are stored"
             )
         return None if saved is None else resolve_normalizer(saved["name"], saved["kwargs"])
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """The labels of the rows, from the run folder; None if there are none. Opened when they are first asked for."""
-        alone = len(self._store.manifest.values["tables"]) == 1  # then the labels are its own, whatever its name
+        """The labels of the rows, from the run folder; None if there are none.
+
+        Opened when they are first asked for.
+        """
+        alone = (
+            len(self._store.manifest.values["tables"]) == 1
+        )  # then the labels are its own, whatever its name
         name = _LABELS.get(self._prefix, _LABELS["entity"] if alone else None)
         for folder in (self._store.path.parent, self._store.path.parent.parent) if name else ():
             path = folder / str(name)
             if path.is_file():
                 vocabulary = Vocabulary.load(path)
-                if self.max_id not in (len(vocabulary), 2 * len(vocabulary)):  # with reciprocal relations
-                    raise CheckpointError(f"{path}: got {len(vocabulary)} labels for {self.max_id} rows of table {self.name!r}")
+                if self.max_id not in (
+                    len(vocabulary),
+                    2 * len(vocabulary),
+                ):  # with reciprocal relations
+                    raise CheckpointError(
+                        f"{path}: got {len(vocabulary)} labels for {self.max_id} rows of table"
+                        f" {self.name!r}"
+                    )
                 expected = self._store.manifest.values["fingerprints"].get(path.stem)
                 if expected is not None and vocabulary.fingerprint != expected:
-                    raise CheckpointError(f"{path}: got other labels than the rows of {self._store.path} were trained with")
+                    raise CheckpointError(
+                        f"{path}: got other labels than the rows of {self._store.path} were trained"
+                        " with"
+                    )
                 return vocabulary
         return None
 
     def label(self, row: int) -> str:
-        """Return the label of a row, or its id as text; those past the vocabulary are reciprocal relations."""
+        """Return the label of a row, or its id as text.
+
+        Those past the vocabulary are reciprocal relations.
+        """
         vocabulary, known = self.vocabulary, len(self.vocabulary or ())
         if vocabulary is None or row >= 2 * known:
             return str(row)
-        return vocabulary.label(row) if row < known else f"inverse of {vocabulary.label(row - known)}"
+        return (
+            vocabulary.label(row) if row < known else f"inverse of {vocabulary.label(row - known)}"
+        )
 
     @property
     def labelled(self) -> bool:
@@ -172,7 +220,9 @@ class StoredTable(Table):
         if len(self._rows) == 1:
             return kernels.take(self._rows[0], order.contiguous())
         out = torch.empty(
-            len(ids), self._rows[0].shape[1] if self._rows else 0, dtype=self._rows[0].dtype if self._rows else None
+            len(ids),
+            self._rows[0].shape[1] if self._rows else 0,
+            dtype=self._rows[0].dtype if self._rows else None,
         )
         which = torch.searchsorted(self._firsts, order, right=True) - 1
         for number in which.unique().tolist():
@@ -181,7 +231,11 @@ class StoredTable(Table):
         return out
 
     def _as_seen(self, stored: Tensor, raw: bool = False) -> Tensor:
-        x = stored.reshape(len(stored), *self.shape, 2) if self.is_complex else stored.reshape(len(stored), *self.shape)
+        x = (
+            stored.reshape(len(stored), *self.shape, 2)
+            if self.is_complex
+            else stored.reshape(len(stored), *self.shape)
+        )
         if self.is_complex:
             x = torch.view_as_complex(x)
         return x if raw or self.normalizer is None else self.normalizer(x)
@@ -190,7 +244,10 @@ class StoredTable(Table):
         return self._as_seen(self.stored(ids), raw)
 
     def chunks(self, raw: bool = False, shown: str = "") -> Iterator[tuple[Tensor, Tensor]]:
-        """Go over ids ``(n,)`` and rows ``(n, *shape)`` in the order of the ids; ``shown`` names a progress bar."""
+        """Go over ids ``(n,)`` and rows ``(n, *shape)`` in the order of the ids.
+
+        ``shown`` names a progress bar.
+        """
         step = max(1, _CHUNK // max(1, self._width))
         starts = range(0, self.max_id, step)
         for start in progress(starts, shown, self.max_id / max(1, len(starts)), bool(shown)):
@@ -203,8 +260,16 @@ class StoredTable(Table):
         return self._rows[0].shape[1] if self._rows else 0
 
     @torch.no_grad()
-    def best(self, scores: Callable[[Tensor], Tensor], k: int, exclude: Tensor | None = None, queries: int = 1) -> Nearest:
-        """Find the rows of the highest scores among all, chunk by chunk in the order in which they lie on the disk.
+    def best(
+        self,
+        scores: Callable[[Tensor], Tensor],
+        k: int,
+        exclude: Tensor | None = None,
+        queries: int = 1,
+    ) -> Nearest:
+        """Find the rows of the highest scores among all.
+
+        Chunk by chunk in the order in which they lie on the disk.
 
         Args:
             scores: maps rows ``(n, *shape)`` to ``(q, n)``.
@@ -224,7 +289,9 @@ class StoredTable(Table):
         exclude: Tensor | None = None,
         queries: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`best` among rows ``[first, last)`` in the order of the files; what is left out has the score -inf.
+        """As :meth:`best` among rows ``[first, last)`` in the order of the files.
+
+        What is left out has the score -inf.
 
         Returns:
             Scores and ids ``(q, k)``, as :func:`shardemb.serving.read_table.best_of`.
@@ -244,7 +311,9 @@ class StoredTable(Table):
                 best, found = best_of(torch.cat([best, new], 1), torch.cat([found, ids], 1), k)
         return best, found
 
-    def _search(self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _search(
+        self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return self.best_among(0, self.max_id, scores_of(vectors, metric), k, exclude, len(vectors))
 
 
@@ -264,5 +333,9 @@ def map_rows(path: Path, layout: Layout) -> Tensor:
         return torch.empty(layout.shape, dtype=layout.dtype)
     with path.open("rb") as file:
         # private: the file stays as it is, whatever happens to the tensor
-        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(mapped, dtype=layout.dtype, count=count, offset=layout.start).reshape(layout.shape)
+        mapped = mmap.mmap(
+            file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
+    return torch.frombuffer(mapped, dtype=layout.dtype, count=count, offset=layout.start).reshape(
+        layout.shape
+    )

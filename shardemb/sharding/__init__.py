@@ -1,1 +1,4 @@
-"""Row-sharded tables: who owns which row, the exchange between ranks, and the memory and update of a shard."""
+"""Row-sharded tables.
+
+Who owns which row, the exchange between ranks, and the memory and update of a shard.
+"""

@@ -1,13 +1,18 @@
-"""One lookup's way between ranks: ids to the owners of their rows, rows back, gradients by the exact transpose.
+"""One lookup's way between ranks.
 
-With one rank nothing is communicated. With several, a forward makes three collectives and a backward one:
+Ids to the owners of their rows, rows back, gradients by the exact transpose.
 
-1. counts, all to all: how many ids each rank asks of each other one; -1 says that the sender's ids are bad, so that all
-   ranks raise the same error instead of waiting for each other. So do they if the message is of another lookup than their
-   own. A few ids travel in the same message, and so do as many as the lookup before had, if they are not too many;
-2. ids, all to all, if there are more: as row numbers of the owner's shard, each once unless told otherwise;
-3. rows, all to all, then a permutation back into the order of the ids. Backward runs 3. the other way, and adds up the
-   gradients of an id before they travel.
+With one rank nothing is communicated. With several, a forward makes three collectives and a
+backward one:
+
+1. counts, all to all: how many ids each rank asks of each other one; -1 says that the sender's ids
+   are bad, so that all ranks raise the same error instead of waiting for each other. So do they if
+   the message is of another lookup than their own. A few ids travel in the same message, and so do
+   as many as the lookup before had, if they are not too many;
+2. ids, all to all, if there are more: as row numbers of the owner's shard, each once unless told
+   otherwise;
+3. rows, all to all, then a permutation back into the order of the ids. Backward runs 3. the other
+   way, and adds up the gradients of an id before they travel.
 
 Every rank takes part in every lookup, with an empty batch if it has no ids, and in every backward.
 """
@@ -24,28 +29,40 @@ from torch.nn import functional as F
 
 from shardemb import kernels
 from shardemb.comm import collectives, watchdog
+from shardemb.exceptions import IdRangeError, IdTypeError, UsageError
 from shardemb.kernels import Merged
 from shardemb.sharding.placement import RowPlan
-from shardemb.utils.types import GradientReduction, IdTypeError
+from shardemb.utils.types import GradientReduction
 
-#: ids for one rank that fit into the message that says how many there are: a message of 512 bytes, as fast as one of 8
+#: ids for one rank that fit into the message that says how many there are: a message of 512 bytes,
+#: as fast as one of 8
 _FEW = 61
-#: ids for one rank that the message has room for at most, if the lookup before had so many: padding costs bytes
+#: ids for one rank that the message has room for at most, if the lookup before had so many: padding
+#: costs bytes
 _MANY = 4096
-#: numbers before them: how many ids follow, or -1; the most that the sender asks of any rank; which lookup it is
+#: numbers before them: how many ids follow, or -1; the most that the sender asks of any rank; which
+#: lookup it is
 _HEAD = 3
 
-_ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (IndexError, IdTypeError, AttributeError)}
+_ERRORS: dict[str, type[Exception]] = {
+    e.__name__: e for e in (IndexError, IdTypeError, AttributeError)
+}
 
 
 class _Room:
-    """How many ids for one rank the next message of a group has room for; what all ranks have seen alone changes it."""
+    """How many ids for one rank the next message of a group has room for.
+
+    What all ranks have seen alone changes it.
+    """
 
     def __init__(self) -> None:
         self.ids, self._calm = _FEW, 0
 
     def adapt(self, most: int) -> None:
-        """Make room for as many ids as the lookup had at most, and an eighth more; less after 16 lookups of half of it."""
+        """Make room for as many ids as the lookup had at most, and an eighth more.
+
+        Less after 16 lookups of half of it.
+        """
         self._calm = self._calm + 1 if most < self.ids // 2 else 0
         if self.ids < most <= _MANY or self._calm > 16:
             self.ids, self._calm = max(_FEW, most + most // 8), 0
@@ -65,7 +82,8 @@ class Route:
 
     #: (M,) rows of this rank's shard that all ranks together ask for, in order of the asking rank
     rows: Tensor
-    #: (n,) where the answer to this rank's i-th id stands among the rows that come back; None with one rank
+    #: (n,) where the answer to this rank's i-th id stands among the rows that come back; None with
+    #: one rank
     permutation: Tensor | None
     #: ids that this rank sent to each rank
     sent: list[int]
@@ -84,8 +102,8 @@ class Route:
         return self
 
 
-#: A line for each rank (_HEAD numbers, then the ids if these are few), and what a Route has: ids per rank, their row numbers
-#: ``(n,)``, the way back, the duplicates.
+#: A line for each rank (_HEAD numbers, then the ids if these are few), and what a Route has: ids
+#: per rank, their row numbers ``(n,)``, the way back, the duplicates.
 _ToSend = tuple[Tensor, list[int], Tensor, Tensor, Merged | None]
 
 
@@ -108,8 +126,8 @@ class Exchange:
     Args:
         plan: where the rows lie; its world size is the group's.
         group: process group; None with one rank.
-        reduction: "mean" divides the gradients that arrive by the number of ranks, as DistributedDataParallel does;
-            "sum" leaves them.
+        reduction: "mean" divides the gradients that arrive by the number of ranks, as
+            DistributedDataParallel does; "sum" leaves them.
         deduplicate: send each id of a batch once, and its summed gradient back.
         wire_dtype: float16 or bfloat16 in which rows and gradients travel; None for their own.
     """
@@ -138,16 +156,23 @@ class Exchange:
         plan = self.plan
         where = f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}"
         if not isinstance(ids, Tensor):
-            return AttributeError(f"{where}: got ids of type {type(ids).__name__}, expected a torch.Tensor of integers")
+            return AttributeError(
+                f"{where}: got ids of type {type(ids).__name__}, expected a torch.Tensor of"
+                " integers"
+            )
         if ids.dtype not in (torch.int32, torch.int64):
-            return IdTypeError(f"{where}: got ids of dtype {ids.dtype}, expected torch.int64 or torch.int32: convert them")
+            return IdTypeError(
+                f"{where}: got ids of dtype {ids.dtype}, expected torch.int64 or torch.int32:"
+                " convert them"
+            )
         if ids.numel():
             least, most = torch.aminmax(ids)
             low, high = least.item(), most.item()
             if low < 0 or high >= plan.num_rows:
                 bad = low if low < 0 else high
-                return IndexError(
-                    f"{where}: index out of range: got id {bad} among {ids.numel()} ids, expected 0 <= id < {plan.num_rows}"
+                return IdRangeError(
+                    f"{where}: index out of range: got id {bad} among {ids.numel()} ids, expected 0"
+                    f" <= id < {plan.num_rows}"
                 )
         return None
 
@@ -161,30 +186,42 @@ class Exchange:
 
         Raises:
             IndexError: an id out of range, on all ranks.
-            IdTypeError: ids that are not int32 or int64, on all ranks; it is a TypeError and a RuntimeError.
+            IdTypeError: ids that are not int32 or int64, on all ranks; it is a TypeError and a
+                RuntimeError.
             AttributeError: ids that are not a tensor, on all ranks.
         """
         error = self.check(ids)
         if self.plan.world_size == 1:
             if error is not None:
                 raise error
-            rows = ids.to(device, torch.int64).contiguous()  # FBGEMM would read a strided tensor as if it were dense
-            if not wait:  # the caller may fill the same tensor with the next ids before these are looked up
+            rows = ids.to(
+                device, torch.int64
+            ).contiguous()  # FBGEMM would read a strided tensor as if it were dense
+            if (
+                not wait
+            ):  # the caller may fill the same tensor with the next ids before these are looked up
                 rows = rows.clone()
             return Route(rows, None, [len(rows)], [len(rows)])
         world_size, room = self.plan.world_size, _room_of(self.group)
         self._lookup += 1
-        # for a few ids of a few ranks Python's own numbers take half the time of a tensor's operators
+        # for a few ids of a few ranks Python's own numbers take half the time of a tensor's
+        # operators
         small = device.type == "cpu" and world_size * _FEW <= 1024
         if error is not None:
             message = torch.full((world_size, _HEAD + room.ids), -1, device=device)
         else:
             slots = self.plan.slots(ids.to(device, torch.int64)).contiguous()
-            merge = self._merge_few if self.deduplicate and small and len(slots) <= _FEW else self._merge_many
+            merge = (
+                self._merge_few
+                if self.deduplicate and small and len(slots) <= _FEW
+                else self._merge_many
+            )
             message, sent, local, permutation, merged = merge(slots, room.ids)
         answer = torch.empty_like(message)
         self.sent_bytes += message.numel() * message.itemsize * (world_size - 1) // world_size
-        collectives.all_to_all(answer, message, group=self.group, operation=self._operation("counts"))
+        collectives.all_to_all(
+            answer, message, group=self.group, operation=self._operation("counts")
+        )
         few = small and room.ids == _FEW
         lines = answer.tolist() if few else answer[:, :_HEAD].tolist()
         received = [line[0] for line in lines]
@@ -197,14 +234,24 @@ class Exchange:
         room.adapt(most)
         if fits:
             if few:
-                rows = torch.tensor([row for line in lines for row in line[_HEAD : _HEAD + line[0]]], dtype=torch.int64)
+                rows = torch.tensor(
+                    [row for line in lines for row in line[_HEAD : _HEAD + line[0]]],
+                    dtype=torch.int64,
+                )
             else:
-                rows = torch.cat([line[_HEAD : _HEAD + count] for line, count in zip(answer, received, strict=True)])
+                rows = torch.cat(
+                    [
+                        line[_HEAD : _HEAD + count]
+                        for line, count in zip(answer, received, strict=True)
+                    ]
+                )
             return Route(rows, permutation, sent, received, merged)
         rows = local.new_empty(sum(received))
         self.sent_bytes += (len(local) - sent[self.plan.rank]) * local.itemsize
         operation = self._operation("ids")
-        work = collectives.all_to_all(rows, local, received, sent, group=self.group, operation=operation, wait=wait)
+        work = collectives.all_to_all(
+            rows, local, received, sent, group=self.group, operation=operation, wait=wait
+        )
         return Route(rows, permutation, sent, received, merged, [] if wait else [work])
 
     def _operation(self, what: str) -> str:
@@ -218,9 +265,13 @@ class Exchange:
         mine = (self.plan.table, self._lookup, watchdog.step())
         told = collectives.gather(mine, group=self.group, operation=self._operation("which one?"))
         each = "; ".join(
-            f"rank {rank} lookup {number} of table {name!r} in step {step}" for rank, (name, number, step) in enumerate(told)
+            f"rank {rank} lookup {number} of table {name!r} in step {step}"
+            for rank, (name, number, step) in enumerate(told)
         )
-        raise RuntimeError(f"ranks are in different lookups: {each}: every rank must look up the same tables in the same order")
+        raise UsageError(
+            f"ranks are in different lookups: {each}: every rank must look up the same tables in"
+            " the same order"
+        )
 
     def _merge_few(self, slots: Tensor, room: int) -> _ToSend:
         numbers = slots.tolist()
@@ -229,16 +280,29 @@ class Exchange:
         for slot in unique:
             lines[slot // self.plan.block].append(slot % self.plan.block)
         sent = [len(line) for line in lines]
-        message = torch.tensor([[len(line), max(sent), self._mark, *line, *[-1] * (_FEW - len(line))] for line in lines])
+        message = torch.tensor(
+            [
+                [len(line), max(sent), self._mark, *line, *[-1] * (_FEW - len(line))]
+                for line in lines
+            ]
+        )
         message = F.pad(message, (0, room - _FEW), value=-1)
         local = torch.tensor([row for line in lines for row in line], dtype=torch.int64)
         places = {slot: place for place, slot in enumerate(unique)}
         inverse = torch.tensor([places[slot] for slot in numbers], dtype=torch.int64)
         none = slots[:0]
-        return message, sent, local, inverse, Merged(torch.tensor(unique, dtype=torch.int64), inverse, none, none)
+        return (
+            message,
+            sent,
+            local,
+            inverse,
+            Merged(torch.tensor(unique, dtype=torch.int64), inverse, none, none),
+        )
 
     def _merge_many(self, slots: Tensor, room: int) -> _ToSend:
-        counts, local, permutation, merged = self._merge(slots) if self.deduplicate else self._bucketize(slots)
+        counts, local, permutation, merged = (
+            self._merge(slots) if self.deduplicate else self._bucketize(slots)
+        )
         sent = counts.tolist()
         message = torch.full((len(sent), _HEAD + room), -1, device=slots.device)
         message[:, 0], message[:, 1], message[:, 2] = counts, max(sent), self._mark
@@ -248,18 +312,29 @@ class Exchange:
         return message, sent, local, permutation, merged
 
     def check_everywhere(self, ids: Any, device: torch.device) -> None:
-        """Raise on all ranks what the ids of any rank deserve: :meth:`send_ids` without sending. A collective."""
+        """Raise on all ranks what the ids of any rank deserve: :meth:`send_ids` without sending.
+
+        A collective.
+        """
         error = self.check(ids)
         if self.plan.world_size > 1:
             bad = torch.tensor(int(error is not None), device=device)
-            collectives.all_reduce(bad, collectives.MAX, group=self.group, operation=self._operation("are all ids good?"))
+            collectives.all_reduce(
+                bad,
+                collectives.MAX,
+                group=self.group,
+                operation=self._operation("are all ids good?"),
+            )
             if bad:
                 self._raise_everywhere(error)
         elif error is not None:
             raise error
 
     def _merge(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Merged]:
-        """As :meth:`_bucketize`, each slot once: ascending slots are in the order of their owners."""
+        """As :meth:`_bucketize`, each slot once.
+
+        Ascending slots are in the order of their owners.
+        """
         plan = self.plan
         merged = kernels.merge(slots, plan.num_rows)
         if self._bounds is None or self._bounds.device != slots.device:
@@ -268,7 +343,10 @@ class Exchange:
         return counts, merged.unique % plan.block, merged.inverse, merged
 
     def _bucketize(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Return ids per owner ``(W,)``, row numbers within the owner's shard ``(n,)``, and their permutation ``(n,)``."""
+        """Return ids per owner ``(W,)``, row numbers within the owner's shard ``(n,)``.
+
+        And their permutation ``(n,)``.
+        """
         import fbgemm_gpu  # noqa: F401  # registers the operator
 
         lengths, local, _, _, permutation = torch.ops.fbgemm.block_bucketize_sparse_features(
@@ -295,14 +373,21 @@ class Exchange:
             route: of the lookup.
             wait: return when they have arrived; otherwise :meth:`arrive` waits.
         """
-        return RowsUnderWay(route, rows, *self._transfer(rows.detach(), route.sent, route.received, "rows", wait))
+        return RowsUnderWay(
+            route, rows, *self._transfer(rows.detach(), route.sent, route.received, "rows", wait)
+        )
 
     def arrive(self, way: RowsUnderWay) -> Tensor:
         """Return the rows ``(n, D)`` in the order of the ids."""
         return _ReturnRows.apply(way.looked_up, way, self)
 
-    def _transfer(self, rows: Tensor, received: list[int], sent: list[int], what: str, wait: bool = True) -> tuple[Tensor, Any]:
-        """Start an all-to-all of rows ``(sum(sent), D)``; return where they arrive, as they travel, and what to wait for."""
+    def _transfer(
+        self, rows: Tensor, received: list[int], sent: list[int], what: str, wait: bool = True
+    ) -> tuple[Tensor, Any]:
+        """Start an all-to-all of rows ``(sum(sent), D)``.
+
+        Return where they arrive, as they travel, and what to wait for.
+        """
         if self.wire_dtype is not None and self.wire_dtype.itemsize < rows.itemsize:
             rows = rows.to(self.wire_dtype).view(torch.uint8)  # which every backend can send
         arriving = kernels.empty((sum(received), rows.shape[1]), rows.dtype, rows.device)
@@ -310,7 +395,9 @@ class Exchange:
             return arriving, None
         rows, operation = rows.contiguous(), self._operation(what)
         self.sent_bytes += (len(rows) - sent[self.plan.rank]) * rows.shape[1] * rows.itemsize
-        work = collectives.all_to_all(arriving, rows, received, sent, group=self.group, operation=operation, wait=wait)
+        work = collectives.all_to_all(
+            arriving, rows, received, sent, group=self.group, operation=operation, wait=wait
+        )
         return arriving, work
 
     def _received(self, arriving: Tensor, work: Any, dtype: torch.dtype) -> Tensor:
@@ -322,7 +409,10 @@ class Exchange:
 
 
 def message_bytes(world_size: int, ids: float) -> float:
-    """Return what a rank sends to others to ask for distinct ids, spread evenly: at most so many, where their number varies."""
+    """Return what a rank sends to others to ask for distinct ids, spread evenly.
+
+    At most so many, where their number varies.
+    """
     each = ids / world_size
     most = each + 3 * math.sqrt(each)
     numbers = _HEAD + max(_FEW, most * 9 / 8) if most <= _MANY else _HEAD + _FEW + each
@@ -334,7 +424,9 @@ class _ReturnRows(torch.autograd.Function):
     def forward(ctx: Any, looked_up: Tensor, way: RowsUnderWay, exchange: Exchange) -> Tensor:
         ctx.route, ctx.exchange = way.route, exchange
         assert way.route.permutation is not None
-        return kernels.take(exchange._received(way.arriving, way.work, looked_up.dtype), way.route.permutation)
+        return kernels.take(
+            exchange._received(way.arriving, way.work, looked_up.dtype), way.route.permutation
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -345,5 +437,7 @@ class _ReturnRows(torch.autograd.Function):
         else:
             by_owner = kernels.empty(grad.shape, grad.dtype, grad.device)
             kernels.put(by_owner, route.permutation, grad)
-        rows = exchange._received(*exchange._transfer(by_owner, route.received, route.sent, "gradients"), grad.dtype)
+        rows = exchange._received(
+            *exchange._transfer(by_owner, route.received, route.sent, "gradients"), grad.dtype
+        )
         return (rows if exchange._scale == 1 else rows.mul_(exchange._scale)), None, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardemb import kernels
+from shardemb.exceptions import InputError, UsageError
 from shardemb.optim import FusedOptimizer
 from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.table import Table
@@ -23,8 +24,9 @@ class _Pending:
 class FusedTable(Table):
     """A shard in FBGEMM's table-batched embeddings, which update the rows in backward.
 
-    On CPU the lookup is a bag of one id each under PoolingMode.SUM: the same rows and gradients as PoolingMode.NONE at
-    0.1 to 0.7 of its time. FBGEMM wants columns in multiples of 4; the padding stays inside this class.
+    On CPU the lookup is a bag of one id each under PoolingMode.SUM: the same rows and gradients as
+    PoolingMode.NONE at 0.1 to 0.7 of its time. FBGEMM wants columns in multiples of 4; the padding
+    stays inside this class.
     """
 
     _tbe: Any
@@ -41,14 +43,15 @@ class FusedTable(Table):
     ) -> None:
         super().__init__(plan, track)
         if dtype not in (torch.float32, torch.float16):
-            raise ValueError(
-                f"table {plan.table!r}: got dtype {dtype} with gradient='fused', FBGEMM trains float32 and float16: "
-                f"use one of these, or gradient='sparse'"
+            raise InputError(
+                f"table {plan.table!r}: got dtype {dtype} with gradient='fused', FBGEMM trains"
+                " float32 and float16: use one of these, or gradient='sparse'"
             )
         self.optimizer, self.trainable = optimizer, trainable
         #: of the next backward
         self.learning_rate = optimizer.lr
-        #: whether a second lookup before the backward of the first gives another result than the sum of both gradients
+        #: whether a second lookup before the backward of the first gives another result than the
+        #: sum of both gradients
         self._one_lookup = optimizer.name != "sgd"
         self._build(dtype, device)
 
@@ -56,11 +59,18 @@ class FusedTable(Table):
         """Make FBGEMM's module, and :attr:`weight`, which is a view of its rows."""
         plan = self.plan
         columns = max(4, -(-plan.dim // 4) * 4)
-        # FBGEMM's row-wise mean runs over the padding too: a smaller rate and eps give the rule for the real columns.
-        self._mean_share = plan.dim / columns if self.optimizer.name == "rowwise_adagrad" and plan.dim else 1.0
+        # FBGEMM's row-wise mean runs over the padding too: a smaller rate and eps give the rule for
+        # the real columns.
+        self._mean_share = (
+            plan.dim / columns if self.optimizer.name == "rowwise_adagrad" and plan.dim else 1.0
+        )
         tbe = self._make_tbe(columns, dtype, device)
-        self.__dict__["_tbe"] = tbe  # no submodule: its parameters are not for an optimizer, nor for the state dict
-        self.register_buffer("weight", tbe.split_embedding_weights()[0][: plan.num_local, : plan.dim])
+        self.__dict__["_tbe"] = (
+            tbe  # no submodule: its parameters are not for an optimizer, nor for the state dict
+        )
+        self.register_buffer(
+            "weight", tbe.split_embedding_weights()[0][: plan.num_local, : plan.dim]
+        )
         self._offsets = torch.arange(1, device=device)
         self._pending: weakref.ref[_Pending] | None = None
 
@@ -79,13 +89,18 @@ class FusedTable(Table):
             "eps": self.optimizer.eps * math.sqrt(self._mean_share),
             "output_dtype": SparseType.from_dtype(dtype),
             "stochastic_rounding": False,
-            "bounds_check_mode": BoundsCheckMode.NONE,  # it would set bad ids to 0; the exchange has checked them
+            "bounds_check_mode": (
+                BoundsCheckMode.NONE
+            ),  # it would set bad ids to 0; the exchange has checked them
         }
 
     def _make_tbe(self, columns: int, dtype: torch.dtype, device: torch.device) -> Any:
         """Return FBGEMM's module for this rank's rows."""
         from fbgemm_gpu.split_embedding_configs import SparseType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+            EmbeddingLocation,
+            PoolingMode,
+        )
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
             ComputeDevice,
             SplitTableBatchedEmbeddingBagsCodegen,
@@ -110,15 +125,22 @@ class FusedTable(Table):
         )
         if not cuda:
             shape = tbe.weights_host.shape
-            tbe.weights_host.data = tbe.weights_host.new_empty(0)  # freed before the same comes in large pages
+            tbe.weights_host.data = tbe.weights_host.new_empty(
+                0
+            )  # freed before the same comes in large pages
             tbe.weights_host.data = kernels.empty(shape, dtype, device).zero_()
         return tbe
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy rows and optimizer state; FBGEMM's module is made anew by whoever takes them."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_tbe", "_pending")}
+        state = {
+            key: value for key, value in self.__dict__.items() if key not in ("_tbe", "_pending")
+        }
         state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "weight"}
-        return state | {"_rows": self.weight.detach().clone(), "_optimizer_state": self.optimizer_state()}
+        return state | {
+            "_rows": self.weight.detach().clone(),
+            "_optimizer_state": self.optimizer_state(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rows, optimizer_state = state.pop("_rows"), state.pop("_optimizer_state")
@@ -128,20 +150,26 @@ class FusedTable(Table):
             self.weight.copy_(rows)
         self.load_optimizer_state(optimizer_state)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
         # FBGEMM owns the memory: rows are copied into it, also with load_state_dict(assign=True)
-        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args
+        )
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; backward updates the rows.
 
         Raises:
-            RuntimeError: a second lookup before the backward of the first, when that gives another result than the sum of
-                both gradients (any optimizer but SGD).
+            RuntimeError: a second lookup before the backward of the first, when that gives another
+                result than the sum of both gradients (any optimizer but SGD).
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return kernels.take(self.weight, rows)
-        return self._await_backward(self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows)))))
+        return self._await_backward(
+            self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows))))
+        )
 
     @property
     def _waits_for_backward(self) -> bool:
@@ -149,12 +177,16 @@ class FusedTable(Table):
         return waiting is not None and not waiting.done
 
     def _trained(self, rows: Tensor, engine: Callable[[], Tensor]) -> Tensor:
-        """Return :meth:`lookup`'s rows from ``engine``, which gives ``(n, columns)``, padding included."""
+        """Return :meth:`lookup`'s rows from ``engine``, which gives ``(n, columns)``.
+
+        Padding included.
+        """
         if self._one_lookup and self._waits_for_backward:
-            raise RuntimeError(
-                f"table {self.plan.table!r}: a second lookup before the backward of the first would make two "
-                f"{self.optimizer.name} updates of a row in one step: look all ids up at once (torch.cat), use "
-                f"gradient='sparse', or take rows that are not trained under torch.no_grad()"
+            raise UsageError(
+                f"table {self.plan.table!r}: a second lookup before the backward of the first would"
+                f" make two {self.optimizer.name} updates of a row in one step: look all ids up at"
+                " once (torch.cat), use gradient='sparse', or take rows that are not trained under"
+                " torch.no_grad()"
             )
         if len(rows):
             out = engine()
@@ -216,8 +248,8 @@ class FusedTable(Table):
         super()._apply(fn, recurse)
         if self.weight.data_ptr() != before.data_ptr() or self.weight.dtype != before.dtype:
             self.weight = before
-            raise RuntimeError(
-                f"table {self.plan.table!r}: FBGEMM's rows cannot be moved or converted: make the Embedding with the "
-                f"device and dtype it shall have"
+            raise UsageError(
+                f"table {self.plan.table!r}: FBGEMM's rows cannot be moved or converted: make the"
+                " Embedding with the device and dtype it shall have"
             )
         return self

@@ -1,10 +1,12 @@
 """Who owns which row, and whether it fits.
 
-On several ranks a table's rows lie in the order of their *slots*, a permutation of the ids that depends on the number of rows
-alone, and each rank owns a contiguous block of ``ceil(V / W)`` slots, the only layout that TorchRec's row-wise input
-distribution knows (with any other it trains the wrong rows). So ids that are in order of popularity, as they are when they
-are given at first sight, spread over the ranks: with Zipf's law the fullest of 8 shards gets a few percent more than the
-mean, instead of 2.4 times as much. The last ranks may own fewer rows, or none. One rank alone keeps its rows in order of ids.
+On several ranks a table's rows lie in the order of their *slots*, a permutation of the ids that
+depends on the number of rows alone, and each rank owns a contiguous block of ``ceil(V / W)`` slots,
+the only layout that TorchRec's row-wise input distribution knows (with any other it trains the
+wrong rows). So ids that are in order of popularity, as they are when they are given at first sight,
+spread over the ranks: with Zipf's law the fullest of 8 shards gets a few percent more than the
+mean, instead of 2.4 times as much. The last ranks may own fewer rows, or none. One rank alone keeps
+its rows in order of ids.
 """
 
 import math
@@ -15,39 +17,52 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.utils.memory import free_bytes
 
 if TYPE_CHECKING:
     from torchrec.distributed.types import ParameterSharding
 
 
-#: the golden ratio's fractional part: its multiples fill the unit interval more evenly than random numbers do (Knuth, TAOCP 3,
-#: section 6.4, Fibonacci hashing)
+#: the golden ratio's fractional part: its multiples fill the unit interval more evenly than random
+#: numbers do (Knuth, TAOCP 3, section 6.4, Fibonacci hashing)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class RowPermutation:
-    """The permutation ``slot = (id * multiplier + offset) mod V``, with a multiplier near ``V`` times the golden ratio."""
+    """The permutation ``slot = (id * multiplier + offset) mod V``.
+
+    With a multiplier near ``V`` times the golden ratio.
+    """
 
     #: ``V``, at most 2^40
     num_rows: int
 
     def __post_init__(self) -> None:
         if self.num_rows > 1 << 40:
-            raise ValueError(f"got {self.num_rows:,} rows, expected at most 2^40: products of row numbers would overflow")
+            raise InputError(
+                f"got {self.num_rows:,} rows, expected at most 2^40: products of row numbers would"
+                " overflow"
+            )
 
     @cached_property
     def multiplier(self) -> int:
         """Coprime to ``V``."""
         near = round(self.num_rows * _GOLDEN)
         return next(
-            m for step in range(self.num_rows + 1) for m in (near + step, near - step) if math.gcd(m, self.num_rows) <= 1
+            m
+            for step in range(self.num_rows + 1)
+            for m in (near + step, near - step)
+            if math.gcd(m, self.num_rows) <= 1
         )
 
     @property
     def offset(self) -> int:
-        """Keeps ids 0 and 5 off the same eighth: the load of 2, 4, 8, 16 shards is 0.5 to 3 percent lower than without."""
+        """Keeps ids 0 and 5 off the same eighth.
+
+        The load of 2, 4, 8, 16 shards is 0.5 to 3 percent lower than without.
+        """
         return self.num_rows // 20
 
     def slots(self, ids: Tensor) -> Tensor:
@@ -58,7 +73,10 @@ class RowPermutation:
         """Map slots ``(n,)`` back to ids."""
         if not self.num_rows:
             return slots
-        return self._times((slots + self.num_rows - self.offset) % self.num_rows, pow(self.multiplier, -1, self.num_rows))
+        return self._times(
+            (slots + self.num_rows - self.offset) % self.num_rows,
+            pow(self.multiplier, -1, self.num_rows),
+        )
 
     def _times(self, x: Tensor, factor: int, plus: int = 0) -> Tensor:
         if self.num_rows < 1 << 31:
@@ -84,9 +102,12 @@ class RowPlan:
 
     def __post_init__(self) -> None:
         if self.num_rows < 0 or self.dim < 0:
-            raise ValueError(f"table {self.table!r}: got {self.num_rows} rows of {self.dim} columns, expected none below 0")
+            raise InputError(
+                f"table {self.table!r}: got {self.num_rows} rows of {self.dim} columns, expected"
+                " none below 0"
+            )
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"table {self.table!r}: got rank {self.rank} of {self.world_size}")
+            raise InputError(f"table {self.table!r}: got rank {self.rank} of {self.world_size}")
 
     @cached_property
     def spread(self) -> RowPermutation | None:
@@ -102,7 +123,10 @@ class RowPlan:
         return self.slots(ids) // self.block
 
     def owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the places ``(m,)`` of those ids ``(n,)`` that this rank owns, and their row numbers ``(m,)`` in its shard."""
+        """Return the places ``(m,)`` of those ids ``(n,)`` that this rank owns.
+
+        And their row numbers ``(m,)`` in its shard.
+        """
         rows = self.slots(ids) - self.first
         here = ((rows >= 0) & (rows < self.num_local)).nonzero().squeeze(1)
         return here, rows[here]
@@ -119,7 +143,10 @@ class RowPlan:
         return max(1, -(-self.num_rows // self.world_size))
 
     def range_of(self, rank: int) -> tuple[int, int]:
-        """Return the slots ``[first, last)`` that ``rank`` owns; empty past the end of the table."""
+        """Return the slots ``[first, last)`` that ``rank`` owns.
+
+        Empty past the end of the table.
+        """
         return min(rank * self.block, self.num_rows), min((rank + 1) * self.block, self.num_rows)
 
     @property
@@ -145,20 +172,31 @@ class RowPlan:
         """
         need, free = self.local_bytes(itemsize, state_bytes_per_row), free_bytes(device)
         if free is not None and need > free:
-            raise MemoryError(
-                f"table {self.table!r}, rank {self.rank} of {self.world_size}: {self.num_local:,} rows x {self.dim} columns "
-                f"need {need:,} bytes on {device}, {free:,} are free: use more ranks, fewer columns or a smaller dtype"
+            raise OutOfMemoryError(
+                f"table {self.table!r}, rank {self.rank} of {self.world_size}: {self.num_local:,}"
+                f" rows x {self.dim} columns need {need:,} bytes on {device}, {free:,} are free:"
+                " use more ranks, fewer columns or a smaller dtype"
             )
 
     def parameter_sharding(self, device: str = "cpu") -> "ParameterSharding":
-        """Describe this placement, of slots, to TorchRec: its row-wise sharding, one ShardMetadata a rank."""
+        """Describe this placement, of slots, to TorchRec.
+
+        Its row-wise sharding, one ShardMetadata a rank.
+        """
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-        from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingType, ShardMetadata
+        from torchrec.distributed.types import (
+            EnumerableShardingSpec,
+            ParameterSharding,
+            ShardingType,
+            ShardMetadata,
+        )
 
         shards = []
         for rank in range(self.world_size):
             first, last = self.range_of(rank)
-            shards.append(ShardMetadata([first, 0], [last - first, self.dim], f"rank:{rank}/{device}"))
+            shards.append(
+                ShardMetadata([first, 0], [last - first, self.dim], f"rank:{rank}/{device}")
+            )
         return ParameterSharding(
             sharding_type=ShardingType.ROW_WISE.value,
             compute_kernel=EmbeddingComputeKernel.FUSED.value,

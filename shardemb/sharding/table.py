@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from shardemb import kernels
+from shardemb.exceptions import UsageError
 from shardemb.kernels import CHUNK_ROWS
 from shardemb.optim import moves_touched_rows_only, why_refused
 from shardemb.sharding.placement import RowPlan
@@ -20,7 +24,10 @@ from shardemb.utils.types import RowFunction
 
 
 class _RowSet:
-    """Row numbers of a shard, collected batch by batch; all rows once there are as many, when a pass over all is no dearer."""
+    """Row numbers of a shard, collected batch by batch.
+
+    All rows once there are as many, when a pass over all is no dearer.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
@@ -92,21 +99,32 @@ class Table(nn.Module):
         return self.weight.device
 
     def _here(self) -> tuple[int, ...]:
-        """Return the first slot, one past the last, how many the whole table has, and the order of the slots."""
+        """Return the first slot, one past the last, how many the whole table has.
+
+        And the order of the slots.
+        """
         plan = self.plan
         order = (plan.spread.multiplier, plan.spread.offset) if plan.spread is not None else ()
         return (plan.first, plan.first + plan.num_local, plan.num_rows, *order)
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """Return ``(n, D)`` for row numbers ``(n,)`` of this shard, which the caller has checked."""
+        """Return ``(n, D)`` for row numbers ``(n,)`` of this shard.
+
+        Which the caller has checked.
+        """
         raise NotImplementedError
 
     def set_learning_rate(self, lr: float) -> None:
         """Change the learning rate of the updates that backward makes."""
-        raise RuntimeError(f"table {self.plan.table!r} is not fused: set the learning rate in its optimizer")
+        raise UsageError(
+            f"table {self.plan.table!r} is not fused: set the learning rate in its optimizer"
+        )
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return what backward's optimizer keeps for each row, ``(R, ...)`` by name; loading takes the same."""
+        """Return what backward's optimizer keeps for each row, ``(R, ...)`` by name.
+
+        Loading takes the same.
+        """
         return {}
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
@@ -141,9 +159,10 @@ class Table(nn.Module):
             saved = tuple(state_dict[key].tolist())
             if saved != here:
                 error_msgs.append(
-                    f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got rows {saved[0]} to {saved[1]} of "
-                    f"{saved[2]}, expected {here[0]} to {here[1]} of {here[2]}: to load at another number of ranks use "
-                    f"shardemb.checkpoint, or save Embedding.full_state_dict()"
+                    f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got rows"
+                    f" {saved[0]} to {saved[1]} of {saved[2]}, expected {here[0]} to {here[1]} of"
+                    f" {here[2]}: to load at another number of ranks use shardemb.checkpoint, or"
+                    " save Embedding.full_state_dict()"
                 )
                 return
         elif isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == plan.num_rows:
@@ -152,13 +171,15 @@ class Table(nn.Module):
                 state_dict[key] = self.rows
         elif isinstance(weight, Tensor) and plan.world_size > 1:
             error_msgs.append(
-                f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got a whole table of shape "
-                f"{tuple(weight.shape)}, expected {(plan.num_rows, plan.dim)}"
+                f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got a whole table of"
+                f" shape {tuple(weight.shape)}, expected {(plan.num_rows, plan.dim)}"
             )
             return
         if plan.world_size == 1:
             state_dict.pop(key, None)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.touch_all()
 
     def _watch(self, out: Tensor, rows: Tensor) -> None:
@@ -171,7 +192,9 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def constrain_(self, function: RowFunction, changed_only: bool) -> int:
-        """Apply ``function`` on ``(n, D)`` in place, to all rows or to those that changed since the last call.
+        """Apply ``function`` on ``(n, D)`` in place.
+
+        To all rows or to those that changed since the last call.
 
         Returns:
             The number of rows that it was applied to.
@@ -187,15 +210,28 @@ class Table(nn.Module):
         return len(weight)
 
     def _take_changed(self) -> Tensor | None:
-        """Return the rows ``(n,)`` that changed since the last call, each once; None for all rows."""
+        """Return the rows ``(n,)`` that changed since the last call, each once.
+
+        None for all rows.
+        """
         return self._changed.take()
 
 
 class ParameterTable(Table):
-    """A shard whose ``weight`` is an ordinary Parameter, with a dense or a sparse (COO) gradient."""
+    """A shard whose ``weight`` is an ordinary Parameter.
+
+    With a dense or a sparse (COO) gradient.
+    """
 
     def __init__(
-        self, plan: RowPlan, *, sparse: bool, trainable: bool, dtype: torch.dtype, device: torch.device, track: bool
+        self,
+        plan: RowPlan,
+        *,
+        sparse: bool,
+        trainable: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        track: bool,
     ) -> None:
         super().__init__(plan, track)
         plan.check_fits(dtype.itemsize, device)
@@ -214,7 +250,9 @@ class ParameterTable(Table):
         self._waiting.add(rows)
 
     def after_step(self, moved_others: bool, constrained: bool) -> None:
-        """Take the rows that an optimizer has updated as changed: those in the gradient, however they came there.
+        """Take the rows that an optimizer has updated as changed.
+
+        Those in the gradient, however they came there.
 
         Args:
             moved_others: the optimizer changed other rows too.
@@ -224,19 +262,26 @@ class ParameterTable(Table):
             return
         grad = self.weight.grad
         self._waiting.clear()
-        if moved_others or (grad is not None and not grad.is_sparse):  # dense: from a loss on the weight itself
+        if moved_others or (
+            grad is not None and not grad.is_sparse
+        ):  # dense: from a loss on the weight itself
             self.touch_all()
         elif grad is not None and not constrained:
             self._changed.add(grad._indices()[0])
 
     def _take_changed(self) -> Tensor | None:
-        # rows that still wait stay so: their update may come after this call, or came from no torch.optim optimizer
+        # rows that still wait stay so: their update may come after this call, or came from no
+        # torch.optim optimizer
         self._changed.merge(self._waiting)
         return super()._take_changed()
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; the gradient adds up in ``weight.grad``."""
-        out = _SparseLookup.apply(self.weight, rows) if self.sparse else F.embedding(rows, self.weight)
+        out = (
+            _SparseLookup.apply(self.weight, rows)
+            if self.sparse
+            else F.embedding(rows, self.weight)
+        )
         self._watch(out, rows)
         return out
 
@@ -254,7 +299,12 @@ class _SparseLookup(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(rows[None], kernels.contiguous(grad), ctx.shape, check_invariants=False), None
+        return (
+            torch.sparse_coo_tensor(
+                rows[None], kernels.contiguous(grad), ctx.shape, check_invariants=False
+            ),
+            None,
+        )
 
 
 _TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
@@ -275,7 +325,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         grad = table.weight.grad
         why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
         if why is not None:
-            raise RuntimeError(f"table {table.plan.table!r}: {why}")
+            raise UsageError(f"table {table.plan.table!r}: {why}")
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -286,5 +336,6 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 # torch's own messages name neither the table nor a way out
 register_optimizer_step_pre_hook(_before_step)
-# each optimizer's step tells the tables: post_parameter_update alone cannot know whether rows were updated before it
+# each optimizer's step tells the tables: post_parameter_update alone cannot know whether rows were
+# updated before it
 register_optimizer_step_post_hook(_after_step)

@@ -1,14 +1,18 @@
-"""The second backend: one table as TorchRec's ShardedEmbeddingCollection, placed by TorchRec's planner.
+"""The second backend.
 
-TorchRec exchanges ids and rows; what it gets wrong by itself is put right here: it sees checked ids only, rows are padded
-to equal blocks (it trains wrong rows with others), and its division of gradients, a global of the process, is undone or done
-so that the table's own reduction holds. The update is FBGEMM's, as in :class:`~shardemb.sharding.fused_table.FusedTable`.
+One table as TorchRec's ShardedEmbeddingCollection, placed by TorchRec's planner.
 
-With several replicas (2D parallelism) each group of ranks holds all rows and trains on its own batches, and
-:meth:`TorchRecTable.synchronize_replicas` averages the rows that moved, and their optimizer state.
+TorchRec exchanges ids and rows; what it gets wrong by itself is put right here: it sees checked ids
+only, rows are padded to equal blocks (it trains wrong rows with others), and its division of
+gradients, a global of the process, is undone or done so that the table's own reduction holds. The
+update is FBGEMM's, as in :class:`~shardemb.sharding.fused_table.FusedTable`.
 
-A program that uses PyKEEN too imports it first: PyKEEN collects all classes of optimizers by name when it is imported, and
-fails on two of TorchRec's that have the same one.
+With several replicas (2D parallelism) each group of ranks holds all rows and trains on its own
+batches, and :meth:`TorchRecTable.synchronize_replicas` averages the rows that moved, and their
+optimizer state.
+
+A program that uses PyKEEN too imports it first: PyKEEN collects all classes of optimizers by name
+when it is imported, and fails on two of TorchRec's that have the same one.
 """
 
 import os
@@ -23,6 +27,7 @@ from torch.nn import functional as F
 
 from shardemb import kernels
 from shardemb.comm import collectives, watchdog
+from shardemb.exceptions import InputError, OutOfMemoryError, UsageError
 from shardemb.kernels import Merged
 from shardemb.sharding.exchange import Exchange
 from shardemb.sharding.fused_table import FusedTable
@@ -42,31 +47,46 @@ _SYNC_ROWS = 65536
 class TorchRecOptions:
     """What TorchRec does with a table, with ``Embedding(backend="torchrec", torchrec=...)``."""
 
-    #: "fused": rows on the device; on CUDA also "fused_uvm": rows in host memory that the device reads, and
-    #: "fused_uvm_caching": the same with a cache on the device, which every constrainer step and every read writes back
+    #: "fused": rows on the device; on CUDA also "fused_uvm": rows in host memory that the device
+    #: reads, and "fused_uvm_caching": the same with a cache on the device, which every constrainer
+    #: step and every read writes back
     compute_kernel: str = "fused"
     #: part of the rows that fit the cache, with "fused_uvm_caching"; None for TorchRec's 0.2
     cache_load_factor: float | None = None
-    #: bytes a rank that the planner may use for the rows and their optimizer state, where they lie; None for what is free
+    #: bytes a rank that the planner may use for the rows and their optimizer state, where they lie;
+    #: None for what is free
     memory_bytes: int | None = None
-    #: ranks that share the rows; the others hold replicas of them (2D parallelism); None for all ranks
+    #: ranks that share the rows; the others hold replicas of them (2D parallelism); None for all
+    #: ranks
     sharding_group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.compute_kernel not in _KERNELS:
-            raise ValueError(f"TorchRecOptions: got compute_kernel={self.compute_kernel!r}, expected one of {_KERNELS}")
+            raise InputError(
+                f"TorchRecOptions: got compute_kernel={self.compute_kernel!r}, expected one of"
+                f" {_KERNELS}"
+            )
         if self.cache_load_factor is not None:
             if not 0 < self.cache_load_factor <= 1:
-                raise ValueError(f"TorchRecOptions: got cache_load_factor={self.cache_load_factor}, expected 0 < x <= 1")
+                raise InputError(
+                    f"TorchRecOptions: got cache_load_factor={self.cache_load_factor}, expected 0 <"
+                    " x <= 1"
+                )
             if self.compute_kernel != "fused_uvm_caching":
-                raise ValueError(
-                    f"TorchRecOptions: got cache_load_factor={self.cache_load_factor} with "
-                    f"compute_kernel={self.compute_kernel!r}, which has no cache: use 'fused_uvm_caching'"
+                raise InputError(
+                    f"TorchRecOptions: got cache_load_factor={self.cache_load_factor} with"
+                    f" compute_kernel={self.compute_kernel!r}, which has no cache: use"
+                    " 'fused_uvm_caching'"
                 )
         if self.memory_bytes is not None and self.memory_bytes <= 0:
-            raise ValueError(f"TorchRecOptions: got memory_bytes={self.memory_bytes}, expected a number above 0")
+            raise InputError(
+                f"TorchRecOptions: got memory_bytes={self.memory_bytes}, expected a number above 0"
+            )
         if self.sharding_group_size is not None and self.sharding_group_size < 1:
-            raise ValueError(f"TorchRecOptions: got sharding_group_size={self.sharding_group_size}, expected at least 1")
+            raise InputError(
+                f"TorchRecOptions: got sharding_group_size={self.sharding_group_size}, expected at"
+                " least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -94,34 +114,41 @@ class Groups:
 
 
 def make_groups(table: str, group: Any, options: TorchRecOptions, device: torch.device) -> Groups:
-    """Make the groups of a table over ``group`` (None: the default group). A collective of all ranks with replicas.
+    """Make the groups of a table over ``group`` (None: the default group).
+
+    A collective of all ranks with replicas.
 
     Raises:
         RuntimeError: no process group.
-        ValueError: a sharding group size that does not divide the number of ranks, or that comes with a group of one's own.
+        ValueError: a sharding group size that does not divide the number of ranks, or that comes
+            with a group of one's own.
     """
     if not dist.is_initialized():
-        raise RuntimeError(
-            f"table {table!r}: backend='torchrec' needs a process group, got none: call "
-            f"torch.distributed.init_process_group first (also with one process), or use backend='fbgemm'"
+        raise UsageError(
+            f"table {table!r}: backend='torchrec' needs a process group, got none: call"
+            " torch.distributed.init_process_group first (also with one process), or use"
+            " backend='fbgemm'"
         )
     everyone: Any = dist.group.WORLD if group is None else group
     size, world_size = options.sharding_group_size, dist.get_world_size(everyone)
     if size is None or size == world_size:
         return Groups(everyone, everyone)
     if group is not None or world_size % size:
-        raise ValueError(
-            f"table {table!r}: got sharding_group_size={size} over {world_size} ranks of "
-            f"{'the default group' if group is None else 'a process group of its own'}, expected a divisor of the number of "
-            f"ranks, and the default group"
+        raise InputError(
+            f"table {table!r}: got sharding_group_size={size} over {world_size} ranks of"
+            f" {'the default group' if group is None else 'a process group of its own'}, expected a"
+            " divisor of the number of ranks, and the default group"
         )
     from torch.distributed.device_mesh import DeviceMesh
 
-    # the layout of TorchRec's DMPCollection: replicas lie side by side, so that they tend to share a machine
+    # the layout of TorchRec's DMPCollection: replicas lie side by side, so that they tend to share
+    # a machine
     ranks = torch.arange(world_size).reshape(size, world_size // size).T.contiguous()
     mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "shard"))
     groups = Groups(everyone, mesh.get_group("shard"), mesh.get_group("replicate"), mesh)
-    timeout = everyone._get_backend(device).options._timeout  # a mesh's groups would wait for 30 minutes
+    timeout = everyone._get_backend(
+        device
+    ).options._timeout  # a mesh's groups would wait for 30 minutes
     for made in (groups.shard, groups.replica):
         dist.distributed_c10d._set_pg_timeout(timeout, made)
     return groups
@@ -140,18 +167,22 @@ class Sent:
 
 
 class TorchRecTable(FusedTable):
-    """A shard inside TorchRec's collection; :meth:`send_ids` and :meth:`fetch` take the place of exchange and lookup.
+    """A shard inside TorchRec's collection.
+
+    :meth:`send_ids` and :meth:`fetch` take the place of exchange and lookup.
 
     Args:
         plan: which rows these are, within the ranks of ``groups.shard``.
         groups: of the table.
         options: for TorchRec.
         reduction: of the gradients that several ranks have for one row.
-        deduplicate: send each id of a batch once, with more than one rank; TorchRec's own has no kernel for CPUs.
+        deduplicate: send each id of a batch once, with more than one rank; TorchRec's own has no
+            kernel for CPUs.
         kwargs: of :class:`~shardemb.sharding.fused_table.FusedTable`.
     """
 
-    #: TorchRec's ShardedEmbeddingCollection, for TorchRec's own tools; its one table is named as this one
+    #: TorchRec's ShardedEmbeddingCollection, for TorchRec's own tools; its one table is named as
+    #: this one
     torchrec_module: Any
     #: the ParameterSharding that TorchRec's planner made
     torchrec_plan: Any
@@ -168,20 +199,28 @@ class TorchRecTable(FusedTable):
     ) -> None:
         device = kwargs["device"]
         if options.compute_kernel != "fused" and device.type != "cuda":
-            raise ValueError(
-                f"table {plan.table!r}: got compute_kernel={options.compute_kernel!r} on {device}, which TorchRec would "
-                f"silently take for 'fused': use a CUDA device, or compute_kernel='fused'"
+            raise InputError(
+                f"table {plan.table!r}: got compute_kernel={options.compute_kernel!r} on {device},"
+                " which TorchRec would silently take for 'fused': use a CUDA device, or"
+                " compute_kernel='fused'"
             )
         self._groups, self._options, self._device = groups, options, device
         self._deduplicate = deduplicate and plan.world_size > 1
-        ranks = replace(plan, world_size=dist.get_world_size(groups.everyone), rank=dist.get_rank(groups.everyone))
+        ranks = replace(
+            plan,
+            world_size=dist.get_world_size(groups.everyone),
+            rank=dist.get_rank(groups.everyone),
+        )
         self._ids = Exchange(ranks, groups.everyone, reduction)
-        # averaging replicas divides a sum by their number, and makes a mean over a group a mean over all
+        # averaging replicas divides a sum by their number, and makes a mean over a group a mean
+        # over all
         self._scale = 1.0 / plan.world_size if reduction == "mean" else float(groups.num_replicas)
         self._moved = _RowSet(plan.num_local)
         self._cached, self._stale = options.compute_kernel == "fused_uvm_caching", False
         super().__init__(plan, **kwargs)
-        self._one_lookup |= self._cached  # a second one may evict what the first one's backward writes to
+        self._one_lookup |= (
+            self._cached
+        )  # a second one may evict what the first one's backward writes to
         self._constrained = self._track
         self._track |= groups.num_replicas > 1
 
@@ -199,7 +238,8 @@ class TorchRecTable(FusedTable):
         plan, groups = self.plan, self._groups
         config = EmbeddingConfig(
             name=plan.table,
-            num_embeddings=plan.block * plan.world_size,  # equal blocks: TorchRec's input distribution knows no others
+            num_embeddings=plan.block
+            * plan.world_size,  # equal blocks: TorchRec's input distribution knows no others
             embedding_dim=columns,
             feature_names=[_IDS],
             data_type=DataType.FP32 if dtype == torch.float32 else DataType.FP16,
@@ -210,15 +250,20 @@ class TorchRecTable(FusedTable):
         if groups.mesh is not None:
             env = ShardingEnv2D(groups.shard, groups.replica, groups.everyone, groups.mesh)
         else:
-            # ShardingEnv.from_process_group would make a device mesh of ranks 0, 1, ..., whatever ranks the group has
+            # ShardingEnv.from_process_group would make a device mesh of ranks 0, 1, ..., whatever
+            # ranks the group has
             env = ShardingEnv(plan.world_size, plan.rank)
             env.process_group = groups.shard
         module = sharder.shard(collection, {plan.table: sharding}, env, device)
-        self.__dict__.update(torchrec_module=module, torchrec_plan=sharding)  # no submodule, as its _tbe
+        self.__dict__.update(
+            torchrec_module=module, torchrec_plan=sharding
+        )  # no submodule, as its _tbe
         return module._lookups[0]._emb_modules[0].emb_module
 
     def _planned(self, collection: Any, sharder: Any, columns: int, dtype: torch.dtype) -> Any:
-        """Return the planner's ParameterSharding. A collective: the ranks agree on what is free, and refuse together.
+        """Return the planner's ParameterSharding. A collective.
+
+        The ranks agree on what is free, and refuse together.
 
         Raises:
             MemoryError: the plan does not fit.
@@ -230,24 +275,36 @@ class TorchRecTable(FusedTable):
 
         plan, options, name = self.plan, self._options, self.optimizer.name
         on_host = self.device.type == "cpu" or options.compute_kernel != "fused"
-        device_bytes, host_bytes = self._least_free(self.device), self._least_free(torch.device("cpu"))
+        device_bytes, host_bytes = (
+            self._least_free(self.device),
+            self._least_free(torch.device("cpu")),
+        )
         allowed = options.memory_bytes or (host_bytes if on_host else device_bytes)
         state = self.optimizer.state_columns
         need = plan.block * (columns * dtype.itemsize + 4 * (columns if state is None else state))
-        refusal = MemoryError(
-            f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: TorchRec's planner needs {need:,} bytes a rank for "
-            f"{plan.block:,} rows x {columns} columns and their optimizer state, {allowed:,} are allowed: use more ranks, "
-            f"fewer columns, a smaller dtype, more memory_bytes, or compute_kernel='fused_uvm_caching' on CUDA"
+        refusal = OutOfMemoryError(
+            f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: TorchRec's planner needs"
+            f" {need:,} bytes a rank for {plan.block:,} rows x {columns} columns and their"
+            f" optimizer state, {allowed:,} are allowed: use more ranks, fewer columns, a smaller"
+            " dtype, more memory_bytes, or compute_kernel='fused_uvm_caching' on CUDA"
         )
-        if need > allowed:  # the planner takes the state of half precision rows for half precision too
+        if (
+            need > allowed
+        ):  # the planner takes the state of half precision rows for half precision too
             raise refusal
         (parameter,) = collection.parameters()
-        parameter._optimizer_classes = [_optimizer_classes()[name]]  # so that the planner counts the state
+        parameter._optimizer_classes = [
+            _optimizer_classes()[name]
+        ]  # so that the planner counts the state
         local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
         constraints = ParameterConstraints(
             sharding_types=["row_wise"],
             compute_kernels=[options.compute_kernel],
-            cache_params=CacheParams(load_factor=options.cache_load_factor) if options.cache_load_factor else None,
+            cache_params=(
+                CacheParams(load_factor=options.cache_load_factor)
+                if options.cache_load_factor
+                else None
+            ),
         )
         trainer = TrainerConfig(
             world_size=plan.world_size,
@@ -261,7 +318,9 @@ class TorchRecTable(FusedTable):
             sharding = planner.plan(collection, [sharder]).plan[""][plan.table]
         except PlannerError as error:
             raise refusal from error
-        sharding.ranks = [dist.get_global_rank(self._groups.shard, rank) for rank in range(plan.world_size)]
+        sharding.ranks = [
+            dist.get_global_rank(self._groups.shard, rank) for rank in range(plan.world_size)
+        ]
         for rank, shard in zip(sharding.ranks, sharding.sharding_spec.shards, strict=True):
             place = "cpu" if self.device.type == "cpu" else f"cuda:{rank % local}"
             shard.placement = _remote_device(f"rank:{rank}/{place}")
@@ -271,7 +330,9 @@ class TorchRecTable(FusedTable):
         free = free_bytes(device)
         least = torch.tensor(2**50 if free is None else free, device=self.device)
         operation = f"table {self.plan.table!r}: free memory"
-        collectives.all_reduce(least, collectives.MIN, group=self._groups.everyone, operation=operation)
+        collectives.all_reduce(
+            least, collectives.MIN, group=self._groups.everyone, operation=operation
+        )
         return int(least)
 
     def __getattr__(self, name: str) -> Any:
@@ -283,9 +344,9 @@ class TorchRecTable(FusedTable):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise RuntimeError(
-            f"table {self.plan.table!r}: backend='torchrec' holds process groups, so it cannot be copied or pickled: use "
-            f"shardemb.checkpoint, or its state_dict"
+        raise UsageError(
+            f"table {self.plan.table!r}: backend='torchrec' holds process groups, so it cannot be"
+            " copied or pickled: use shardemb.checkpoint, or its state_dict"
         )
 
     def _save_to_state_dict(self, *args: Any) -> None:
@@ -300,7 +361,8 @@ class TorchRecTable(FusedTable):
         """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective.
 
         Raises:
-            IndexError, IdTypeError, AttributeError: as :meth:`shardemb.sharding.exchange.Exchange.send_ids`, on all ranks.
+            IndexError, IdTypeError, AttributeError: as
+                :meth:`shardemb.sharding.exchange.Exchange.send_ids`, on all ranks.
         """
         from torchrec import KeyedJaggedTensor
 
@@ -308,14 +370,19 @@ class TorchRecTable(FusedTable):
         values = self.plan.slots(ids.to(device, torch.int64)).contiguous()
         merged = kernels.merge(values, self.plan.num_rows) if self._deduplicate else None
         values = values if merged is None else merged.unique
-        lengths = torch.tensor([len(values)], device=device)  # one bag, of 0 ids too: a batch of 0 bags breaks the peers
+        lengths = torch.tensor(
+            [len(values)], device=device
+        )  # one bag, of 0 ids too: a batch of 0 bags breaks the peers
         features = KeyedJaggedTensor(keys=[_IDS], values=values, lengths=lengths)
         context = self.torchrec_module.create_context()
         with watchdog.guarded(self._groups.shard, f"table {self.plan.table!r}: ids"):
             return Sent(context, self.torchrec_module.input_dist(context, features), merged)
 
     def fetch(self, sent: Sent) -> Tensor:
-        """Return the rows ``(n, D)`` in the order of the ids; backward updates them on their owners. A collective."""
+        """Return the rows ``(n, D)`` in the order of the ids.
+
+        Backward updates them on their owners. A collective.
+        """
         with watchdog.guarded(self._groups.shard, f"table {self.plan.table!r}: ids"):
             owned = sent.features.wait().wait()  # as row numbers of this shard
         (sharding,) = sent.context.sharding_contexts
@@ -335,7 +402,8 @@ class TorchRecTable(FusedTable):
         back = back[:, : self.plan.dim].contiguous()
         if sent.merged is not None:
             back = back.index_select(0, sent.merged.inverse)
-        # not what the owner looked up: TorchRec's requests keep the graph of a lookup that was given up until gc finds it
+        # not what the owner looked up: TorchRec's requests keep the graph of a lookup that was
+        # given up until gc finds it
         return self._await_backward(back) if trained else back
 
     def _got_gradient(self, rows: Tensor) -> None:
@@ -346,7 +414,9 @@ class TorchRecTable(FusedTable):
 
     @torch.no_grad()
     def synchronize_replicas(self) -> int:
-        """Average what moved since the last call, rows and optimizer state, over the ranks that hold it. A collective.
+        """Average what moved since the last call, rows and optimizer state.
+
+        Over the ranks that hold it. A collective.
 
         Returns:
             The number of rows that were averaged; 0 without replicas.
@@ -366,7 +436,9 @@ class TorchRecTable(FusedTable):
             padded = [length.new_empty(max(sizes)) for _ in range(count)]
             longest = F.pad(mine.to(self.device), (0, max(sizes) - len(mine)))
             collectives.all_gather(padded, longest, group=group, operation=operation)
-            rows = torch.cat([part[:size] for part, size in zip(padded, sizes, strict=True)]).unique()
+            rows = torch.cat(
+                [part[:size] for part, size in zip(padded, sizes, strict=True)]
+            ).unique()
         state = [] if self.optimizer.name == "sgd" else self._tbe.split_optimizer_states()[0]
         for tensor in (self.weight, *state):
             for chunk in rows.split(_SYNC_ROWS) if len(rows) else ():
@@ -379,14 +451,18 @@ class TorchRecTable(FusedTable):
 
 
 class _Reduce(torch.autograd.Function):
-    """Scales the gradient that TorchRec's exchange gives, which it has divided by the number of ranks or not."""
+    """Scales the gradient that TorchRec's exchange gives.
+
+    Which it has divided by the number of ranks or not.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, scale: float, world_size: int) -> Tensor:
         from torchrec.distributed.comm_ops import get_gradient_division, get_use_sync_collectives
 
         ctx.scale, ctx.world_size = scale, world_size
-        # synchronous collectives fix it in forward, others read it in backward, just before this class does
+        # synchronous collectives fix it in forward, others read it in backward, just before this
+        # class does
         ctx.divided = get_gradient_division() if get_use_sync_collectives() else None
         return rows.view_as(rows)
 
@@ -401,9 +477,17 @@ class _Reduce(torch.autograd.Function):
 
 
 def place(
-    plan: RowPlan, optimizer: str, device: str, memory_bytes: int, ranks_per_host: int, rates: Mapping[str, float], ids: int
+    plan: RowPlan,
+    optimizer: str,
+    device: str,
+    memory_bytes: int,
+    ranks_per_host: int,
+    rates: Mapping[str, float],
+    ids: int,
 ) -> dict[str, Any]:
-    """Let TorchRec's planner place a table that is not there, on ranks that are not there; it need not take rows.
+    """Let TorchRec's planner place a table that is not there, on ranks that are not there.
+
+    It need not take rows.
 
     Args:
         plan: rows, columns and ranks.
@@ -411,12 +495,14 @@ def place(
         device: that they lie on, "cpu" or "cuda".
         memory_bytes: of a rank.
         ranks_per_host: at most; as many of them on each host.
-        rates: bytes a second of "memory", of "host", between a host's ranks, and of "network", between hosts.
+        rates: bytes a second of "memory", of "host", between a host's ranks, and of "network",
+            between hosts.
         ids: that a rank looks up in a step.
 
     Returns:
-        The planner's "sharding_type", "compute_kernel", "ranks" with rows, "memory_bytes" of the fullest rank, and the
-        "seconds" that it expects a rank's lookup, exchange and update to take.
+        The planner's "sharding_type", "compute_kernel", "ranks" with rows, "memory_bytes" of the
+        fullest rank, and the "seconds" that it expects a rank's lookup, exchange and update to
+        take.
 
     Raises:
         ValueError: an optimizer that the planner does not know.
@@ -429,7 +515,10 @@ def place(
 
     classes = _optimizer_classes()
     if optimizer not in classes:
-        raise ValueError(f"TorchRec's planner: got optimizer {optimizer!r}, expected one of {', '.join(sorted(classes))}")
+        raise InputError(
+            f"TorchRec's planner: got optimizer {optimizer!r}, expected one of"
+            f" {', '.join(sorted(classes))}"
+        )
     gpu = device == "cuda"
     config = torchrec.EmbeddingConfig(
         name=plan.table, num_embeddings=plan.num_rows, embedding_dim=plan.dim, feature_names=[_IDS]
@@ -438,21 +527,28 @@ def place(
     (parameter,) = collection.parameters()
     parameter._optimizer_classes = [classes[optimizer]]  # so that the planner counts the state
     local = next(n for n in range(ranks_per_host, 0, -1) if plan.world_size % n == 0)
-    memory, near, far = (rates[name] / 1000 for name in ("memory", "host", "network"))  # bytes a millisecond
+    memory, near, far = (
+        rates[name] / 1000 for name in ("memory", "host", "network")
+    )  # bytes a millisecond
     trainer = TrainerConfig(
         world_size=plan.world_size,
         local_world_size=local,
         hbm_cap_bytes=memory_bytes if gpu else 0,
         ddr_cap_bytes=0 if gpu else memory_bytes,
     )
-    hardware = HardwareConfig(intra_host_bw=near, inter_host_bw=far, hbm_mem_bw=memory, ddr_mem_bw=memory)
-    planner = _planner(device, trainer, {plan.table: ParameterConstraints(pooling_factors=[1.0])}, ids, hardware)
+    hardware = HardwareConfig(
+        intra_host_bw=near, inter_host_bw=far, hbm_mem_bw=memory, ddr_mem_bw=memory
+    )
+    planner = _planner(
+        device, trainer, {plan.table: ParameterConstraints(pooling_factors=[1.0])}, ids, hardware
+    )
     try:
         found = planner.plan(collection, [EmbeddingCollectionSharder()]).plan[""][plan.table]
     except PlannerError as error:
-        raise MemoryError(
-            f"TorchRec's planner finds no room for {plan.num_rows:,} rows x {plan.dim} columns and their state on "
-            f"{plan.world_size:,} ranks with {memory_bytes:,} bytes each: use more ranks"
+        raise OutOfMemoryError(
+            f"TorchRec's planner finds no room for {plan.num_rows:,} rows x {plan.dim} columns and"
+            f" their state on {plan.world_size:,} ranks with {memory_bytes:,} bytes each: use more"
+            " ranks"
         ) from error
     (option,) = planner._best_plan
     shards = option.shards
@@ -476,14 +572,18 @@ def _optimizer_classes() -> dict[str, Any]:
     }
 
 
-def _planner(device: str, trainer: Any, constraints: dict[str, Any], batch_size: int, hardware: Any = None) -> Any:
+def _planner(
+    device: str, trainer: Any, constraints: dict[str, Any], batch_size: int, hardware: Any = None
+) -> Any:
     """Return TorchRec's planner, silent, for ranks that keep no memory back."""
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import KernelConfig, TopologyFactory
 
     return EmbeddingShardingPlanner(
-        topology=TopologyFactory.create_topology(trainer, hardware, KernelConfig(compute_device=device)),
+        topology=TopologyFactory.create_topology(
+            trainer, hardware, KernelConfig(compute_device=device)
+        ),
         batch_size=batch_size,
         storage_reservation=FixedPercentageStorageReservation(0.0),
         constraints=constraints,

@@ -1,1 +1,4 @@
-"""What every package below uses: files, memory, progress bars, a run's metrics, types, checks of settings."""
+"""What every package below uses.
+
+Files, memory, progress bars, a run's metrics, types, checks of settings.
+"""

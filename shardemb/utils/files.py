@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shardemb.exceptions import InputError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` for a file or folder; it takes the place of ``path`` once the block has ended well."""
+    """Give a path beside ``path`` for a file or folder.
+
+    It takes the place of ``path`` once the block has ended well.
+    """
     partial = path.with_name(path.name + ".tmp")
     _remove(partial)
     try:
@@ -47,7 +52,9 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        raise ValueError(f"{path}, line {line}: got byte {byte:#04x}, expected UTF-8 text") from error
+        raise InputError(
+            f"{path}, line {line}: got byte {byte:#04x}, expected UTF-8 text"
+        ) from error
 
 
 def fsync(path: Path) -> None:

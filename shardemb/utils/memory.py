@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 def free_bytes(device: "torch.device") -> int | None:
-    """Bytes that can be allocated on a device now, shared by the ranks of this machine; None where it cannot be known."""
+    """Bytes that can be allocated on a device now, shared by the ranks of this machine.
+
+    None where it cannot be known.
+    """
     if device.type == "cuda":
         import torch
 
@@ -26,11 +29,16 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """Bytes of memory that are free, or can be made so at once, here or in this container; None where it cannot be known."""
+    """Bytes of memory that are free, or can be made so at once, here or in this container.
+
+    None where it cannot be known.
+    """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    available = next(
+        line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")
+    )
     free = int(available.split()[1]) * 1024
     limit = container_bytes()
     return free if limit is None else min(free, limit[1])
@@ -42,8 +50,12 @@ def total_bytes() -> int:
     return total if limit is None else min(total, limit[0])
 
 
-def container_bytes(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
-    """Bytes of memory that this process's container, or job, may have, and those of them that are free; None without a limit.
+def container_bytes(
+    root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
+) -> tuple[int, int] | None:
+    """Bytes of memory that this process's container, or job, may have.
+
+    And those of them that are free; None without a limit.
 
     Read from Linux' control groups, version 2 or 1, of this process and all above it
     (https://docs.kernel.org/admin-guide/cgroup-v2.html, "Memory").
@@ -54,16 +66,24 @@ def container_bytes(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/p
         if kinds and "memory" not in kinds.split(","):
             continue
         base, old = (root / "memory", "total_") if kinds else (root, "")
-        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+        limit, used = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if old
+            else ("memory.max", "memory.current")
+        )
         group = base / path.lstrip("/")
         for folder in (group, *(above for above in group.parents if above.is_relative_to(base))):
             try:
                 most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                stat = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
             except OSError:  # a container sees its own group as the root
                 continue
             if most != "max" and int(most) < 1 << 60:  # version 1 has no word for "no limit"
-                found.append((int(most), max(0, int(most) - now + int(stat[old + "inactive_file"]))))
+                found.append(
+                    (int(most), max(0, int(most) - now + int(stat[old + "inactive_file"])))
+                )
     return (min(most for most, _ in found), min(free for _, free in found)) if found else None
 
 
@@ -71,4 +91,7 @@ def cpu_name() -> str:
     """Return the processor's name as Linux gives it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

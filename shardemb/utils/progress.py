@@ -19,7 +19,9 @@ def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = Tru
         unit: rows in an item.
         shown: whether there is a bar at all, on this rank.
     """
-    bar = progress_bar(total=round(len(items) * unit), desc=what, unit=" rows", delay=3, disable=not shown)
+    bar = progress_bar(
+        total=round(len(items) * unit), desc=what, unit=" rows", delay=3, disable=not shown
+    )
     with bar:
         for item in items:
             yield item
@@ -28,5 +30,7 @@ def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = Tru
 
 def progress_bar(**options: Any) -> tqdm:
     """Make a tqdm bar that writes few lines into a log file."""
-    tqdm.set_lock(threading.RLock())  # its default lock is a semaphore between processes, which a killed rank leaks
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its default lock is a semaphore between processes, which a killed rank leaks
     return tqdm(unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10, **options)

@@ -1,4 +1,7 @@
-"""A run's figures: one JSON object a line while it goes, one picture of them; and the memory that is free."""
+"""A run's figures: one JSON object a line while it goes, one picture of them.
+
+And the memory that is free.
+"""
 
 import json
 import time
@@ -12,20 +15,27 @@ from shardemb.utils.files import replacing
 if TYPE_CHECKING:  # those that make a dataset have no use for it
     pass
 
+
 class MetricsFile:
-    """Appends records to ``metrics.jsonl``, each with the time (seconds since 1970), flushed at once.
+    """Appends records to ``metrics.jsonl``, each with the time (seconds since 1970).
+
+    Flushed at once.
 
     Args:
         path: of the file.
-        step: keep an earlier run's records up to this step, drop later ones and its test; 0 starts a new file.
-        tensorboard: folder for TensorBoard's event files, in which the numbers stand too; None for none.
+        step: keep an earlier run's records up to this step, drop later ones and its test; 0 starts
+            a new file.
+        tensorboard: folder for TensorBoard's event files, in which the numbers stand too; None for
+            none.
     """
 
     def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None) -> None:
         old = read_metrics(path) if step and path.exists() else []
         kept = [record for record in old if record["step"] <= step and record["kind"] != "test"]
         with replacing(path) as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            partial.write_text(
+                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
+            )
         self._file = path.open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard is not None:
@@ -40,7 +50,9 @@ class MetricsFile:
         self._file.flush()
         if self._events is not None:
             for name, figure in figures.items():
-                for place, value in enumerate(figure) if isinstance(figure, list) else [("", figure)]:
+                for place, value in (
+                    enumerate(figure) if isinstance(figure, list) else [("", figure)]
+                ):
                     if isinstance(value, int | float):
                         self._events.add_scalar(f"{kind}/{name}{place}", value, step)
             self._events.flush()
@@ -58,7 +70,10 @@ _listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> None:
-    """Let a function hear of the records of this process's jobs, on every rank: for a launcher that passes them on."""
+    """Let a function hear of the records of this process's jobs, on every rank.
+
+    For a launcher that passes them on.
+    """
     _listeners.append(listener)
 
 
@@ -88,7 +103,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def describe(records: Sequence[dict[str, Any]], now: float) -> str:
-    """Return the state of a run in a few lines: where it is, how fast, what each rank holds, and how good it was.
+    """Return the state of a run in a few lines.
+
+    Where it is, how fast, what each rank holds, and how good it was.
 
     Args:
         records: of the metrics file.
@@ -99,22 +116,44 @@ def describe(records: Sequence[dict[str, Any]], now: float) -> str:
     if train is not None:
         memory = " ".join(f"{size / 2**30:.2f}" for size in train["memory_bytes"])
         lines = [
-            f"epoch {train['epoch']:.2f}  step {train['step']:,}  loss {train['loss']:.4f}  ({now - train['time']:.0f} s ago)",
-            f"{train['triples_per_second']:,} triples/s  {1000 * train['step_seconds']:.2f} ms a step",
-            f"a step: {train['touched_rows']:,} rows updated, {train['exchange_bytes'] / 2**20:.2f} MiB sent between ranks",
-            f"the busiest rank updates {train['imbalance']:.2f} times the mean; GiB of memory by rank: {memory}",
+            (
+                f"epoch {train['epoch']:.2f}  step {train['step']:,}  loss {train['loss']:.4f} "
+                f" ({now - train['time']:.0f} s ago)"
+            ),
+            (
+                f"{train['triples_per_second']:,} triples/s  {1000 * train['step_seconds']:.2f} ms"
+                " a step"
+            ),
+            (
+                f"a step: {train['touched_rows']:,} rows updated,"
+                f" {train['exchange_bytes'] / 2**20:.2f} MiB sent between ranks"
+            ),
+            (
+                f"the busiest rank updates {train['imbalance']:.2f} times the mean; GiB of memory"
+                f" by rank: {memory}"
+            ),
         ]
     for kind in ("valid", "test"):
         found = [record for record in records if record["kind"] == kind]
         if found:
             best = max(found, key=lambda record: record["mrr"])
             last = f"{kind} MRR {found[-1]['mrr']:.4f} after epoch {found[-1]['epoch']:g}"
-            lines.append(last + (f", best {best['mrr']:.4f} after epoch {best['epoch']:g}" if len(found) > 1 else ""))
+            lines.append(
+                last
+                + (
+                    f", best {best['mrr']:.4f} after epoch {best['epoch']:g}"
+                    if len(found) > 1
+                    else ""
+                )
+            )
     return "\n".join(lines)
 
 
 def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, MRR and triples a second over epochs, in the format of the path's suffix (".png", ".svg", ".pdf")."""
+    """Draw loss, MRR and triples a second over epochs, in the format of the path's suffix (".png".
+
+    ".svg", ".pdf").
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,10 +17,12 @@ from typing import Literal
 
 import torch
 
-#: Maps rows ``(n, *shape)`` to rows of the same shape, each output row depending on its own input row alone.
+#: Maps rows ``(n, *shape)`` to rows of the same shape, each output row depending on its own input
+#: row alone.
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
 
-#: Fills (or returns) rows ``(n, *shape)``; complex shapes come as real ones with a last dimension of 2.
+#: Fills (or returns) rows ``(n, *shape)``; complex shapes come as real ones with a last dimension
+#: of 2.
 Initializer = Callable[[torch.Tensor], torch.Tensor]
 
 #: How a table's gradient is kept, see :class:`shardemb.Embedding`.
@@ -36,12 +38,11 @@ Placement = Literal["row_wise", "replicated"]
 GradientReduction = Literal["mean", "sum"]
 
 
-class IdTypeError(TypeError, RuntimeError):
-    """Ids that are not integers. PyKEEN raises a RuntimeError here, Python means a TypeError: this is both."""
-
-
 def normalize_name(name: str) -> str:
-    """Fold case, underscores, dashes and spaces, so that "xavier_uniform", "XavierUniform" are one name."""
+    """Fold case, underscores, dashes and spaces, so that "xavier_uniform".
+
+    "XavierUniform" are one name.
+    """
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 

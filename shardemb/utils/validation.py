@@ -5,22 +5,29 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from shardemb.exceptions import InputError
+
 
 def one_of(section: str, settings: Any, allowed: Mapping[str, Iterable[str]]) -> None:
     """Raise ValueError unless each named setting is one of its allowed values."""
     for name, values in allowed.items():
         value = getattr(settings, name)
         if value not in values:
-            raise ValueError(f"{section}.{name}: got {value!r}, expected one of {', '.join(map(repr, values))}")
+            raise InputError(
+                f"{section}.{name}: got {value!r}, expected one of {', '.join(map(repr, values))}"
+            )
 
 
 def at_least(section: str, settings: Any, **least: float) -> None:
-    """Raise ValueError unless each named setting is a finite number, and not below its least value."""
+    """Raise ValueError unless each named setting is a finite number.
+
+    And not below its least value.
+    """
     for name, low in least.items():
         value = getattr(settings, name)
         if not low <= value < math.inf:
             kind = "" if isinstance(value, int) else "a finite number, "
-            raise ValueError(f"{section}.{name}: got {value}, expected {kind}at least {low}")
+            raise InputError(f"{section}.{name}: got {value}, expected {kind}at least {low}")
 
 
 def within(section: str, settings: Any, **ranges: tuple[float, float]) -> None:
@@ -28,14 +35,23 @@ def within(section: str, settings: Any, **ranges: tuple[float, float]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
         if not low <= value <= high:
-            raise ValueError(f"{section}.{name}: got {value}, expected {low} to {high}")
+            raise InputError(f"{section}.{name}: got {value}, expected {low} to {high}")
 
 
 def bytes_of(name: str, text: str | int, least: int = 1) -> int:
-    """Read a size such as 512MiB, 4GiB or 80GB; ValueError, which names the setting, for anything else and for less."""
+    """Read a size such as 512MiB, 4GiB or 80GB.
+
+    ValueError, which names the setting, for anything else and for less.
+    """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", str(text).strip().lower())
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) if match else 0
+    size = (
+        int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+        if match
+        else 0
+    )
     if size < least:
         expected = f"at least {least >> 20}MiB" if least >> 20 else "a number of bytes above 0"
-        raise ValueError(f"{name}: got {str(text)[:80]!r}, expected {expected}, such as 4GiB or 512MiB")
+        raise InputError(
+            f"{name}: got {str(text)[:80]!r}, expected {expected}, such as 4GiB or 512MiB"
+        )
     return size

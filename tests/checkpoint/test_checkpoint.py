@@ -18,11 +18,19 @@ class Model(nn.Module):
         super().__init__()
         fused = FusedOptimizer("rowwise_adagrad", lr=0.1)
         self.fused = Embedding(
-            rows, shape=dim, gradient="fused", optimizer=fused, gradient_reduction="sum", seed=1, name="fused"
+            rows,
+            shape=dim,
+            gradient="fused",
+            optimizer=fused,
+            gradient_reduction="sum",
+            seed=1,
+            name="fused",
         )
         self.sparse = Embedding(rows, shape=dim, gradient_reduction="sum", seed=2, name="sparse")
         self.few = Embedding(1, shape=dim, gradient_reduction="sum", seed=3, name="few")
-        self.copied = Embedding(5, shape=dim, placement="replicated", gradient="dense", gradient_reduction="sum", seed=4)
+        self.copied = Embedding(
+            5, shape=dim, placement="replicated", gradient="dense", gradient_reduction="sum", seed=4
+        )
         self.layer = nn.Linear(dim, 1)
         nn.init.ones_(self.layer.weight), nn.init.zeros_(self.layer.bias)
         self.register_buffer("count", torch.tensor(7))
@@ -57,8 +65,15 @@ class Job:
 
     def tables(self) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            rows = {name: getattr(self.model, name)(None).clone() for name in ("fused", "sparse", "few", "copied")}
-        return {**rows, "layer": self.model.layer.weight.detach().clone(), "count": self.model.count}
+            rows = {
+                name: getattr(self.model, name)(None).clone()
+                for name in ("fused", "sparse", "few", "copied")
+            }
+        return {
+            **rows,
+            "layer": self.model.layer.weight.detach().clone(),
+            "count": self.model.count,
+        }
 
 
 def _save(rank: int, world_size: int, folder: Path, dim: int) -> dict[str, torch.Tensor]:
@@ -85,10 +100,17 @@ def _resume(rank: int, world_size: int, folder: Path, dim: int) -> dict[str, tor
 
 @pytest.mark.parametrize("to", [1, 2, 3, 4])
 @pytest.mark.parametrize("origin", [1, 2, 3, 4])
-def test_a_resumed_run_equals_one_that_went_on(run_ranks, tmp_path: Path, origin: int, to: int) -> None:
-    """At any number of ranks, with every kind of table and optimizer state, more ranks than rows included."""
-    dim = 8 if origin == to else 6  # the state of padded rows is scaled for the file, which may cost the last bit
-    (expected, *_) = run_ranks(_save, origin, tmp_path, dim)
+def test_a_resumed_run_equals_one_that_went_on(
+    run_ranks, tmp_path: Path, origin: int, to: int
+) -> None:
+    """At any number of ranks, with every kind of table and optimizer state.
+
+    More ranks than rows included.
+    """
+    dim = (
+        8 if origin == to else 6
+    )  # the state of padded rows is scaled for the file, which may cost the last bit
+    expected, *_ = run_ranks(_save, origin, tmp_path, dim)
     for got in run_ranks(_resume, to, tmp_path, dim):
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
@@ -118,17 +140,28 @@ def flip(path: Path, place: int) -> None:
 
 
 DAMAGE = {
-    "a flipped bit": (lambda p: flip(p / "rank-00000-of-00001-00000.safetensors", -5), "is damaged .* it holds weight"),
-    "a flipped bit in the header": (lambda p: flip(p / "rank-00000-of-00001-00000.safetensors", 20), "is damaged"),
+    "a flipped bit": (
+        lambda p: flip(p / "rank-00000-of-00001-00000.safetensors", -5),
+        "is damaged .* it holds weight",
+    ),
+    "a flipped bit in the header": (
+        lambda p: flip(p / "rank-00000-of-00001-00000.safetensors", 20),
+        "is damaged",
+    ),
     "a short file": (
         lambda p: (p / "rank-00000-of-00001-00000.safetensors").write_bytes(b"x"),
         "got 1 bytes, expected .* it holds weight",
     ),
-    "a missing file": (lambda p: (p / "rank-00000-of-00001-00000.safetensors").unlink(), "missing; it holds weight"),
+    "a missing file": (
+        lambda p: (p / "rank-00000-of-00001-00000.safetensors").unlink(),
+        "missing; it holds weight",
+    ),
     "a missing manifest": (lambda p: (p / "manifest.json").unlink(), "no complete checkpoint"),
     "a cut manifest": (lambda p: (p / "manifest.json").write_text("{"), "not a manifest"),
     "an edited manifest": (
-        lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text().replace('"step": 1', '"step": 2')),
+        lambda p: (p / "manifest.json").write_text(
+            (p / "manifest.json").read_text().replace('"step": 1', '"step": 2')
+        ),
         "was changed after it was written",
     ),
 }
@@ -145,14 +178,19 @@ def test_damage_is_named_and_nothing_is_loaded(saved: Path, damage: str) -> None
 
 @pytest.mark.parametrize("kwargs", [{"max_id": 100}, {"shape": 5}, {"dtype": torch.float64}])
 def test_another_table_is_refused(saved: Path, kwargs: dict) -> None:
-    with pytest.raises(CheckpointError, match=r"'weight' has rows, columns and dtype \(101, 4, 'float32'\), expected"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'weight' has rows, columns and dtype \(101, 4, 'float32'\), expected",
+    ):
         load(saved, **kwargs)
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     table = Embedding(10, shape=2)
     path = checkpoint.save(tmp_path, 1, table, [torch.optim.Adagrad(table.parameters())])
-    with pytest.raises(CheckpointError, match=r"saved with optimizers \['Adagrad'\], expected \['RowWiseAdagrad'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"saved with optimizers \['Adagrad'\], expected \['RowWiseAdagrad'\]"
+    ):
         checkpoint.load(path, table, [RowWiseAdagrad(table.parameters())])
     assert checkpoint.load(path, table) == {}  # the rows alone
 
@@ -161,7 +199,9 @@ def test_a_file_name_cannot_leave_the_folder(saved: Path) -> None:
     import hashlib
 
     document = json.loads((saved / "manifest.json").read_text())
-    document["manifest"]["files"][0]["file"] = "../step-0000000001/rank-00000-of-00001-00000.safetensors"
+    document["manifest"]["files"][0]["file"] = (
+        "../step-0000000001/rank-00000-of-00001-00000.safetensors"
+    )
     body = json.dumps(document["manifest"], sort_keys=True)
     document["sha256"] = hashlib.sha256(body.encode()).hexdigest()
     (saved / "manifest.json").write_text(json.dumps(document))
@@ -173,7 +213,10 @@ def test_the_newest_are_kept_and_a_torn_one_is_invisible(tmp_path: Path) -> None
     table = Embedding(10, shape=2)
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, table, keep=2)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000000002", "step-0000000003"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "step-0000000002",
+        "step-0000000003",
+    ]
     with pytest.raises(CheckpointError, match="never written again"):
         checkpoint.save(tmp_path, 3, table)
     shutil.copytree(tmp_path / "step-0000000003", tmp_path / "step-0000000004.tmp")
@@ -196,5 +239,8 @@ def _one_cannot_write(rank: int, world_size: int, folder: Path) -> str:
 
 def test_a_rank_that_cannot_write_is_named_on_all(run_ranks, tmp_path: Path) -> None:
     for text in run_ranks(_one_cannot_write, 3, tmp_path):
-        assert "checkpoint of step 2 was not saved, earlier ones are untouched: rank 1: OSError: [Errno 27]" in text
+        assert (
+            "checkpoint of step 2 was not saved, earlier ones are untouched: rank 1: OSError:"
+            " [Errno 27]" in text
+        )
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000000001"]

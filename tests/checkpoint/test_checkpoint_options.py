@@ -1,4 +1,7 @@
-"""What a checkpoint can do besides: other shapes, dtypes and places; in the background; in little memory."""
+"""What a checkpoint can do besides: other shapes, dtypes and places; in the background.
+
+In little memory.
+"""
 
 import os
 import random
@@ -31,10 +34,14 @@ class Two(nn.Module):
         self.item = Embedding(71, seed=2, name="item", **common)
 
 
-def _trained(rank: int, world_size: int, model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def _trained(
+    rank: int, world_size: int, model: nn.Module, optimizer: torch.optim.Optimizer, steps: range
+) -> None:
     coordinator = Coordinator(model, optimizer)
     for step in steps:
-        ids = torch.randint(501, (60,), generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank]
+        ids = torch.randint(501, (60,), generator=torch.Generator().manual_seed(step)).chunk(
+            world_size
+        )[rank]
         (model.user(ids) * model.item(ids % 71)).square().sum().backward()
         coordinator.step()
 
@@ -47,21 +54,26 @@ def _rows(model: Two) -> dict[str, torch.Tensor]:
 def _save_two(rank: int, world_size: int, folder: Path, kwargs: dict) -> dict[str, torch.Tensor]:
     writer.FILE_BYTES = 1000  # some files a rank
     model = Two(**kwargs)
-    optimizer = RowWiseAdagrad(model.parameters(), lr=0.3) if kwargs.get("gradient") != "fused" else None
+    optimizer = (
+        RowWiseAdagrad(model.parameters(), lr=0.3) if kwargs.get("gradient") != "fused" else None
+    )
     if optimizer is not None:
         _trained(rank, world_size, model, optimizer, range(3))
     checkpoint.save(folder, 3, model, [optimizer] if optimizer else [], {"epoch": 1})
     return _rows(model)
 
 
-# ------------------------------------------------------------------------------------------- growth, dtypes, parts of a model
+# --------------------
+# growth, dtypes, parts of a model
 
 
 def _load_grown(rank: int, world_size: int, path: Path, rows: int) -> dict[str, torch.Tensor]:
     model = Two(rows)
     before = _rows(model)
     optimizer = RowWiseAdagrad(model.parameters(), lr=0.1)
-    with pytest.raises(CheckpointError, match=r"table 'user': .*grow=True lets a table have more rows"):
+    with pytest.raises(
+        CheckpointError, match=r"table 'user': .*grow=True lets a table have more rows"
+    ):
         checkpoint.load(path, model, [optimizer])
     assert all(torch.equal(value, before[name]) for name, value in _rows(model).items())
     assert checkpoint.load(path, model, [optimizer], grow=True) == {"epoch": 1}
@@ -77,9 +89,9 @@ def _load_grown(rank: int, world_size: int, path: Path, rows: int) -> dict[str, 
 
 @pytest.mark.parametrize(("origin", "to"), [(1, 1), (1, 3), (3, 2), (2, 1)])
 def test_a_grown_vocabulary(run_ranks, tmp_path: Path, origin: int, to: int) -> None:
-    (expected, *_) = run_ranks(_save_two, origin, tmp_path, {})
+    expected, *_ = run_ranks(_save_two, origin, tmp_path, {})
     path = checkpoint.checkpoints(tmp_path)[0]
-    (same, *_) = run_ranks(_load_same, to, path)
+    same, *_ = run_ranks(_load_same, to, path)
     for got in run_ranks(_load_grown, to, path, 640):
         assert torch.equal(got["user"][:501], expected["user"])
         assert torch.equal(got["item"], expected["item"])
@@ -102,14 +114,17 @@ def _load_same(rank: int, world_size: int, path: Path) -> dict[str, torch.Tensor
 def test_fewer_rows_are_refused(run_ranks, tmp_path: Path) -> None:
     run_ranks(_save_two, 1, tmp_path, {})
     with pytest.raises(
-        CheckpointError, match=r"'user.weight' has rows, columns and dtype \(501, 6, 'float32'\), expected \(400"
+        CheckpointError,
+        match=r"'user.weight' has rows, columns and dtype \(501, 6, 'float32'\), expected \(400",
     ):
         checkpoint.load(checkpoint.checkpoints(tmp_path)[0], Two(400), grow=True)
 
 
 @pytest.mark.parametrize(("dtype", "origin"), [(torch.float64, 2), (torch.bfloat16, 1)])
-def test_another_dtype_only_when_asked(run_ranks, tmp_path: Path, dtype: torch.dtype, origin: int) -> None:
-    (expected, *_) = run_ranks(_save_two, origin, tmp_path, {})
+def test_another_dtype_only_when_asked(
+    run_ranks, tmp_path: Path, dtype: torch.dtype, origin: int
+) -> None:
+    expected, *_ = run_ranks(_save_two, origin, tmp_path, {})
     path = checkpoint.checkpoints(tmp_path)[0]
     model = Two(dtype=dtype)
     with pytest.raises(CheckpointError, match="cast=True converts"):
@@ -127,7 +142,8 @@ def _load_one(rank: int, world_size: int, path: Path) -> dict[str, torch.Tensor]
     with pytest.raises(CheckpointError, match="has no table 'customer'"):
         checkpoint.load(path, model)
     with pytest.raises(
-        CheckpointError, match=r"got table 'customer' to load from 'usr', expected one of .* one of \['item', 'us"
+        CheckpointError,
+        match=r"got table 'customer' to load from 'usr', expected one of .* one of \['item', 'us",
     ):
         checkpoint.load(path, model, tables={"customer": "usr"})
     optimizer = RowWiseAdagrad(model.parameters(), lr=0.1)
@@ -140,7 +156,9 @@ def _load_one(rank: int, world_size: int, path: Path) -> dict[str, torch.Tensor]
     checkpoint.load(path, alone, tables={"": "item"})
     partly = nn.Module()
     partly.item = Embedding(71, shape=6, name="item")
-    with pytest.raises(CheckpointError, match=r"holds \['user.weight'\], which the model has not: name the tables"):
+    with pytest.raises(
+        CheckpointError, match=r"holds \['user.weight'\], which the model has not: name the tables"
+    ):
         checkpoint.load(path, partly)
     checkpoint.load(path, partly, tables=["item"])
     with torch.no_grad():
@@ -150,18 +168,21 @@ def _load_one(rank: int, world_size: int, path: Path) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize(("origin", "to"), [(1, 2), (3, 1)])
 def test_one_table_out_of_many(run_ranks, tmp_path: Path, origin: int, to: int) -> None:
-    (expected, *_) = run_ranks(_save_two, origin, tmp_path, {})
+    expected, *_ = run_ranks(_save_two, origin, tmp_path, {})
     for got in run_ranks(_load_one, to, checkpoint.checkpoints(tmp_path)[0]):
         assert all(torch.equal(value, expected[name]) for name, value in got.items())
 
 
 def test_the_state_of_a_fused_optimizer_is_not_dropped_silently(run_ranks, tmp_path: Path) -> None:
     fused = {"gradient": "fused", "optimizer": FusedOptimizer("rowwise_adagrad", lr=0.1)}
-    (expected, *_) = run_ranks(_save_two, 2, tmp_path, fused)
+    expected, *_ = run_ranks(_save_two, 2, tmp_path, fused)
     path = checkpoint.checkpoints(tmp_path)[0]
     for kwargs in ({}, {"gradient": "fused", "optimizer": FusedOptimizer("sgd")}):
         model = Two(**kwargs)
-        with pytest.raises(CheckpointError, match=r"fused optimizer \{'name': 'rowwise_adagrad'.*optimizer_state=False"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"fused optimizer \{'name': 'rowwise_adagrad'.*optimizer_state=False",
+        ):
             checkpoint.load(path, model)
         checkpoint.load(path, model, optimizer_state=False)
         assert all(torch.equal(value, expected[name]) for name, value in _rows(model).items())
@@ -170,7 +191,8 @@ def test_the_state_of_a_fused_optimizer_is_not_dropped_silently(run_ranks, tmp_p
     assert model.user.fused_hyperparameters()["lr"] == 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------- going on exactly
+# --------------------
+# going on exactly
 
 
 def _go_on(rank: int, world_size: int, folder: Path, resume: bool) -> dict[str, torch.Tensor]:
@@ -181,19 +203,28 @@ def _go_on(rank: int, world_size: int, folder: Path, resume: bool) -> dict[str, 
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
     first, drawn = 0, []
     if resume:
-        first = checkpoint.load(folder / "step-0000000003", model, [optimizer], schedulers=[scheduler])["step"]
+        first = checkpoint.load(
+            folder / "step-0000000003", model, [optimizer], schedulers=[scheduler]
+        )["step"]
     for step in range(first, 6):
         _trained(rank, world_size, model, optimizer, range(step, step + 1))
         scheduler.step()
         drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
         if step == 2 and not resume:
             checkpoint.save(folder, 3, model, [optimizer], {"step": 3}, schedulers=[scheduler])
-    return {**_rows(model), "drawn": torch.tensor(drawn), "lr": torch.tensor(optimizer.param_groups[0]["lr"])}
+    return {
+        **_rows(model),
+        "drawn": torch.tensor(drawn),
+        "lr": torch.tensor(optimizer.param_groups[0]["lr"]),
+    }
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_schedulers_and_random_generators_go_on(run_ranks, tmp_path: Path, ranks: int) -> None:
-    whole, resumed = run_ranks(_go_on, ranks, tmp_path, False), run_ranks(_go_on, ranks, tmp_path, True)
+    whole, resumed = (
+        run_ranks(_go_on, ranks, tmp_path, False),
+        run_ranks(_go_on, ranks, tmp_path, True),
+    )
     for expected, got in zip(whole, resumed, strict=True):
         for name, value in expected.items():
             assert torch.equal(got[name], value), name
@@ -203,9 +234,19 @@ def test_other_schedulers_and_fingerprints_are_refused(tmp_path: Path) -> None:
     table = Embedding(5, shape=2)
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    path = checkpoint.save(tmp_path, 1, table, [optimizer], schedulers=[scheduler], fingerprints={"vocabulary": "abc"}, seed=3)
+    path = checkpoint.save(
+        tmp_path,
+        1,
+        table,
+        [optimizer],
+        schedulers=[scheduler],
+        fingerprints={"vocabulary": "abc"},
+        seed=3,
+    )
     other = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    with pytest.raises(CheckpointError, match=r"saved with schedulers \['StepLR'\], expected \['ExponentialLR'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"saved with schedulers \['StepLR'\], expected \['ExponentialLR'\]"
+    ):
         checkpoint.load(path, table, [optimizer], schedulers=[other])
     with pytest.raises(CheckpointError, match="got vocabulary of fingerprint abc, expected xyz"):
         checkpoint.load(path, table, fingerprints={"vocabulary": "xyz"})
@@ -222,7 +263,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     table = Embedding(5, shape=2)
     with pytest.raises(CheckpointError, match="TypeError: Object of type set is not JSON"):
         checkpoint.save(tmp_path, 1, table, state={"x": {1}})
-    with pytest.raises(ValueError, match=r"SGD has a parameter of shape \(3, 4\) that is not the model's"):
+    with pytest.raises(
+        ValueError, match=r"SGD has a parameter of shape \(3, 4\) that is not the model's"
+    ):
         checkpoint.save(tmp_path, 1, table, [torch.optim.SGD([nn.Parameter(torch.zeros(3, 4))])])
     with pytest.raises(ValueError, match="got step=-1, keep=2"):
         checkpoint.save(tmp_path, -1, table)
@@ -252,7 +295,10 @@ def test_rows_that_are_no_numbers_are_named(run_ranks, tmp_path: Path, ranks: in
             assert str(row) in text.replace("407", "407,").split("values in", 1)[1]
         assert "table 'people', rank" in text
     assert sum(len(told) for _, *told in texts) >= 1
-    assert [Path(p).name for p in checkpoint.checkpoints(tmp_path)] == ["step-0000000002", "step-0000000003"]
+    assert [Path(p).name for p in checkpoint.checkpoints(tmp_path)] == [
+        "step-0000000002",
+        "step-0000000003",
+    ]
 
 
 def _other_steps(rank: int, world_size: int, folder: Path) -> str:
@@ -280,7 +326,8 @@ def test_ranks_that_load_other_checkpoints_are_told(run_ranks, tmp_path: Path) -
         assert "ranks see different checkpoints" in text
 
 
-# --------------------------------------------------------------------------------------------------------- in the background
+# --------------------
+# in the background
 
 
 def _save_in_background(rank: int, world_size: int, folder: Path) -> dict[str, torch.Tensor]:
@@ -297,15 +344,21 @@ def _save_in_background(rank: int, world_size: int, folder: Path) -> dict[str, t
     saver.wait()
     for path in checkpoint.checkpoints(folder):
         other = Two()
-        assert checkpoint.load(path, other, [RowWiseAdagrad(other.parameters())]) == {"step": int(path.name[5:])}
+        assert checkpoint.load(path, other, [RowWiseAdagrad(other.parameters())]) == {
+            "step": int(path.name[5:])
+        }
         for name, value in _rows(other).items():
             assert torch.equal(value, expected[path.name][name])
     return {"count": torch.tensor(len(checkpoint.checkpoints(folder)))}
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_background_save_holds_the_rows_of_its_step(run_ranks, tmp_path: Path, ranks: int) -> None:
-    assert [int(got["count"]) for got in run_ranks(_save_in_background, ranks, tmp_path)] == [3] * ranks
+def test_a_background_save_holds_the_rows_of_its_step(
+    run_ranks, tmp_path: Path, ranks: int
+) -> None:
+    assert [int(got["count"]) for got in run_ranks(_save_in_background, ranks, tmp_path)] == [
+        3
+    ] * ranks
 
 
 def _fail_in_background(rank: int, world_size: int, folder: Path) -> list[str]:
@@ -334,9 +387,13 @@ def test_a_failure_in_the_background_surfaces(run_ranks, tmp_path: Path, ranks: 
     for texts in run_ranks(_fail_in_background, ranks, tmp_path):
         for text in texts:
             assert (
-                f"checkpoint of step 2 was not saved, earlier ones are untouched: rank {ranks - 1}: OSError: [Errno 27]" in text
+                f"checkpoint of step 2 was not saved, earlier ones are untouched: rank {ranks - 1}:"
+                " OSError: [Errno 27]" in text
             )
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-0000000001", "step-0000000004"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [
+        "step-0000000001",
+        "step-0000000004",
+    ]
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -358,14 +415,19 @@ def _connect_late(rank: int, world_size: int, folder: Path) -> bool:
 
 
 def test_a_saver_stands_only_when_all_ranks_are_connected(run_ranks, tmp_path: Path) -> None:
-    """A rank that has nothing to do and ends would break the connections of those that are still being made."""
+    """A rank that has nothing to do and ends would break the connections of those that are still
+    being made."""
     assert run_ranks(_connect_late, 3, tmp_path) == [True] * 3
 
 
-def test_where_there_is_no_memory_for_a_copy_it_is_saved_at_once(tmp_path: Path, monkeypatch) -> None:
+def test_where_there_is_no_memory_for_a_copy_it_is_saved_at_once(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(writer, "free_bytes", lambda device: 100)
     saver = AsyncSaver(tmp_path)
-    with pytest.warns(UserWarning, match="needs 12,024 bytes more, 100 are free: saving in the foreground"):
+    with pytest.warns(
+        UserWarning, match="needs 12,024 bytes more, 100 are free: saving in the foreground"
+    ):
         saver.save(1, Embedding(501, shape=6))
     assert len(checkpoint.checkpoints(tmp_path)) == 1
     saver = AsyncSaver(tmp_path, background=False)  # as asked for: no warning
@@ -380,7 +442,8 @@ from shardemb import Embedding, checkpoint
 from shardemb.checkpoint import writer
 
 def peak():  # of this process, in bytes
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+    lines = open("/proc/self/status")
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 writer.FILE_BYTES = 64 << 20
 table = Embedding(4_000_000, shape=32, seed=1, initialize=True)  # 512 MB
@@ -396,14 +459,17 @@ print(before, saved - before, peak() - before)
 
 
 def test_saving_and_loading_need_no_second_copy(tmp_path: Path) -> None:
-    out = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
     before, saving, loading = map(int, out.split())
     assert before > 500e6
     assert saving < 100e6
     assert loading < 100e6
 
 
-# ------------------------------------------------------------------------------------------------------ folders, disks, stores
+# --------------------
+# folders, disks, stores
 
 
 def _full_disk(folder: Path) -> str:
@@ -422,12 +488,17 @@ for step, known in ((2, True), (3, False)):  # it is known before, or found out 
         checkpoint.save(folder, step, large)
     except checkpoint.CheckpointError as error:
         print(error)
-checkpoint.load(checkpoint.verify(checkpoint.checkpoints(folder)[-1]).path, Embedding(1000, shape=64))
+newest = checkpoint.checkpoints(folder)[-1]
+checkpoint.load(checkpoint.verify(newest).path, Embedding(1000, shape=64))
 checkpoint.save(folder, 4, small)
 print(sorted(p.name for p in folder.iterdir()))
 """
-    command = f"mount -t tmpfs -o size=1m x {folder} && {sys.executable} -c '{code}'".replace("'/", '"/').replace("')", '")')
-    return subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, check=False).stdout
+    command = f"mount -t tmpfs -o size=1m x {folder} && {sys.executable} -c '{code}'".replace(
+        "'/", '"/'
+    ).replace("')", '")')
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, check=False
+    ).stdout
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -435,21 +506,30 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         pytest.skip("this machine gives no mount namespace")
     first, second, names = _full_disk(tmp_path).splitlines()
     assert "the disk is too full: got" in first
-    assert "step 3 was not saved, earlier ones are untouched: rank 0: OSError: [Errno 28] No space left on device" in second
+    assert (
+        "step 3 was not saved, earlier ones are untouched: rank 0: OSError: [Errno 28] No space"
+        " left on device" in second
+    )
     assert names == "['step-0000000001', 'step-0000000004']"
 
 
-def test_a_folder_that_cannot_hold_the_checkpoints_is_told_before_training(tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_that_cannot_hold_the_checkpoints_is_told_before_training(
+    tmp_path: Path, monkeypatch
+) -> None:
     table = Embedding(501, shape=6)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file: cannot hold the checkpoints: FileExistsError"):
+    with pytest.raises(
+        CheckpointError, match=r"file: cannot hold the checkpoints: FileExistsError"
+    ):
         checkpoint.require_room(tmp_path / "file", table)
     with pytest.raises(CheckpointError, match="cannot hold the checkpoints: NotADirectoryError"):
         checkpoint.require_room(tmp_path / "file" / "below", table)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40_000))
     checkpoint.require_room(tmp_path / "here", table)
-    with pytest.raises(CheckpointError, match=r"got 40,000 free bytes, expected 42,084"):  # 3 times rows and sums
+    with pytest.raises(
+        CheckpointError, match=r"got 40,000 free bytes, expected 42,084"
+    ):  # 3 times rows and sums
         checkpoint.require_room(tmp_path / "here", table, [RowWiseAdagrad(table.parameters())])
     assert not list((tmp_path / "here").iterdir())
 
@@ -461,15 +541,23 @@ def test_a_vanished_folder_is_named(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("a file in its place")
     saver.save(2, Embedding(5, shape=2))
-    with pytest.raises(CheckpointError, match=r"step 2 was not saved.*(NotADirectory|FileExists)Error.*run"):
+    with pytest.raises(
+        CheckpointError, match=r"step 2 was not saved.*(NotADirectory|FileExists)Error.*run"
+    ):
         saver.wait()
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """The URI of a bucket of a real S3 server, moto's, on this machine."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_EC2_METADATA_DISABLED": "true"}
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     server.start()
     _, port = server.get_host_and_port()
     urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"))
@@ -478,7 +566,11 @@ def s3() -> Iterator[str]:
 
 
 def _s3(rank: int, world_size: int, uri: str) -> list:
-    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_EC2_METADATA_DISABLED": "true"}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     writer.FILE_BYTES = 1000
     model, other = Two(), Two()
     for table in other.children():
@@ -509,8 +601,15 @@ def test_an_object_store(run_ranks, s3: str, ranks: int) -> None:
     assert checkpoint.checkpoints(uri) == found[0][:1]
     # an attempt that was given up leaves nothing that the next one takes for its own
     assert ranks > 1 or checkpoint.save(uri, 3, Two()) == found[0][1]
-    assert ranks > 1 or (folder.read("manifest.json") != manifest and checkpoint.verify(found[0][1]).values["step"] == 3)
-    name = next(name for name in folder.names() if name.endswith("safetensors")) if ranks == 1 else None
+    assert ranks > 1 or (
+        folder.read("manifest.json") != manifest
+        and checkpoint.verify(found[0][1]).values["step"] == 3
+    )
+    name = (
+        next(name for name in folder.names() if name.endswith("safetensors"))
+        if ranks == 1
+        else None
+    )
     if name is not None:
         content = bytearray(folder.read(name))
         content[-1] ^= 1
@@ -521,12 +620,17 @@ def test_an_object_store(run_ranks, s3: str, ranks: int) -> None:
 
 
 def test_a_store_that_is_not_known() -> None:
-    with pytest.raises(ValueError, match=r"got location 'nope://x/y', expected a local path or a URI"):
+    with pytest.raises(
+        ValueError, match=r"got location 'nope://x/y', expected a local path or a URI"
+    ):
         checkpoint.save("nope://x/y", 1, Embedding(5, shape=2))
 
 
 def test_file_uris_are_local_paths(tmp_path: Path) -> None:
-    assert checkpoint.save(f"file://{tmp_path}", 1, Embedding(5, shape=2)) == tmp_path / "step-0000000001"
+    assert (
+        checkpoint.save(f"file://{tmp_path}", 1, Embedding(5, shape=2))
+        == tmp_path / "step-0000000001"
+    )
 
 
 def test_an_optimizer_forgets_what_it_had_after_the_checkpoint(tmp_path: Path) -> None:

@@ -19,15 +19,38 @@ def test_no_damage_is_silent(run_ranks, tmp_path: Path, ranks: int) -> None:
     assert set(done) == {"flip", "zeros", "length", "missing", "swap", "edit"}
 
 
-def test_the_mutations_are_noticed_only_because_they_are_looked_for(run_ranks, tmp_path: Path) -> None:
+def test_the_mutations_are_noticed_only_because_they_are_looked_for(
+    run_ranks, tmp_path: Path
+) -> None:
     run_ranks(save_two, 2, tmp_path)
-    _, faults = damage(tmp_path, 60, seed=1, load=lambda path, model: checkpoint.load(path, model, verify="size"))
+    _, faults = damage(
+        tmp_path, 60, seed=1, load=lambda path, model: checkpoint.load(path, model, verify="size")
+    )
     assert any("not noticed" in fault for fault in faults)
 
 
 #: what runs code that is in a file, or may
-FORBIDDEN = {"torch.load", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "dcp", "dist_cp"}
-FORBIDDEN |= {"torch.distributed.checkpoint", "torch.package", "eval", "exec", "all_gather_object", "broadcast_object_list"}
+FORBIDDEN = {
+    "torch.load",
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "yaml",
+    "dcp",
+    "dist_cp",
+}
+FORBIDDEN |= {
+    "torch.distributed.checkpoint",
+    "torch.package",
+    "eval",
+    "exec",
+    "all_gather_object",
+    "broadcast_object_list",
+}
 
 
 def _dotted(node: ast.AST) -> str:
@@ -46,7 +69,11 @@ def forbidden_in(source: str) -> list[str]:
             names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Call):
             name = _dotted(node.func)
-            names = [name, name.rpartition(".")[2]] if name.endswith(("_object", "_object_list", "_object_sync")) else [name]
+            names = (
+                [name, name.rpartition(".")[2]]
+                if name.endswith(("_object", "_object_list", "_object_sync"))
+                else [name]
+            )
             if name.endswith("np.load") or name == "numpy.load":
                 allowed = [k.value for k in node.keywords if k.arg == "allow_pickle"]
                 if [a.value for a in allowed if isinstance(a, ast.Constant)] != [False]:
@@ -54,12 +81,16 @@ def forbidden_in(source: str) -> list[str]:
         found += [
             f"line {node.lineno}: {name}"
             for name in names
-            if name in FORBIDDEN or name.split(".")[0] in FORBIDDEN or any(name.startswith(f"{f}.") for f in FORBIDDEN)
+            if name in FORBIDDEN
+            or name.split(".")[0] in FORBIDDEN
+            or any(name.startswith(f"{f}.") for f in FORBIDDEN)
         ]
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_no_file_is_unpickled(path: Path) -> None:
     assert forbidden_in(path.read_text()) == []
 

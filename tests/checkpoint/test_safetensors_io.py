@@ -53,7 +53,10 @@ def test_we_read_what_its_own_library_writes(tmp_path: Path) -> None:
         (b"\xff" * 20, "header of"),
         (b"\x02\0\0\0\0\0\0\0[]", "not one of safetensors"),
         (safetensors_io.header({"a": (torch.float32, (2, 3))}), "tensor 'a' does not lie within"),
-        (safetensors_io.header({"a": (torch.float32, (2, 3))}).replace(b"F32", b"F99"), "not one of safetensors"),
+        (
+            safetensors_io.header({"a": (torch.float32, (2, 3))}).replace(b"F32", b"F99"),
+            "not one of safetensors",
+        ),
     ],
 )
 def test_a_file_of_another_kind(content: bytes, text: str) -> None:

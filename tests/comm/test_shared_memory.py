@@ -1,4 +1,7 @@
-"""Collectives through shared memory: what gloo gives, also where there is no room. How ranks end is in test_watchdog.py."""
+"""Collectives through shared memory: what gloo gives, also where there is no room.
+
+How ranks end is in test_watchdog.py.
+"""
 
 import os
 import time
@@ -18,13 +21,22 @@ def _way() -> Any:
     return collectives._near.get(watch(None))
 
 
-def _exchanged(rank: int, world_size: int, dtype: torch.dtype, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Send `rank + other` times `scale` rows to each other rank; return what came, and what should."""
+def _exchanged(
+    rank: int, world_size: int, dtype: torch.dtype, scale: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Send `rank + other` times `scale` rows to each other rank.
+
+    Return what came, and what should.
+    """
     counts = [scale * (rank + other) for other in range(world_size)]
-    tensor = torch.cat([torch.full((count, 3), 10 * rank + other) for other, count in enumerate(counts)]).to(dtype)
+    tensor = torch.cat(
+        [torch.full((count, 3), 10 * rank + other) for other, count in enumerate(counts)]
+    ).to(dtype)
     out = torch.full((sum(counts), 3), 99, dtype=dtype)
     collectives.all_to_all(out, tensor, counts, counts, group=None, operation="a test")
-    expected = torch.cat([torch.full((count, 3), 10 * other + rank) for other, count in enumerate(counts)]).to(dtype)
+    expected = torch.cat(
+        [torch.full((count, 3), 10 * other + rank) for other, count in enumerate(counts)]
+    ).to(dtype)
     return out, expected
 
 
@@ -32,12 +44,25 @@ def _exchange(rank: int, world_size: int, most_bytes: int) -> tuple[bool, list[i
     before, shared_memory.MOST_BYTES = shared_memory.MOST_BYTES, most_bytes
     try:
         for dtype in (torch.float32, torch.int64, torch.uint8, torch.bool):
-            for scale in (1, 0, 17, 40_000, 1, 130_000, 3):  # none at all, and more than there is room for at first
+            for scale in (
+                1,
+                0,
+                17,
+                40_000,
+                1,
+                130_000,
+                3,
+            ):  # none at all, and more than there is room for at first
                 assert torch.equal(*_exchanged(rank, world_size, dtype, scale))
         equal = torch.empty(2 * world_size, 2)
         sent = torch.arange(2.0 * world_size)[:, None].expand(-1, 2).contiguous() + 100 * rank
         collectives.all_to_all(equal, sent, group=None, operation="a test")
-        expected = torch.cat([torch.tensor([2.0 * rank, 2.0 * rank + 1]) + 100 * other for other in range(world_size)])
+        expected = torch.cat(
+            [
+                torch.tensor([2.0 * rank, 2.0 * rank + 1]) + 100 * other
+                for other in range(world_size)
+            ]
+        )
         assert torch.equal(equal, expected[:, None].expand(-1, 2))
         way = _way()
         return way is not None, [memory._room for memory in way.memories] if way else []
@@ -127,14 +152,22 @@ def _disagree(rank: int, world_size: int) -> list[str]:
         collectives.all_reduce(torch.zeros(2 + rank), operation="a test")
     texts.append(str(caught.value))
     with pytest.raises(RuntimeError) as caught:
-        collectives.all_to_all(torch.zeros(3, 2), torch.zeros(2, 2), [2, 1], [1, 1], group=None, operation="a test")
+        collectives.all_to_all(
+            torch.zeros(3, 2), torch.zeros(2, 2), [2, 1], [1, 1], group=None, operation="a test"
+        )
     return [*texts, str(caught.value)]
 
 
 def test_messages_of_other_sizes_are_refused(run_ranks) -> None:
-    """gloo's all-reduce would give garbage, and its all-to-all unfilled rows or the end of the process."""
+    """gloo's all-reduce would give garbage.
+
+    And its all-to-all unfilled rows or the end of the process.
+    """
     first, second = run_ranks(_disagree, 2)
-    assert first == ["rank 1 of this group sent 12 bytes, expected 8", "rank 0 of this group sent 8 bytes, expected 16"]
+    assert first == [
+        "rank 1 of this group sent 12 bytes, expected 8",
+        "rank 0 of this group sent 8 bytes, expected 16",
+    ]
     assert second[0] == "rank 0 of this group sent 8 bytes, expected 12"
 
 

@@ -1,4 +1,7 @@
-"""Ranks that die, stop, raise or end, and what the others say; ranks that disagree; values that are no numbers."""
+"""Ranks that die, stop, raise or end, and what the others say; ranks that disagree.
+
+Values that are no numbers.
+"""
 
 import multiprocessing
 import os
@@ -42,44 +45,78 @@ class Model(nn.Module):
         return self.layer(self.user(ids)).square().sum()
 
 
-def in_lookup(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable[[], None], folder: Path) -> None:
+def in_lookup(
+    rank: int,
+    model: Model,
+    coordinator: Coordinator,
+    step: int,
+    fail: Callable[[], None],
+    folder: Path,
+) -> None:
     fail()
     model(step).backward()
     coordinator.step()
 
 
-def in_lookup_by_gloo(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path) -> None:
+def in_lookup_by_gloo(
+    rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path
+) -> None:
     os.environ["SHARDEMB_SHARED_MEMORY"] = "0"  # as between machines
     in_lookup(rank, model, coordinator, step, fail, folder)
     assert not any(collectives._near.values())
 
 
-def in_backward(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable[[], None], folder: Path) -> None:
+def in_backward(
+    rank: int,
+    model: Model,
+    coordinator: Coordinator,
+    step: int,
+    fail: Callable[[], None],
+    folder: Path,
+) -> None:
     loss = model(step)
     fail()
     loss.backward()
     coordinator.step()
 
 
-def in_step(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable[[], None], folder: Path) -> None:
+def in_step(
+    rank: int,
+    model: Model,
+    coordinator: Coordinator,
+    step: int,
+    fail: Callable[[], None],
+    folder: Path,
+) -> None:
     model(step).backward()
     fail()
     coordinator.step()
 
 
-def in_construction(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path) -> None:
+def in_construction(
+    rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path
+) -> None:
     fail()
     Embedding(7, shape=2, name="new")
     coordinator.step()
 
 
-def in_save(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable[[], None], folder: Path) -> None:
+def in_save(
+    rank: int,
+    model: Model,
+    coordinator: Coordinator,
+    step: int,
+    fail: Callable[[], None],
+    folder: Path,
+) -> None:
     fail()
     checkpoint.save(folder, step, model)
     coordinator.step()
 
 
-def in_different_places(rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path) -> None:
+def in_different_places(
+    rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path
+) -> None:
     """Rank 0 waits, rank 2 computes for a while, and is waited for too."""
     fail()
     if rank == 2 and step == 3:
@@ -88,11 +125,19 @@ def in_different_places(rank: int, model: Model, coordinator: Coordinator, step:
     coordinator.step()
 
 
-def _rank_main(channel, rank: int, world_size: int, store: str, scenario: Callable, how: str, folder: Path) -> None:
+def _rank_main(
+    channel, rank: int, world_size: int, store: str, scenario: Callable, how: str, folder: Path
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     half_an_hour = timedelta(minutes=30)  # as a user's own group has it
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=half_an_hour)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=half_an_hour,
+    )
     watchdog.set_timeout(TIMEOUT)
     model = Model()
     coordinator = Coordinator(model, RowWiseAdagrad(model.parameters(), lr=0.1))
@@ -119,14 +164,28 @@ def _rank_main(channel, rank: int, world_size: int, store: str, scenario: Callab
     except End:
         watchdog.finish()  # as the launcher does; it raises when the others fail
     except PeerFailureError as error:
-        channel.send(("error", (error.rank, error.step, error.operation, error.seconds, str(error), time.monotonic())))
+        channel.send(
+            (
+                "error",
+                (
+                    error.rank,
+                    error.step,
+                    error.operation,
+                    error.seconds,
+                    str(error),
+                    time.monotonic(),
+                ),
+            )
+        )
         watchdog.report(error)
     except BaseException as error:
         watchdog.report(error)
     time.sleep(0 if how == "raise" else 10)  # still there
 
 
-def run(scenario: Callable, how: str, world_size: int, folder: Path) -> tuple[float, dict[int, tuple]]:
+def run(
+    scenario: Callable, how: str, world_size: int, folder: Path
+) -> tuple[float, dict[int, tuple]]:
     """Return when rank 1 failed, and what each other rank raised."""
     with tempfile.TemporaryDirectory() as base:
         channels, ranks = [], []
@@ -140,7 +199,9 @@ def run(scenario: Callable, how: str, world_size: int, folder: Path) -> tuple[fl
                 channels.append(here)
             failed, errors, deadline = None, {}, time.monotonic() + 40
             while len(errors) < world_size - 1 and time.monotonic() < deadline:
-                for channel in wait([c for r, c in enumerate(channels) if r not in errors and not c.closed], 1.0):
+                for channel in wait(
+                    [c for r, c in enumerate(channels) if r not in errors and not c.closed], 1.0
+                ):
                     rank = channels.index(channel)
                     try:
                         kind, value = channel.recv()
@@ -164,9 +225,27 @@ def run(scenario: Callable, how: str, world_size: int, folder: Path) -> tuple[fl
 CASES = [
     (in_lookup, "die", 3, "lookup 3 of table 'user': counts", "has died: it does not answer"),
     (in_lookup, "stop", 2, "lookup 3 of table 'user': counts", "has stopped or died"),
-    (in_lookup, "raise", 3, "lookup 3 of table 'user': counts", "raised ValueError: bad luck (step 3)"),
-    (in_lookup, "end", 3, "lookup 3 of table 'user': counts", "has ended after step 2, while others go on"),
-    (in_lookup_by_gloo, "die", 3, "lookup 3 of table 'user': counts", "has died: it does not answer"),
+    (
+        in_lookup,
+        "raise",
+        3,
+        "lookup 3 of table 'user': counts",
+        "raised ValueError: bad luck (step 3)",
+    ),
+    (
+        in_lookup,
+        "end",
+        3,
+        "lookup 3 of table 'user': counts",
+        "has ended after step 2, while others go on",
+    ),
+    (
+        in_lookup_by_gloo,
+        "die",
+        3,
+        "lookup 3 of table 'user': counts",
+        "has died: it does not answer",
+    ),
     (in_lookup_by_gloo, "stop", 2, "lookup 3 of table 'user': counts", "has stopped or died"),
     (in_backward, "die", 2, "lookup 3 of table 'user': gradients", "has died"),
     (in_backward, "raise", 3, "lookup 3 of table 'user': gradients", "raised ValueError: bad luck"),
@@ -181,7 +260,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("scenario", "how", "world_size", "operation", "text"), CASES, ids=[f"{c[0].__name__}-{c[1]}-{c[2]}" for c in CASES]
+    ("scenario", "how", "world_size", "operation", "text"),
+    CASES,
+    ids=[f"{c[0].__name__}-{c[1]}-{c[2]}" for c in CASES],
 )
 def test_the_others_end_in_time_and_say_why(
     tmp_path: Path, scenario: Callable, how: str, world_size: int, operation: str, text: str
@@ -213,12 +294,14 @@ dist.init_process_group("gloo")
 table = shardemb.Embedding(101, shape=4, seed=1, name="user")
 coordinator = shardemb.Coordinator(table, shardemb.RowWiseAdagrad(table.parameters(), lr=0.1))
 for step in range(5):
-    if step == 2 and dist.get_rank() == int(sys.argv[1]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if step == 2 and dist.get_rank() == int(sys.argv[1]) and first:
         os.kill(os.getpid(), signal.SIGKILL)
     table(torch.arange(70)).sum().backward()
     coordinator.step()
 # in one write: torchrun starts python without buffers, and the ranks end together
-sys.stdout.write(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']} rank {dist.get_rank()} done\\n")
+attempt = os.environ['TORCHELASTIC_RESTART_COUNT']
+sys.stdout.write(f"attempt {attempt} rank {dist.get_rank()} done\\n")
 """
 
 
@@ -226,11 +309,38 @@ sys.stdout.write(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']} rank {dist
 def test_torchrun_starts_again(tmp_path: Path, victim: str) -> None:
     """A restarted attempt finds no alarm of the one before, whose store it uses."""
     (tmp_path / "loop.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--master-addr", "127.0.0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "loop.py", victim]
-    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
+    command += [
+        "--master-addr",
+        "127.0.0.1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "loop.py",
+        victim,
+    ]
+    variables = {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=tmp_path,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"attempt 1 rank {rank} done" for rank in (0, 1)]
@@ -243,7 +353,8 @@ import torch.distributed as dist
 import shardemb
 
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)  # with its 30 minutes
+store = "file://" + sys.argv[2]
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)  # with its 30 minutes
 shardemb.set_timeout(2)
 table = shardemb.Embedding(101, shape=4, seed=1, name="user")
 try:
@@ -257,22 +368,36 @@ finally:
 
 
 def test_a_process_whose_peer_has_stopped_can_exit(tmp_path: Path) -> None:
-    """gloo's destructors would wait for what is under way, as long as the group's own timeout says."""
+    """gloo's destructors would wait for what is under way.
+
+    As long as the group's own timeout says.
+    """
     (tmp_path / "alone.py").write_text(ALONE)
     command = [sys.executable, "alone.py"]
-    options = {"cwd": tmp_path, "env": os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **options) for rank in (0, 1)]
+    options = {
+        "cwd": tmp_path,
+        "env": os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **options)
+        for rank in (0, 1)
+    ]
     try:
         _, err = ranks[0].communicate(timeout=60)
         assert ranks[0].returncode == 1
-        assert "PeerFailureError: rank 1 has stopped or died: it does not answer; rank 0 waited" in err
+        assert (
+            "PeerFailureError: rank 1 has stopped or died: it does not answer; rank 0 waited" in err
+        )
     finally:
         for process in ranks:
             process.kill()
             process.communicate()
 
 
-# ------------------------------------------------------------------------------------------------------------- disagreement
+# --------------------
+# disagreement
 
 
 def _disagree(rank: int, world_size: int, what: str) -> str:
@@ -289,7 +414,14 @@ def _disagree(rank: int, world_size: int, what: str) -> str:
         elif what == "learning rate":
             Coordinator(model, RowWiseAdagrad(model.parameters(), lr=0.1 * (1 + odd)))
         elif what == "optimizer":
-            Coordinator(model, torch.optim.SGD(model.parameters(), lr=0.1) if odd else RowWiseAdagrad(model.parameters()))
+            Coordinator(
+                model,
+                (
+                    torch.optim.SGD(model.parameters(), lr=0.1)
+                    if odd
+                    else RowWiseAdagrad(model.parameters())
+                ),
+            )
         elif what == "layer":
             model.layer = nn.Linear(2 + odd, 1)
             Coordinator(model)
@@ -311,12 +443,23 @@ def _disagree(rank: int, world_size: int, what: str) -> str:
 DISAGREEMENTS = {
     "shape": r"ranks make different tables: rank 0 'new' \(100 x \(4,\).*rank {odd} 'new' \(101 x",
     "seed": r"ranks make different tables: .*seed 1 .*seed 2",
-    "learning rate": r"the coordinator: ranks disagree in optimizers: .*'lr': 0.1.* on rank 0 and .*'lr': 0.2.* on rank {odd}",
-    "optimizer": r"ranks disagree in optimizers: got .*RowWiseAdagrad.* on rank 0 and .*SGD.* on rank {odd}",
+    "learning rate": (
+        r"the coordinator: ranks disagree in optimizers: .*'lr': 0.1.* on rank 0 and .*'lr': 0.2.*"
+        r" on rank {odd}"
+    ),
+    "optimizer": (
+        r"ranks disagree in optimizers: got .*RowWiseAdagrad.* on rank 0 and .*SGD.* on rank {odd}"
+    ),
     "layer": r"ranks disagree in parameters: .*\[1, 2\].* on rank 0 and .*\[1, 3\].* on rank {odd}",
     "step": r"ranks disagree in step: got step 0 on rank 0 and 7 on rank {odd}",
-    "order of lookups": r"rank 0 lookup 1 of table 'user' in step 0; .*rank {odd} lookup 1 of table 'item' in step 0",
-    "number of lookups": r"rank 0 lookup 1 of table 'item' in step 0; .*rank {odd} lookup 2 of table 'user' in step 0",
+    "order of lookups": (
+        r"rank 0 lookup 1 of table 'user' in step 0; .*rank {odd} lookup 1 of table 'item' in"
+        r" step 0"
+    ),
+    "number of lookups": (
+        r"rank 0 lookup 1 of table 'item' in step 0; .*rank {odd} lookup 2 of table 'user' in"
+        r" step 0"
+    ),
 }
 
 
@@ -327,7 +470,8 @@ def test_ranks_that_disagree_are_told(run_ranks, what: str, ranks: int) -> None:
         assert re.search(DISAGREEMENTS[what].format(odd=ranks - 1), text), text
 
 
-# --------------------------------------------------------------------------------------------------- NaN and infinite values
+# --------------------
+# NaN and infinite values
 
 
 class Tables(nn.Module):
@@ -335,7 +479,9 @@ class Tables(nn.Module):
         super().__init__()
         self.user = Embedding(101, shape=4, seed=1, name="user")
         self.item = Embedding(11, shape=4, seed=2, name="item", gradient="dense")
-        self.fused = Embedding(101, shape=4, seed=2, name="fused", gradient="fused", optimizer=FusedOptimizer("sgd"))
+        self.fused = Embedding(
+            101, shape=4, seed=2, name="fused", gradient="fused", optimizer=FusedOptimizer("sgd")
+        )
         self.layer = nn.Linear(4, 1)
 
 
@@ -346,7 +492,10 @@ def _not_a_number(rank: int, world_size: int, where: str, policy: str | None) ->
         torch.optim.SGD([*model.item.parameters(), *model.layer.parameters()]),
     ]
     coordinator = Coordinator(model, optimizers, nonfinite=policy)
-    before = [parameter.detach().clone() for parameter in (*model.parameters(), model.fused._embeddings.weight)]
+    before = [
+        parameter.detach().clone()
+        for parameter in (*model.parameters(), model.fused._embeddings.weight)
+    ]
     texts = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -376,7 +525,10 @@ def _not_a_number(rank: int, world_size: int, where: str, policy: str | None) ->
         assert coordinator.skipped == 1
         if coordinator.backward(model.user(torch.tensor([3])).sum()):
             coordinator.step()
-        assert not torch.equal(before[0], model.user._embeddings.weight) or 3 not in model.user.plan.local_ids()
+        assert (
+            not torch.equal(before[0], model.user._embeddings.weight)
+            or 3 not in model.user.plan.local_ids()
+        )
     assert all(parameter.grad is None for parameter in model.parameters()) or policy == "error"
     return texts
 
@@ -395,14 +547,18 @@ def test_what_is_not_a_number(rank_pool, ranks: int, policy: str | None, where: 
             assert re.match(f"step 1: rank {ranks - 1}: the loss is -?inf", told[0])
     if policy is not None and where == "tables":
         text = " ".join(text for told in texts for text in told)
-        assert re.search(r"step 1: .*table 'user': the gradient of \d rows is NaN or infinite: \d", text)
+        assert re.search(
+            r"step 1: .*table 'user': the gradient of \d rows is NaN or infinite: \d", text
+        )
         assert "table 'item': the gradient of " in text
         for row in (7, 13, 99):
             assert str(row) in text
 
 
 def test_policies_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"got nonfinite='ignore', expected 'error', 'warn', 'skip' or None"):
+    with pytest.raises(
+        ValueError, match=r"got nonfinite='ignore', expected 'error', 'warn', 'skip' or None"
+    ):
         Coordinator(nn.Linear(1, 1), nonfinite="ignore")
 
 

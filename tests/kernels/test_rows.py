@@ -85,36 +85,61 @@ def test_contiguous() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "width", "n"), [(1, 1, 1), (300, 70, 69), (7, 4100, 4100), (5, 3, 0)])
-def test_count_better(loops: str, threads: int, rows: int, width: int, n: int, dtype: torch.dtype) -> None:
-    scores, out = torch.randn(rows, width).mul(4).round().to(dtype), torch.ones(3, rows, dtype=torch.int64)
+@pytest.mark.parametrize(
+    ("rows", "width", "n"), [(1, 1, 1), (300, 70, 69), (7, 4100, 4100), (5, 3, 0)]
+)
+def test_count_better(
+    loops: str, threads: int, rows: int, width: int, n: int, dtype: torch.dtype
+) -> None:
+    scores, out = (
+        torch.randn(rows, width).mul(4).round().to(dtype),
+        torch.ones(3, rows, dtype=torch.int64),
+    )
     truth = scores[:, 0].clone()
     scores[0, -1], scores[-1, 0] = torch.nan, -torch.inf
     kernels.count_better(scores, truth, n, out)
-    expected = [(mask[:, :n]).sum(1) for mask in (scores > truth[:, None], scores == truth[:, None], scores.isfinite())]
+    expected = [
+        (mask[:, :n]).sum(1)
+        for mask in (scores > truth[:, None], scores == truth[:, None], scores.isfinite())
+    ]
     assert out.equal(torch.stack(expected) + 1)
 
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("queries", "rows", "dim"), [(1, 1, 1), (300, 71, 7), (6, 4101, 128), (2, 3, 500), (0, 3, 4), (3, 0, 4), (3, 2, 0)]
+    ("queries", "rows", "dim"),
+    [(1, 1, 1), (300, 71, 7), (6, 4101, 128), (2, 3, 500), (0, 3, 4), (3, 0, 4), (3, 2, 0)],
 )
-def test_distances(loops: str, threads: int, p: int, dtype: torch.dtype, queries: int, rows: int, dim: int) -> None:
+def test_distances(
+    loops: str, threads: int, p: int, dtype: torch.dtype, queries: int, rows: int, dim: int
+) -> None:
     a, b = torch.randn(queries, dim, dtype=dtype), torch.randn(rows, dim, dtype=dtype)
     a[:rows] = b[:queries]  # some are not apart at all
     got = kernels.distances(a, b, p)
     difference = a.double().unsqueeze(1) - b.double()
-    expected = torch.linalg.vector_norm(difference, ord=p, dim=-1) if dim else torch.zeros(queries, rows)
+    expected = (
+        torch.linalg.vector_norm(difference, ord=p, dim=-1) if dim else torch.zeros(queries, rows)
+    )
     torch.testing.assert_close(got.double(), expected.double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(kernels.distances(a[None], b[None], p)[0], got)
-    strange = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]], dtype=dtype).expand(3, 9).contiguous()
+    strange = (
+        torch.tensor([[torch.nan], [torch.inf], [-torch.inf]], dtype=dtype)
+        .expand(3, 9)
+        .contiguous()
+    )
     got = kernels.distances(strange, torch.zeros(2, 9, dtype=dtype), p)
     assert got[0].isnan().all()
     assert (got[1:] == torch.inf).all()
 
 
-RULES = {"sgd": (), "adagrad": (6,), "rowwise_adagrad": (1,), "adam": (6, 6), "rowwise_adam": (6, 1)}
+RULES = {
+    "sgd": (),
+    "adagrad": (6,),
+    "rowwise_adagrad": (1,),
+    "adam": (6, 6),
+    "rowwise_adam": (6, 1),
+}
 
 
 @needs_compiler
@@ -136,7 +161,10 @@ def test_update(threads: int, rule: str, constrained: str | None) -> None:
         a = torch.where(touched, a + square, a)
         new = new - 0.1 * g / (a.sqrt() + 1e-3)
     else:
-        a, b = torch.where(touched, 0.9 * a + 0.1 * g, a), torch.where(touched, 0.8 * b + 0.2 * square, b)
+        a, b = (
+            torch.where(touched, 0.9 * a + 0.1 * g, a),
+            torch.where(touched, 0.8 * b + 0.2 * square, b),
+        )
         new = new - 0.1 * a / (b.sqrt() + 1e-3)
     if constrained:
         new = torch.nn.functional.normalize(new)
@@ -176,11 +204,17 @@ def test_constrain(loops: str, threads: int, function, dtype: torch.dtype) -> No
 def _why_not(folder: Path, **environment: str) -> tuple[str, str]:
     """Ask a fresh process, whose compiled loops go into a folder of its own."""
     code = (
-        "from shardemb import kernels; import torch; print(kernels.why_not()); kernels.take(torch.ones(3, 2), torch.tensor([1]))"
+        "from shardemb import kernels; import torch; print(kernels.why_not());"
+        " kernels.take(torch.ones(3, 2), torch.tensor([1]))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     return done.stdout.strip(), done.stderr
 
@@ -238,7 +272,9 @@ def test_large_tensors_lie_in_large_pages() -> None:
         tensor = kernels.empty((64 << 20,), torch.uint8).zero_()
         print(huge_kilobytes() - before)
     """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True
+    )
     assert int(done.stdout) >= 48 << 10
 
 
@@ -247,13 +283,27 @@ def test_blocks_of_a_step_come_from_memory_that_is_kept() -> None:
     script = """if True:
         import ctypes, torch, shardemb.kernels.rows
         class Info(ctypes.Structure):  # mallinfo(3)
-            _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+            names = "arena ordblks smblks hblks hblkhd a b c d e".split()
+            _fields_ = [(name, ctypes.c_size_t) for name in names]
         told = ctypes.CDLL(None).mallinfo2
         told.restype = Info
         before = told().hblks
         block = torch.empty(24 << 20, dtype=torch.uint8)
         print(told().hblks - before)
     """
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    done = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, timeout=100, check=True)
-    assert int(done.stdout) == 0, "mapped for itself, given back when it is freed, and its pages cleared again next time"
+    plain = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=plain,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert int(done.stdout) == 0, (
+        "mapped for itself, given back when it is freed, and its pages cleared again next time"
+    )

@@ -18,7 +18,9 @@ epochs = 3
 def test_reads_what_it_writes(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(CONFIG)
-    config = JobConfig.load(path, ["training.seed=7", "model.n3=1", "model.scorer=distmult"], dataset="wordnet")
+    config = JobConfig.load(
+        path, ["training.seed=7", "model.n3=1", "model.scorer=distmult"], dataset="wordnet"
+    )
     assert config.dataset == "wordnet"
     assert config.model.constrainer_kwargs == {"maxnorm": 1.0, "dim": -1}
     assert (config.model.dim, config.model.n3, config.model.scorer) == (64, 1.0, "distmult")
@@ -26,8 +28,15 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
     path.write_text(config.to_toml())
     assert JobConfig.load(path) == config
     assert config.differences(config) == []
-    assert JobConfig.load(path, ["training.epochs=4"]).differences(config) == ["epochs = 4 against epochs = 3"]
-    assert JobConfig.load(path, ["training.checkpoint_seconds=60", "training.keep=5"]).differences(config) == []
+    assert JobConfig.load(path, ["training.epochs=4"]).differences(config) == [
+        "epochs = 4 against epochs = 3"
+    ]
+    assert (
+        JobConfig.load(path, ["training.checkpoint_seconds=60", "training.keep=5"]).differences(
+            config
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,12 +44,18 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
     [
         (
             "nonsense = 3",
-            ": unknown key 'nonsense': known: dataset, unseen, model, loss, sampling, optimizer, training",
+            (
+                ": unknown key 'nonsense': known: dataset, unseen, model, loss, sampling,"
+                " optimizer, training"
+            ),
         ),
         ("epoch = 3", ": unknown key 'epoch': did you mean 'training.epochs'?"),
         ("[training]\ndim = 3", ": unknown key 'training.dim': did you mean 'model.dim'?"),
         ("[traning]\nepochs = 3", ": unknown key 'traning': did you mean 'training'?"),
-        ("[model.constrainr]\np = 2", ": unknown key 'model.constrainr': did you mean 'model.constrainer'?"),
+        (
+            "[model.constrainr]\np = 2",
+            ": unknown key 'model.constrainr': did you mean 'model.constrainer'?",
+        ),
         ("dataset = 3", ": dataset: got 3, expected a value of type str"),
         ("unseen = 'dorp'", ": unseen: got 'dorp', expected one of 'keep', 'drop', 'error'"),
         ("[training]\nepoch = 3", "unknown key 'training.epoch': did you mean 'training.epochs'?"),
@@ -52,17 +67,35 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
         ("[[model]]", ": model: got [{}], expected a section"),
         ("[model]\nn3 = true", ": model.n3: got True, expected a value of type float"),
         ("[model]\nn3 = nan", ": model.n3: got nan, expected a number"),
-        ("[optimizer]\nentity_lr = inf", ": optimizer.entity_lr: got inf, expected a finite number"),
-        ("[optimizer]\nfinal_lr = -inf", ": optimizer.final_lr: got -inf, expected a finite number"),
-        ("[model]\nn3 = " + "9" * 400, ": model.n3: got an integer of 1329 bits, expected at most 63"),
+        (
+            "[optimizer]\nentity_lr = inf",
+            ": optimizer.entity_lr: got inf, expected a finite number",
+        ),
+        (
+            "[optimizer]\nfinal_lr = -inf",
+            ": optimizer.final_lr: got -inf, expected a finite number",
+        ),
+        (
+            "[model]\nn3 = " + "9" * 400,
+            ": model.n3: got an integer of 1329 bits, expected at most 63",
+        ),
         ("[model]\ndim = 7", ": model.dim: got dim=7, expected a multiple of 2"),
-        ("[model]\nconstrainer_kwargs = {maxnorm = nan}", ": model.constrainer_kwargs.maxnorm: got nan, expected a number"),
-        ("[model]\nconstrainer_kwargs = {a = [1979-05-27]}", ": model.constrainer_kwargs.a.0: got datetime.date(1979, 5, 27)"),
+        (
+            "[model]\nconstrainer_kwargs = {maxnorm = nan}",
+            ": model.constrainer_kwargs.maxnorm: got nan, expected a number",
+        ),
+        (
+            "[model]\nconstrainer_kwargs = {a = [1979-05-27]}",
+            ": model.constrainer_kwargs.a.0: got datetime.date(1979, 5, 27)",
+        ),
         (
             "[training]\ncheckpoint_seconds = -1",
             ": training.checkpoint_seconds: got -1.0, expected a finite number",
         ),
-        ("[training]\nnonfinite = 'ignore'", ": training.nonfinite: got 'ignore', expected one of 'error', 'warn', 'skip'"),
+        (
+            "[training]\nnonfinite = 'ignore'",
+            ": training.nonfinite: got 'ignore', expected one of 'error', 'warn', 'skip'",
+        ),
         ("[training]\nkeep = 0", ": training.keep: got 0, expected at least 1"),
         ("[training]\nepochs = 0", ": training.epochs: got 0, expected at least 1"),
         ("epochs =", ": got text that is not TOML: Invalid value (at "),
@@ -117,7 +150,10 @@ def test_an_empty_file_and_none_are_the_defaults(tmp_path: Path) -> None:
         ("model.constrainer_kwargs.dim.x=3", "but 'dim' is no section"),
         ("training.epoch=3", "unknown key 'training.epoch': did you mean 'training.epochs'"),
         ("training.epochs=three", "training.epochs: got 'three', expected a value of type int"),
-        ("training.epochs=3\nx = 1", r"training.epochs: got '3\\nx = 1', expected a value of type int"),
+        (
+            "training.epochs=3\nx = 1",
+            r"training.epochs: got '3\\nx = 1', expected a value of type int",
+        ),
         ("training.epochs=0", "training.epochs: got 0, expected at least 1"),
         ("training.epochs.x=0", "training.epochs: got {'x': 0}, expected a value of type int"),
         ("training=3", "training: got 3, expected a section"),
@@ -137,7 +173,10 @@ def test_overrides_are_checked_and_named(tmp_path: Path, override: str, text: st
 def test_deep_overrides(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(CONFIG)
-    config = JobConfig.load(path, ["model.constrainer_kwargs.maxnorm=2", "model.constrainer_kwargs.p = inf", "unseen=drop"])
+    config = JobConfig.load(
+        path,
+        ["model.constrainer_kwargs.maxnorm=2", "model.constrainer_kwargs.p = inf", "unseen=drop"],
+    )
     assert config.model.constrainer_kwargs == {"maxnorm": 2, "dim": -1, "p": float("inf")}
     assert config.unseen == "drop"
     path.write_text(config.to_toml())  # inf is no JSON
@@ -151,7 +190,11 @@ def test_any_name_comes_back(tmp_path: Path, dataset: str) -> None:
     assert JobConfig.load(path).dataset == dataset
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[2] / "configs").glob("*.toml")),
+    ids=lambda path: path.stem,
+)
 def test_the_configurations_that_come_with_the_repository_are_read(path: Path) -> None:
     assert JobConfig.load(path, dataset="wordnet").dataset == "wordnet"
     assert f"shardemb train configs/{path.name} --dataset FOLDER" in path.read_text()

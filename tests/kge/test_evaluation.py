@@ -18,7 +18,9 @@ SCORERS = {
     "rotate": ("RotatE", {}),
 }
 DIM = 12
-TRIPLES = torch.stack([torch.arange(300) % 41, torch.arange(300) % 3, torch.arange(300) * 7 % 41], dim=1)
+TRIPLES = torch.stack(
+    [torch.arange(300) % 41, torch.arange(300) % 3, torch.arange(300) * 7 % 41], dim=1
+)
 
 
 @cache
@@ -28,7 +30,9 @@ def _graph(name: str) -> Triples:
 
 @cache
 def _weights(scorer: str, entities: int, relations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Small round numbers, so that scores are exact and tie; the last third of the entities are copies of others.
+    """Small round numbers, so that scores are exact and tie.
+
+    The last third of the entities are copies of others.
 
     RotatE's relations are rotations, so its scores are not exact anyway: only the copies tie.
     """
@@ -54,22 +58,35 @@ def _theirs(scorer: str, dataset: str, filtered: bool) -> dict[str, float]:
     factory = CoreTriplesFactory(splits[0], num_entities=sizes[0], num_relations=sizes[1])
     name, options = SCORERS[scorer]
     is_complex = scorer in ("complex", "rotate")
-    model = getattr(models, name)(triples_factory=factory, embedding_dim=DIM // (1 + is_complex), random_seed=0, **options)
+    model = getattr(models, name)(
+        triples_factory=factory, embedding_dim=DIM // (1 + is_complex), random_seed=0, **options
+    )
     tables = model.entity_representations[0], model.relation_representations[0]
     for table, weight in zip(tables, _weights(scorer, *sizes), strict=True):
         table._embeddings.weight.data.copy_(weight)
 
     class Evaluator(RankBasedEvaluator):
-        """PyKEEN's, until 1.11.1 without true scores for raw ranks, which its pull request 1620 has mended."""
+        """PyKEEN's, until 1.11.1 without true scores for raw ranks.
 
-        def process_scores_(self, hrt_batch: Any, target: str, scores: Any, true_scores: Any = None, **options: Any) -> None:
+        Which its pull request 1620 has mended.
+        """
+
+        def process_scores_(
+            self, hrt_batch: Any, target: str, scores: Any, true_scores: Any = None, **options: Any
+        ) -> None:
             answers = hrt_batch[:, [0 if target == "head" else 2]]
             true_scores = scores.gather(1, answers) if true_scores is None else true_scores
             super().process_scores_(hrt_batch, target, scores, true_scores, **options)
 
     return (
         Evaluator(filtered=filtered)
-        .evaluate(model, splits[2], batch_size=64, additional_filter_triples=splits[:2] if filtered else None, use_tqdm=False)
+        .evaluate(
+            model,
+            splits[2],
+            batch_size=64,
+            additional_filter_triples=splits[:2] if filtered else None,
+            use_tqdm=False,
+        )
         .to_flat_dict()
     )
 
@@ -77,13 +94,24 @@ def _theirs(scorer: str, dataset: str, filtered: bool) -> dict[str, float]:
 def _ours(rank: int, world_size: int, scorer: str, dataset: str, filtered: bool) -> dict[str, Any]:
     data = _graph(dataset)
     sizes = len(data.entities), len(data.relations)
-    model = KnowledgeGraphModel(*sizes, ModelConfig(scorer=scorer, dim=DIM, reciprocal=False), seed=0)
+    model = KnowledgeGraphModel(
+        *sizes, ModelConfig(scorer=scorer, dim=DIM, reciprocal=False), seed=0
+    )
     weights = _weights(scorer, *sizes)
     plan = model.entity.plan
-    model.entity.load_stored_rows({**model.entity.stored_rows(), "weight": weights[0][plan.local_ids()]})
+    model.entity.load_stored_rows(
+        {**model.entity.stored_rows(), "weight": weights[0][plan.local_ids()]}
+    )
     model.relation.load_stored_rows({"weight": weights[1]})
     splits = [data.train, data.valid, data.test]
-    return {ties: report(model, data.test, splits, EvaluationConfig(filtered, ties, hits=[1, 3, 5, 10])).sides for ties in TIES}
+    return {
+        ties: (
+            report(
+                model, data.test, splits, EvaluationConfig(filtered, ties, hits=[1, 3, 5, 10])
+            ).sides
+        )
+        for ties in TIES
+    }
 
 
 @pytest.mark.parametrize("filtered", [True, False], ids=["filtered", "raw"])
@@ -94,36 +122,54 @@ def test_equals_pykeens_evaluator(rank_pool, dataset: str, scorer: str, filtered
     theirs = _theirs(scorer, dataset, filtered)
     for world_size in (1, 2, 3):
         for found in rank_pool(_ours, world_size, scorer, dataset, filtered):
-            assert found["optimistic"]["both"]["mrr"] > found["pessimistic"]["both"]["mrr"] + 0.002  # there are ties
+            assert (
+                found["optimistic"]["both"]["mrr"] > found["pessimistic"]["both"]["mrr"] + 0.002
+            )  # there are ties
             for ties, sides in found.items():
                 for side, figures in sides.items():
                     expected = {
                         "mrr": theirs[f"{side}.{ties}.inverse_harmonic_mean_rank"],
                         "mr": theirs[f"{side}.{ties}.arithmetic_mean_rank"],
-                        **{f"hits_at_{k}": theirs[f"{side}.{ties}.hits_at_{k}"] for k in (1, 3, 5, 10)},
+                        **{
+                            f"hits_at_{k}": theirs[f"{side}.{ties}.hits_at_{k}"]
+                            for k in (1, 3, 5, 10)
+                        },
                     }
                     if ties == "realistic":  # PyKEEN adjusts no other
-                        expected["amri"] = theirs[f"{side}.{ties}.adjusted_arithmetic_mean_rank_index"]
+                        expected["amri"] = theirs[
+                            f"{side}.{ties}.adjusted_arithmetic_mean_rank_index"
+                        ]
                         assert set(figures) == set(expected)
                     # of a mean rank of 60 in PyKEEN's float32, 1e-6 are a part of the last digit
-                    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6, rel=1e-7)
+                    assert {name: figures[name] for name in expected} == pytest.approx(
+                        expected, abs=1e-6, rel=1e-7
+                    )
 
 
 def _small(rank: int, world_size: int, candidates: int) -> tuple:
     options = {"entity_dropout": 0.5, "relation_dropout": 0.5}
     model = KnowledgeGraphModel(41, 3, ModelConfig(dim=4, init_std=1.0, **options), seed=5)
     config = EvaluationConfig(per_relation=True, hits=[2], candidates=candidates)
-    found = [report(model.train(mode), TRIPLES[:100], [TRIPLES], config, seed=3) for mode in (True, False)]
+    found = [
+        report(model.train(mode), TRIPLES[:100], [TRIPLES], config, seed=3)
+        for mode in (True, False)
+    ]
     assert not model.training
     assert found[0] == found[1]  # without dropout
     model.train()
     alone = {
-        (kind, side): report(model, TRIPLES[:100][TRIPLES[:100, 1] == kind], [TRIPLES], config).sides[side]
+        (kind, side): (
+            report(model, TRIPLES[:100][TRIPLES[:100, 1] == kind], [TRIPLES], config).sides[side]
+        )
         for kind in range(3)
         for side in ("tail", "head")
     }
     assert model.training
-    assert evaluate(model, TRIPLES[:100], [TRIPLES], config, 3) == found[0].metrics == found[0].sides["both"]
+    assert (
+        evaluate(model, TRIPLES[:100], [TRIPLES], config, 3)
+        == found[0].metrics
+        == found[0].sides["both"]
+    )
     return found[0], alone
 
 
@@ -132,7 +178,9 @@ def test_relations_one_by_one(rank_pool) -> None:
     assert [(row["relation"], row["side"]) for row in found.table] == list(alone)
     assert [row["count"] for row in found.table] == [34, 34, 33, 33, 33, 33]
     for row in found.table:
-        assert {name: row[name] for name in ("mrr", "mr", "hits_at_2", "amri")} == alone[row["relation"], row["side"]]
+        assert {name: row[name] for name in ("mrr", "mr", "hits_at_2", "amri")} == alone[
+            row["relation"], row["side"]
+        ]
     whole = sum(row["mrr"] * row["count"] for row in found.table) / 200
     assert found.metrics["mrr"] == pytest.approx(whole, abs=1e-12)
 
@@ -145,8 +193,17 @@ def test_drawn_candidates_are_the_same_on_any_number_of_ranks(rank_pool, world_s
 
 
 def test_what_is_no_setting_is_refused() -> None:
-    for options in ({"ties": "random"}, {"candidates": -1}, {"hits": [0]}, {"hits": [1, 1]}, {"hits": [True]}, {"hits": ["1"]}):
-        with pytest.raises(ValueError, match=rf"evaluation.{next(iter(options))}: got .*, expected"):
+    for options in (
+        {"ties": "random"},
+        {"candidates": -1},
+        {"hits": [0]},
+        {"hits": [1, 1]},
+        {"hits": [True]},
+        {"hits": ["1"]},
+    ):
+        with pytest.raises(
+            ValueError, match=rf"evaluation.{next(iter(options))}: got .*, expected"
+        ):
             EvaluationConfig(**options)
     model = KnowledgeGraphModel(41, 3, ModelConfig(dim=4), seed=5)
     with pytest.raises(ValueError, match="got 41 of 41 entities, expected fewer"):
@@ -158,17 +215,28 @@ def test_what_is_no_setting_is_refused() -> None:
 def test_a_single_entity_is_ranked_by_chance() -> None:
     model = KnowledgeGraphModel(1, 1, ModelConfig(dim=4), seed=5)
     got = evaluate(model, torch.zeros(2, 3, dtype=torch.int64), [], EvaluationConfig())
-    assert got == {"mrr": 1.0, "mr": 1.0, "hits_at_1": 1.0, "hits_at_3": 1.0, "hits_at_10": 1.0, "amri": 0.0}
+    assert got == {
+        "mrr": 1.0,
+        "mr": 1.0,
+        "hits_at_1": 1.0,
+        "hits_at_3": 1.0,
+        "hits_at_10": 1.0,
+        "amri": 0.0,
+    }
 
 
 def _not_finite(rank: int, world_size: int, what: str, candidates: int) -> None:
-    model = KnowledgeGraphModel(41, 3, ModelConfig(dim=4, init_std=1e30 if what == "overflow" else 0.1), seed=5)
+    model = KnowledgeGraphModel(
+        41, 3, ModelConfig(dim=4, init_std=1e30 if what == "overflow" else 0.1), seed=5
+    )
     with torch.no_grad():
         if what == "entity" and rank == world_size - 1:
             model.entity._embeddings.weight[0, 0] = torch.nan
         if what == "relation":
             model.relation._embeddings.weight[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="scores are NaN or infinite: the rows of 'entity' or 'relation'"):
+    with pytest.raises(
+        FloatingPointError, match="scores are NaN or infinite: the rows of 'entity' or 'relation'"
+    ):
         evaluate(model, TRIPLES, [TRIPLES], EvaluationConfig(candidates=candidates))
 
 

@@ -22,8 +22,12 @@ def check(config: LossConfig, expected: Tensor, positive: Tensor, negative: Tens
     loss = config(positive, negative)
     assert loss.shape == positive.shape
     torch.testing.assert_close(loss, expected)
-    weights = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1))  # queries may weigh differently
-    found, wanted = (torch.autograd.grad((x * weights).sum(), [positive, negative]) for x in (loss, expected))
+    weights = torch.randn(
+        loss.shape, generator=torch.Generator().manual_seed(1)
+    )  # queries may weigh differently
+    found, wanted = (
+        torch.autograd.grad((x * weights).sum(), [positive, negative]) for x in (loss, expected)
+    )
     torch.testing.assert_close(found, wanted)
 
 
@@ -32,16 +36,23 @@ def test_softmax_is_torchs_cross_entropy(smoothing: float) -> None:
     positive, negative = scores()
     logits = torch.cat([positive.unsqueeze(-1), negative], dim=-1).flatten(0, 1)
     target = torch.zeros(10, dtype=torch.int64)
-    expected = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none").view(2, 5)
+    expected = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none").view(
+        2, 5
+    )
     check(LossConfig("softmax", label_smoothing=smoothing), expected, positive, negative)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_logistic_is_torchs_binary_cross_entropy(smoothing: float) -> None:
     positive, negative = scores()
-    right, wrong = torch.full_like(positive, 1 - smoothing / 2), torch.full_like(negative, smoothing / 2)
+    right, wrong = (
+        torch.full_like(positive, 1 - smoothing / 2),
+        torch.full_like(negative, smoothing / 2),
+    )
     expected = F.binary_cross_entropy_with_logits(positive, right, reduction="none")
-    expected = expected + F.binary_cross_entropy_with_logits(negative, wrong, reduction="none").mean(-1)
+    expected = expected + F.binary_cross_entropy_with_logits(
+        negative, wrong, reduction="none"
+    ).mean(-1)
     check(LossConfig("logistic", label_smoothing=smoothing), expected, positive, negative)
 
 
@@ -49,7 +60,10 @@ def test_margin_and_self_adversarial_are_pykeens() -> None:
     positive, negative = (x.flatten(0, 1) for x in scores())
     for config, theirs in (
         (LossConfig("margin", margin=1.5), pykeen_losses.MarginRankingLoss(margin=1.5)),
-        (LossConfig("self_adversarial", margin=2.0, temperature=0.7), pykeen_losses.NSSALoss(2.0, 0.7)),
+        (
+            LossConfig("self_adversarial", margin=2.0, temperature=0.7),
+            pykeen_losses.NSSALoss(2.0, 0.7),
+        ),
     ):
         expected = theirs.process_slcwa_scores(positive.unsqueeze(1), negative)
         torch.testing.assert_close(config(positive, negative).mean(), expected)

@@ -1,4 +1,7 @@
-"""The loss of a step, and the rows after it, against plain torch over whole tables, at every world size."""
+"""The loss of a step, and the rows after it, against plain torch over whole tables.
+
+At every world size.
+"""
 
 from typing import Any
 
@@ -15,7 +18,14 @@ from shardemb.kge.sampling import Sampler, SamplingConfig
 from shardemb.kge.scorers import SCORERS
 
 ENTITIES, RELATIONS, DIM = 29, 3, 8
-TRIPLES = torch.stack([torch.arange(90) ** 2 % ENTITIES, torch.arange(90) % RELATIONS, torch.arange(90) * 7 % ENTITIES], 1)
+TRIPLES = torch.stack(
+    [
+        torch.arange(90) ** 2 % ENTITIES,
+        torch.arange(90) % RELATIONS,
+        torch.arange(90) * 7 % ENTITIES,
+    ],
+    1,
+)
 TRIPLES = TRIPLES.unique(dim=0)
 
 Case = dict[str, dict[str, Any]]
@@ -23,14 +33,20 @@ CASES: dict[str, Case] = {
     "default": {},
     "symmetric": {"model": {"reciprocal": False}},
     "lp": {"model": {"reciprocal": False, "n3": 0.0, "lp": 0.1, "lp_power": 2.0}},
-    "bernoulli": {"model": {"reciprocal": False}, "sampling": {"corrupt": "bernoulli", "filtered": True}},
+    "bernoulli": {
+        "model": {"reciprocal": False},
+        "sampling": {"corrupt": "bernoulli", "filtered": True},
+    },
     "bernoulli_reciprocal": {"sampling": {"corrupt": "bernoulli"}},
     "logistic": {"loss": {"name": "logistic", "subsampling": True}, "sampling": {"in_batch": True}},
     "margin": {"loss": {"name": "margin"}, "sampling": {"chunk_size": 1, "corrupt": "head"}},
     "self_adversarial": {"loss": {"name": "self_adversarial", "subsampling": True}},
     "smoothing": {"loss": {"label_smoothing": 0.1}, "sampling": {"corrupt": "tail"}},
     "constrained": {"model": {"constrainer": "normalize", "scorer": "transe"}},
-    **{f"1vsall_{name}": {"sampling": {"scheme": "1vsall"}, "loss": {"name": name}} for name in ("softmax", "logistic")},
+    **{
+        f"1vsall_{name}": {"sampling": {"scheme": "1vsall"}, "loss": {"name": name}}
+        for name in ("softmax", "logistic")
+    },
     **{
         f"kvsall_{name}": {
             "sampling": {"scheme": "kvsall"},
@@ -39,7 +55,10 @@ CASES: dict[str, Case] = {
         }
         for name in ("softmax", "logistic")
     },
-    "1vsall_weighted_tails": {"sampling": {"scheme": "1vsall", "corrupt": "tail"}, "loss": {"subsampling": True}},
+    "1vsall_weighted_tails": {
+        "sampling": {"scheme": "1vsall", "corrupt": "tail"},
+        "loss": {"subsampling": True},
+    },
     **{name: {"model": {"scorer": name, "reciprocal": False}} for name in SCORERS},
 }
 #: SGD keeps what a step did apart from the size of its gradient
@@ -47,11 +66,17 @@ OPTIMIZER = OptimizerConfig(name="sgd", entity_lr=1.0, relation_lr=0.5)
 
 
 def parts(case: Case, rank: int, world_size: int) -> tuple[KnowledgeGraphModel, Sampler]:
-    sampling = SamplingConfig(**{"batch_size": 33, "chunk_size": 10, "num_negatives": 6, **case.get("sampling", {})})
+    sampling = SamplingConfig(
+        **{"batch_size": 33, "chunk_size": 10, "num_negatives": 6, **case.get("sampling", {})}
+    )
     loss = LossConfig(**case.get("loss", {}))
     config = ModelConfig(**{"dim": DIM, "init_std": 0.5, "n3": 0.02, **case.get("model", {})})
-    model = KnowledgeGraphModel(ENTITIES, RELATIONS, config, 7, loss, dense=sampling.scheme != "negatives")
-    return model, Sampler(TRIPLES, ENTITIES, RELATIONS, sampling, 3, rank, world_size, loss.subsampling)
+    model = KnowledgeGraphModel(
+        ENTITIES, RELATIONS, config, 7, loss, dense=sampling.scheme != "negatives"
+    )
+    return model, Sampler(
+        TRIPLES, ENTITIES, RELATIONS, sampling, 3, rank, world_size, loss.subsampling
+    )
 
 
 def step(rank: int, world_size: int, case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -75,9 +100,14 @@ def step(rank: int, world_size: int, case: Case) -> list[tuple[Tensor, Tensor, T
 def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The same with whole tables as plain tensors, one query at a time."""
     model, sampler = parts(case, 0, 1)
-    entity, relation = (table.stored_rows()["weight"].clone().requires_grad_() for table in (model.entity, model.relation))
+    entity, relation = (
+        table.stored_rows()["weight"].clone().requires_grad_()
+        for table in (model.entity, model.relation)
+    )
     config, loss_config, scorer, found = model.config, model.loss_config, model.scorer, []
-    optimizer = torch.optim.SGD([{"params": [entity], "lr": 1.0}, {"params": [relation], "lr": 0.5}])
+    optimizer = torch.optim.SGD(
+        [{"params": [entity], "lr": 1.0}, {"params": [relation], "lr": 0.5}]
+    )
 
     def query(head: bool, known: Tensor, kind: int) -> tuple[Tensor, Tensor]:
         r = relation[kind + RELATIONS * (head and config.reciprocal)]
@@ -87,7 +117,9 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
 
     def penalty(*rows: Tensor) -> Tensor:
         moduli = [scorer.modulus(row) for row in rows]
-        return sum(config.n3 * m.pow(3).sum() + config.lp * m.pow(config.lp_power).sum() for m in moduli)  # type: ignore[return-value]
+        return sum(
+            config.n3 * m.pow(3).sum() + config.lp * m.pow(config.lp_power).sum() for m in moduli
+        )  # type: ignore[return-value]
 
     for number in range(2):
         losses, penalties = [], []
@@ -101,7 +133,11 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
                     head = replaced if isinstance(replaced, bool) else bool(replaced.flatten()[at])
                     h, t = entity[batch.heads.flatten()[at]], entity[batch.tails.flatten()[at]]
                     r, q = query(head, t if head else h, int(batch.relations.flatten()[at]))
-                    others = [e for n, e in enumerate(batch.candidates[way, c].tolist()) if place * width + n not in hits]
+                    others = [
+                        e
+                        for n, e in enumerate(batch.candidates[way, c].tolist())
+                        if place * width + n not in hits
+                    ]
                     scores = torch.stack([scorer.score(q, entity[e]) for e in others])
                     weight = 1 if batch.weights is None else batch.weights.flatten()[at]
                     losses.append(weight * loss_config(scorer.score(q, h if head else t), scores))
@@ -112,7 +148,9 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
                 known = entity[queries.entities[place]]
                 r, q = query(bool(queries.head[place]), known, int(queries.relations[place]))
                 scores = scorer.score_all(q[None], entity)[0]
-                labels = F.one_hot(queries.answers[queries.places == place], ENTITIES).sum(0).float()
+                labels = (
+                    F.one_hot(queries.answers[queries.places == place], ENTITIES).sum(0).float()
+                )
                 smoothing = loss_config.label_smoothing
                 if loss_config.name == "softmax":
                     loss = F.cross_entropy(scores, labels / labels.sum(), label_smoothing=smoothing)
@@ -129,7 +167,13 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
             if config.constrainer:
                 entity.copy_(F.normalize(entity))
             normalizer = scorer.relation_normalizer
-            found.append((total.detach(), entity.clone(), (relation if normalizer is None else normalizer(relation)).clone()))
+            found.append(
+                (
+                    total.detach(),
+                    entity.clone(),
+                    (relation if normalizer is None else normalizer(relation)).clone(),
+                )
+            )
     return found
 
 
@@ -138,7 +182,9 @@ def test_a_step_is_plain_torchs(run_ranks, world_size: int, case: str) -> None:
     expected = oracle(CASES[case])
     results = run_ranks(step, world_size, CASES[case])
     for number, (loss, entity, relation) in enumerate(expected):
-        torch.testing.assert_close(sum(result[number][0] for result in results), loss, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            sum(result[number][0] for result in results), loss, rtol=1e-4, atol=1e-4
+        )
         for result in results:
             torch.testing.assert_close(result[number][1], entity, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(result[number][2], relation, rtol=1e-4, atol=1e-5)
@@ -148,7 +194,9 @@ def _few_rows(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     """Two entities over more ranks: some own no row, some no query."""
     triples = torch.tensor([[0, 0, 1]])
     model = KnowledgeGraphModel(2, 1, ModelConfig(dim=4, init_std=1.0), 1, dense=True)
-    sampler = Sampler(triples, 2, 1, SamplingConfig(scheme="1vsall", batch_size=1), 0, rank, world_size)
+    sampler = Sampler(
+        triples, 2, 1, SamplingConfig(scheme="1vsall", batch_size=1), 0, rank, world_size
+    )
     total, plain = model.loss_vs_all(sampler.queries(0, 0), rank, world_size)
     total.backward()
     return plain, sum(table.stored_rows()["weight"].sum() for table in (model.entity,))  # type: ignore[return-value]
@@ -176,7 +224,10 @@ def test_dropout_is_of_training_alone() -> None:
 
 def test_sparse_rows_have_no_gradient_of_all() -> None:
     model, _ = parts({}, 0, 1)
-    with pytest.raises(ValueError, match="table 'entity': got gradient='sparse', expected 'dense' for trainable rows"):
+    with pytest.raises(
+        ValueError,
+        match="table 'entity': got gradient='sparse', expected 'dense' for trainable rows",
+    ):
         model.entity.local_rows(trainable=True)
 
 
@@ -186,7 +237,9 @@ def test_small_distances_are_no_differences_in_bfloat16(scorer: str) -> None:
     query = model.queries("tail", torch.arange(9), torch.zeros(9, dtype=torch.int64)).detach()
     with torch.autocast("cpu", torch.bfloat16):
         near = model.scorer.score_all(query, query + 0.01)
-    torch.testing.assert_close(near.diagonal(), torch.full((9,), -0.01 * DIM**0.5), rtol=0.5, atol=0.03)
+    torch.testing.assert_close(
+        near.diagonal(), torch.full((9,), -0.01 * DIM**0.5), rtol=0.5, atol=0.03
+    )
 
 
 @pytest.mark.parametrize("scheme", ["negatives", "1vsall"])

@@ -16,14 +16,21 @@ from shardemb.kge.ranking import Comparison, with_all, with_drawn
 from shardemb.kge.sampling import SIDES, Known
 from shardemb.kge.scorers import SCORERS
 
-TRIPLES = torch.stack([torch.arange(300) % 41, torch.arange(300) % 3, torch.arange(300) * 7 % 41], dim=1)
+TRIPLES = torch.stack(
+    [torch.arange(300) % 41, torch.arange(300) % 3, torch.arange(300) * 7 % 41], dim=1
+)
 ASKED = TRIPLES[:50]
-#: their scores of round numbers are not exact in float32, so that what ties depends on the order of a sum
+#: their scores of round numbers are not exact in float32, so that what ties depends on the order of
+#: a sum
 INEXACT = ("hole", "quate", "rotate")
 
 
-def _model(scorer: str, rows: int = 41, rounded: bool = True, dim: int = 8, **options) -> KnowledgeGraphModel:
-    model = KnowledgeGraphModel(rows, 3, ModelConfig(scorer=scorer, dim=dim, init_std=1.0, **options), seed=5)
+def _model(
+    scorer: str, rows: int = 41, rounded: bool = True, dim: int = 8, **options
+) -> KnowledgeGraphModel:
+    model = KnowledgeGraphModel(
+        rows, 3, ModelConfig(scorer=scorer, dim=dim, init_std=1.0, **options), seed=5
+    )
     if rounded:  # so that there are ties
         for table in (model.entity, model.relation):
             stored = table.stored_rows()
@@ -31,7 +38,15 @@ def _model(scorer: str, rows: int = 41, rounded: bool = True, dim: int = 8, **op
     return model.eval()
 
 
-def _compare(rank: int, world_size: int, scorer: str, reciprocal: bool, filtered: bool, tile: int, loops: bool) -> tuple:
+def _compare(
+    rank: int,
+    world_size: int,
+    scorer: str,
+    reciprocal: bool,
+    filtered: bool,
+    tile: int,
+    loops: bool,
+) -> tuple:
     model = _model(scorer, rounded=scorer not in INEXACT, reciprocal=reciprocal)
     if scorer == "distmult":
         model.entity.normalizer = F.hardtanh
@@ -51,7 +66,9 @@ def _compare(rank: int, world_size: int, scorer: str, reciprocal: bool, filtered
         return found, model.entity(None).clone(), model.relation(None).clone()
 
 
-def _expected(scorer: str, entity: torch.Tensor, relation: torch.Tensor, reciprocal: bool, filtered: bool) -> list[Comparison]:
+def _expected(
+    scorer: str, entity: torch.Tensor, relation: torch.Tensor, reciprocal: bool, filtered: bool
+) -> list[Comparison]:
     """One query after the other, from scores of one product."""
     function, found = SCORERS[scorer](), []
     known = {(h, r, t) for h, r, t in TRIPLES.tolist()}
@@ -60,11 +77,21 @@ def _expected(scorer: str, entity: torch.Tensor, relation: torch.Tensor, recipro
         for h, r, t in ASKED.tolist():
             asked, answer, kind = (t, h, r + 3 * reciprocal) if side == "head" else (h, t, r)
             by_head = side == "head" and not reciprocal
-            query = (function.head_query if by_head else function.tail_query)(entity[[asked]], relation[[kind]])
+            query = (function.head_query if by_head else function.tail_query)(
+                entity[[asked]], relation[[kind]]
+            )
             scores = function.score_all(query, entity, exact=True)[0]
             triples = [(e, r, t) if side == "head" else (h, r, e) for e in range(len(entity))]
-            others = scores[[e for e in range(len(entity)) if e != answer and not (filtered and triples[e] in known)]]
-            lines.append(((others > scores[answer]).sum(), (others == scores[answer]).sum(), len(others) + 1))
+            others = scores[
+                [
+                    e
+                    for e in range(len(entity))
+                    if e != answer and not (filtered and triples[e] in known)
+                ]
+            ]
+            lines.append(
+                ((others > scores[answer]).sum(), (others == scores[answer]).sum(), len(others) + 1)
+            )
         found.append(Comparison(*torch.tensor(lines, dtype=torch.double).unbind(1)))
     return found
 
@@ -79,30 +106,48 @@ def _equal(got: Comparison, expected: Comparison) -> None:
 @pytest.mark.parametrize("tile", [0, 256])
 def test_all_entities(rank_pool, world_size: int, scorer: str, loops: bool, tile: int) -> None:
     reciprocal, filtered = scorer not in ("rotate", "distmult"), bool(tile)
-    for found, entity, relation in rank_pool(_compare, world_size, scorer, reciprocal, filtered, tile, loops):
-        for got, expected in zip(found, _expected(scorer, entity, relation, reciprocal, filtered), strict=True):
+    for found, entity, relation in rank_pool(
+        _compare, world_size, scorer, reciprocal, filtered, tile, loops
+    ):
+        for got, expected in zip(
+            found, _expected(scorer, entity, relation, reciprocal, filtered), strict=True
+        ):
             _equal(got, expected)
             assert expected.equal.any() == (scorer not in INEXACT)
 
 
-def _duplicates(rank: int, world_size: int, scorer: str, dim: int, rows: int, threads: int) -> list[Comparison]:
-    """All entities have the same row, which is no round number; one tile is the last rank's, and short."""
+def _duplicates(
+    rank: int, world_size: int, scorer: str, dim: int, rows: int, threads: int
+) -> list[Comparison]:
+    """All entities have the same row, which is no round number.
+
+    One tile is the last rank's, and short.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     model = _model(scorer, rows, rounded=False, dim=dim)
     one = torch.randn(1, dim, generator=torch.Generator().manual_seed(dim))
-    model.entity.load_stored_rows({**model.entity.stored_rows(), "weight": one.expand(model.entity.plan.num_local, dim)})
+    model.entity.load_stored_rows(
+        {**model.entity.stored_rows(), "weight": one.expand(model.entity.plan.num_local, dim)}
+    )
     number = torch.arange(100)
     triples = torch.stack([number * 37 % rows, number % 3, number * 91 % rows], dim=1)
     try:
-        return [*(with_all(model, side, triples, None) for side in SIDES), with_drawn(model, "tail", triples, None, 60, 0)]
+        return [
+            *(with_all(model, side, triples, None) for side in SIDES),
+            with_drawn(model, "tail", triples, None, 60, 0),
+        ]
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("dim", "rows", "threads"), [(7, 5003, 1), (50, 5003, 2), (128, 9001, 2), (500, 4099, 1)])
+@pytest.mark.parametrize(
+    ("dim", "rows", "threads"), [(7, 5003, 1), (50, 5003, 2), (128, 9001, 2), (500, 4099, 1)]
+)
 @pytest.mark.parametrize("scorer", ["distmult", "transe", "transe_l1"])
-def test_equal_rows_tie_wherever_they_are(rank_pool, scorer: str, dim: int, rows: int, threads: int) -> None:
+def test_equal_rows_tie_wherever_they_are(
+    rank_pool, scorer: str, dim: int, rows: int, threads: int
+) -> None:
     for ranks in (1, 3):
         for found in rank_pool(_duplicates, ranks, scorer, dim, rows, threads):
             for side in found:
@@ -134,19 +179,39 @@ def test_drawn_candidates(rank_pool, world_size: int, filtered: bool) -> None:
                     asked, answer, kind = (t, h, r + 3) if side == "head" else (h, t, r)
                     drawn = np.random.default_rng([3, number, place]).integers(41, size=20).tolist()
                     triples = [(e, r, t) if side == "head" else (h, r, e) for e in drawn]
-                    kept = [e for e, one in zip(drawn, triples, strict=True) if e != answer and not (filtered and one in known)]
+                    kept = [
+                        e
+                        for e, one in zip(drawn, triples, strict=True)
+                        if e != answer and not (filtered and one in known)
+                    ]
                     query = SCORERS["complex"]().tail_query(entity[[asked]], relation[[kind]])
                     scores = (query * entity).sum(1)
-                    lines.append(((scores[kept] > scores[answer]).sum(), (scores[kept] == scores[answer]).sum(), len(kept) + 1))
-                _equal(found[number], Comparison(*torch.tensor(lines, dtype=torch.double).unbind(1)))
-    (first, *_), (second, *_) = rank_pool(_drawn, 1, filtered, 1 << 24)[0], rank_pool(_drawn, 1, filtered, 1 << 24, 4)[0]
+                    lines.append(
+                        (
+                            (scores[kept] > scores[answer]).sum(),
+                            (scores[kept] == scores[answer]).sum(),
+                            len(kept) + 1,
+                        )
+                    )
+                _equal(
+                    found[number], Comparison(*torch.tensor(lines, dtype=torch.double).unbind(1))
+                )
+    (first, *_), (second, *_) = (
+        rank_pool(_drawn, 1, filtered, 1 << 24)[0],
+        rank_pool(_drawn, 1, filtered, 1 << 24, 4)[0],
+    )
     assert not first[0].better.equal(second[0].better)
 
 
 def test_many_drawn_candidates_tell_the_rank_among_all() -> None:
     model = _model("complex", 1001, rounded=False)
-    triples = torch.stack([torch.arange(60), torch.arange(60) % 3, torch.arange(60) * 17 % 1001], dim=1)
-    whole, drawn = with_all(model, "tail", triples, None), with_drawn(model, "tail", triples, None, 20_000, 0)
+    triples = torch.stack(
+        [torch.arange(60), torch.arange(60) % 3, torch.arange(60) * 17 % 1001], dim=1
+    )
+    whole, drawn = (
+        with_all(model, "tail", triples, None),
+        with_drawn(model, "tail", triples, None, 20_000, 0),
+    )
     share = (drawn.better / drawn.options - whole.better / whole.options).abs()
     assert share.max() < 5 * math.sqrt(0.25 / 20_000)
 
@@ -157,7 +222,10 @@ def test_what_is_done_is_told() -> None:
     with_all(model, "head", TRIPLES, None, done.append)
     with_drawn(model, "head", TRIPLES, None, 5, 0, done.append)
     assert sum(done) == 2 * len(TRIPLES)
-    for found in (with_all(model, "tail", TRIPLES[:0], None), with_drawn(model, "tail", TRIPLES[:0], None, 5, 0)):
+    for found in (
+        with_all(model, "tail", TRIPLES[:0], None),
+        with_drawn(model, "tail", TRIPLES[:0], None, 5, 0),
+    ):
         assert found.better.shape == found.options.shape == (0,)
 
 
@@ -165,9 +233,13 @@ def _peaks(rank: int, world_size: int) -> list[int]:
     """Bytes above what there was before, after a first time."""
     torch.manual_seed(0)
     model = _model("complex", 200_000, dim=16)
-    triples = torch.stack([torch.arange(1024), torch.arange(1024) % 3, torch.arange(1024) * 190], dim=1)
+    triples = torch.stack(
+        [torch.arange(1024), torch.arange(1024) % 3, torch.arange(1024) * 190], dim=1
+    )
     # one query has half of all entities as known answers
-    hub = torch.stack([torch.full((100_000,), 5), torch.full((100_000,), 2), torch.arange(100_000) * 2], dim=1)
+    hub = torch.stack(
+        [torch.full((100_000,), 5), torch.full((100_000,), 2), torch.arange(100_000) * 2], dim=1
+    )
     known, peaks = Known([triples, hub], 3, only=triples), []
     ranking._DRAWN, ranking._PAIRS = 1 << 18, 1 << 15
     for run in (

@@ -1,4 +1,7 @@
-"""Every scorer against PyKEEN's interaction of the same name, on the same rows, and its gradient."""
+"""Every scorer against PyKEEN's interaction of the same name, on the same rows.
+
+And its gradient.
+"""
 
 from collections.abc import Callable
 
@@ -58,7 +61,10 @@ def test_scores_are_pykeens(name: str, dim: int) -> None:
     expected = interaction(*adapt(head, normalized(name, relation), tail))
     gradients = torch.autograd.grad(expected.sum(), inputs)
     unit = normalized(name, relation)
-    for query, answer in ((scorer.tail_query(head, unit), tail), (scorer.head_query(tail, unit), head)):
+    for query, answer in (
+        (scorer.tail_query(head, unit), tail),
+        (scorer.head_query(tail, unit), head),
+    ):
         score = scorer.score(query, answer)
         torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
         found = torch.autograd.grad(score.sum(), inputs, retain_graph=True)
@@ -73,7 +79,9 @@ def test_shared_candidates_are_scored_as_single_ones(name: str, side: str, exact
     relation = normalized(name, relation)
     scorer, (interaction, adapt) = SCORERS[name](), INTERACTIONS[name]
     candidates = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    head, relation, tail = (x[:6].unflatten(0, (2, 3)) for x in (head, relation, tail))  # two groups of three queries
+    head, relation, tail = (
+        x[:6].unflatten(0, (2, 3)) for x in (head, relation, tail)
+    )  # two groups of three queries
     if side == "tail":
         query = scorer.tail_query(head, relation)
         triples = head.unsqueeze(2), relation.unsqueeze(2), candidates.unsqueeze(1)
@@ -84,7 +92,9 @@ def test_shared_candidates_are_scored_as_single_ones(name: str, side: str, exact
     scores = scorer.score_all(query, candidates, exact=exact)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(6))
-    found, wanted = (torch.autograd.grad((x * weights).sum(), candidates)[0] for x in (scores, expected))
+    found, wanted = (
+        torch.autograd.grad((x * weights).sum(), candidates)[0] for x in (scores, expected)
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -18,15 +18,31 @@ from shardemb.vocabulary import Vocabulary
 
 
 def _train(
-    rank: int, world_size: int, output: Path | None, epochs: int, resume: bool, constrainer: str = "", validate_every: int = 2
+    rank: int,
+    world_size: int,
+    output: Path | None,
+    epochs: int,
+    resume: bool,
+    constrainer: str = "",
+    validate_every: int = 2,
 ) -> dict:
     config = TrainingConfig(epochs=epochs, seed=1, validate_every=validate_every)
     model_config = ModelConfig(dim=12, init_std=0.1, n3=0.01, constrainer=constrainer)
     model, result = train(
-        graph(), model_config, sampling=SAMPLING, training=config, output=output, resume=resume, progress=False
+        graph(),
+        model_config,
+        sampling=SAMPLING,
+        training=config,
+        output=output,
+        resume=resume,
+        progress=False,
     )
     with torch.no_grad():
-        return {**result, "entity": model.entity(None).clone(), "relation": model.relation(None).clone()}
+        return {
+            **result,
+            "entity": model.entity(None).clone(),
+            "relation": model.relation(None).clone(),
+        }
 
 
 def test_any_number_of_ranks_trains_the_same_model(run_ranks, world_size: int) -> None:
@@ -38,15 +54,19 @@ def test_any_number_of_ranks_trains_the_same_model(run_ranks, world_size: int) -
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 3)])
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_ranks, tmp_path: Path, ranks: tuple[int, int]) -> None:
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(
+    run_ranks, tmp_path: Path, ranks: tuple[int, int]
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    (expected, *_) = run_ranks(_train, ranks[0], whole, 4, False)
+    expected, *_ = run_ranks(_train, ranks[0], whole, 4, False)
     run_ranks(_train, ranks[0], parts, 4, False)
     newest = checkpoint.checkpoints(parts / "checkpoints")
-    newest[-1].rename(parts / "checkpoints" / "lost.tmp")  # as if the run had been killed in its last epoch
-    (got, *_) = run_ranks(_train, ranks[1], parts, 4, True)
+    newest[-1].rename(
+        parts / "checkpoints" / "lost.tmp"
+    )  # as if the run had been killed in its last epoch
+    got, *_ = run_ranks(_train, ranks[1], parts, 4, True)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
     assert sum(r["kind"] == "test" for r in read_metrics(parts / "metrics.jsonl")) == 1
@@ -67,7 +87,14 @@ def test_it_learns_and_writes_a_run_folder(run_ranks, tmp_path: Path) -> None:
 
 
 def _constrained(rank: int, world_size: int) -> float:
-    return _train(rank, world_size, None, 2, False, "normalize")["entity"].norm(dim=1).sub(1).abs().max().item()
+    return (
+        _train(rank, world_size, None, 2, False, "normalize")["entity"]
+        .norm(dim=1)
+        .sub(1)
+        .abs()
+        .max()
+        .item()
+    )
 
 
 def test_the_configured_constrainer_holds_for_all_rows(run_ranks) -> None:
@@ -102,7 +129,10 @@ def test_resuming_with_another_graph_is_refused(run_ranks, tmp_path: Path) -> No
 
 
 def _diverge(rank: int, world_size: int) -> None:
-    config, model_config = TrainingConfig(epochs=3, validate_every=0), ModelConfig(dim=4, init_std=1e30, n3=1.0)
+    config, model_config = (
+        TrainingConfig(epochs=3, validate_every=0),
+        ModelConfig(dim=4, init_std=1e30, n3=1.0),
+    )
     with pytest.raises(FloatingPointError, match=r"step \d+: .*the loss is (nan|inf)"):
         train(graph(), model_config, sampling=SAMPLING, training=config, progress=False)
 
@@ -112,13 +142,24 @@ def test_a_loss_that_is_no_number_ends_all_ranks(run_ranks) -> None:
 
 
 def _options(
-    rank: int, world_size: int, output: Path | None, settings: dict[str, dict], epochs: int = 3, resume: bool = False
+    rank: int,
+    world_size: int,
+    output: Path | None,
+    settings: dict[str, dict],
+    epochs: int = 3,
+    resume: bool = False,
 ) -> dict:
-    sections = {name: CONFIGS[name](**{**DEFAULTS[name], **settings.get(name, {})}) for name in CONFIGS}
+    sections = {
+        name: CONFIGS[name](**{**DEFAULTS[name], **settings.get(name, {})}) for name in CONFIGS
+    }
     sections["training"] = replace(sections["training"], epochs=epochs)
     model, result = train(graph(), **sections, output=output, resume=resume, progress=False)
     with torch.no_grad():
-        return {**result, "entity": model.entity(None).clone(), "relation": model.relation(None).clone()}
+        return {
+            **result,
+            "entity": model.entity(None).clone(),
+            "relation": model.relation(None).clone(),
+        }
 
 
 CONFIGS: dict = {
@@ -136,11 +177,19 @@ DEFAULTS: dict = {
     "training": {"epochs": 3, "seed": 1, "validate_every": 1},
 }
 OPTIONS: dict[str, dict] = {
-    "1vsall": {"sampling": {"scheme": "1vsall"}, "optimizer": {"name": "adam", "entity_lr": 0.01, "schedule": "cosine"}},
+    "1vsall": {
+        "sampling": {"scheme": "1vsall"},
+        "optimizer": {"name": "adam", "entity_lr": 0.01, "schedule": "cosine"},
+    },
     "kvsall": {
         "sampling": {"scheme": "kvsall"},
         "loss": {"name": "logistic"},
-        "optimizer": {"name": "adagrad", "schedule": "plateau", "warmup_steps": 3, "max_grad_norm": 0.1},
+        "optimizer": {
+            "name": "adagrad",
+            "schedule": "plateau",
+            "warmup_steps": 3,
+            "max_grad_norm": 0.1,
+        },
     },
     "rotate": {
         "model": {"scorer": "rotate", "reciprocal": False},
@@ -154,11 +203,14 @@ OPTIONS: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_trains_the_same_at_any_size_and_resumes(run_ranks, tmp_path: Path, name: str) -> None:
+def test_every_option_trains_the_same_at_any_size_and_resumes(
+    run_ranks, tmp_path: Path, name: str
+) -> None:
     settings = OPTIONS[name]
     (expected,) = run_ranks(_options, 1, tmp_path / "one", settings)
     others = run_ranks(_options, 3, None, settings)
-    # each rank drops other elements; Adagrad's first step on a gradient of nearly 0 is a whole one, whose sign is rounding's
+    # each rank drops other elements; Adagrad's first step on a gradient of nearly 0 is a whole one,
+    # whose sign is rounding's
     if name not in ("kvsall", "dropout"):
         for got in others:
             for key, value in expected.items():
@@ -175,10 +227,16 @@ def test_every_option_trains_the_same_at_any_size_and_resumes(run_ranks, tmp_pat
 @pytest.mark.parametrize("name", ["1vsall", "rotate"])
 def test_the_same_on_cuda(tmp_path: Path, name: str) -> None:
     settings = [{**OPTIONS[name], "training": {"device": device}} for device in ("cpu", "cuda")]
-    (expected, got) = (_options(0, 1, tmp_path / str(number), each) for number, each in enumerate(settings))
+    expected, got = (
+        _options(0, 1, tmp_path / str(number), each) for number, each in enumerate(settings)
+    )
     for key, value in expected.items():
-        torch.testing.assert_close(torch.as_tensor(got[key]).cpu(), torch.as_tensor(value), rtol=1e-2, atol=1e-3)
-    near = _options(0, 1, None, {**OPTIONS[name], "training": {"device": "cuda", "precision": "bfloat16"}})
+        torch.testing.assert_close(
+            torch.as_tensor(got[key]).cpu(), torch.as_tensor(value), rtol=1e-2, atol=1e-3
+        )
+    near = _options(
+        0, 1, None, {**OPTIONS[name], "training": {"device": "cuda", "precision": "bfloat16"}}
+    )
     assert near["mrr"] > 0.5 * expected["mrr"]
 
 
@@ -194,16 +252,24 @@ def test_it_stops_early_and_goes_back_to_the_best(run_ranks, tmp_path: Path, kep
     best = 1 + scores.index(max(scores))
     best_path = tmp_path / "short/best"
     steps = -(-len(graph().train) // 60)
-    assert [path.name for path in checkpoint.checkpoints(best_path)] == [f"step-{best * steps:010d}"]
+    assert [path.name for path in checkpoint.checkpoints(best_path)] == [
+        f"step-{best * steps:010d}"
+    ]
     for got in results:
         torch.testing.assert_close(got["entity"], short["entity"], rtol=1e-2, atol=1e-3)
     for path in (best_path, tmp_path / "short"):  # opening the run gives what its metrics are of
-        assert torch.equal(shardemb.open_store(path)["entity"].lookup(list(range(83))), short["entity"])
+        assert torch.equal(
+            shardemb.open_store(path)["entity"].lookup(list(range(83))), short["entity"]
+        )
 
 
-def _again(rank: int, world_size: int, output: Path, settings: dict, resume: bool, dropped: str) -> str:
+def _again(
+    rank: int, world_size: int, output: Path, settings: dict, resume: bool, dropped: str
+) -> str:
     data = replace(graph(), **({dropped: getattr(graph(), dropped)[:0]} if dropped else {}))
-    sections = {name: CONFIGS[name](**{**DEFAULTS[name], **settings.get(name, {})}) for name in CONFIGS}
+    sections = {
+        name: CONFIGS[name](**{**DEFAULTS[name], **settings.get(name, {})}) for name in CONFIGS
+    }
     with pytest.raises((ValueError, FileExistsError, CheckpointError)) as caught:
         train(data, **sections, output=output, resume=resume, progress=False)
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -213,10 +279,23 @@ def test_a_run_folder_takes_one_run(run_ranks, tmp_path: Path) -> None:
     run_ranks(_options, 1, tmp_path, {})
     before = (tmp_path / "metrics.jsonl").read_bytes()
     for settings, resume, dropped, message in (
-        ({}, False, "", f"FileExistsError: {tmp_path}: holds checkpoints and metrics.jsonl of a run: give another folder"),
+        (
+            {},
+            False,
+            "",
+            (
+                f"FileExistsError: {tmp_path}: holds checkpoints and metrics.jsonl of a run: give"
+                " another folder"
+            ),
+        ),
         ({"loss": {"label_smoothing": 0.1}}, True, "", "got settings of fingerprint"),
         ({}, True, "test", "got triples of fingerprint"),
-        ({"training": {"patience": 1}}, False, "valid", "ring: got no valid triples, expected some for training.patience"),
+        (
+            {"training": {"patience": 1}},
+            False,
+            "valid",
+            "ring: got no valid triples, expected some for training.patience",
+        ),
     ):
         for text in run_ranks(_again, 2, tmp_path, settings, resume, dropped):
             assert message in text
@@ -225,7 +304,8 @@ def test_a_run_folder_takes_one_run(run_ranks, tmp_path: Path) -> None:
 
 def test_bfloat16_trains(run_ranks) -> None:
     (exact,), (near,) = (
-        run_ranks(_options, 1, None, {"training": {"precision": precision}}, 10) for precision in ("float32", "bfloat16")
+        run_ranks(_options, 1, None, {"training": {"precision": precision}}, 10)
+        for precision in ("float32", "bfloat16")
     )
     assert near["entity"].dtype == torch.float32
     assert not torch.equal(near["entity"], exact["entity"])
@@ -247,7 +327,11 @@ def test_tensorboard_has_the_figures(run_ranks, tmp_path: Path) -> None:
     for record in read_metrics(tmp_path / "metrics.jsonl"):
         for figure in ("loss", "mrr", "triples_per_second"):
             if figure in record:
-                expected = (f"{record['kind']}/{figure}", record["step"], torch.tensor(record[figure]).float().item())
+                expected = (
+                    f"{record['kind']}/{figure}",
+                    record["step"],
+                    torch.tensor(record[figure]).float().item(),
+                )
                 assert expected in found
 
 
@@ -259,13 +343,22 @@ def _refused(rank: int, world_size: int, settings: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampling": {"scheme": "1vsall"}, "loss": {"name": "margin"}}, "loss.name: got 'margin' with scheme '1vsall'"),
-        ({"sampling": {"scheme": "kvsall"}, "loss": {"subsampling": True}}, "loss.subsampling: got true with"),
+        (
+            {"sampling": {"scheme": "1vsall"}, "loss": {"name": "margin"}},
+            "loss.name: got 'margin' with scheme '1vsall'",
+        ),
+        (
+            {"sampling": {"scheme": "kvsall"}, "loss": {"subsampling": True}},
+            "loss.subsampling: got true with",
+        ),
         (
             {"optimizer": {"schedule": "plateau"}, "training": {"validate_every": 0}},
             "optimizer.schedule: got 'plateau' with training.validate_every = 0",
         ),
-        ({"training": {"patience": 2, "validate_every": 0}}, "training.patience: got 2 with validate_every = 0"),
+        (
+            {"training": {"patience": 2, "validate_every": 0}},
+            "training.patience: got 2 with validate_every = 0",
+        ),
         pytest.param(
             {"training": {"device": "cuda"}},
             "training.device: got 'cuda', but torch finds no GPU",

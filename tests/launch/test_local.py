@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardemb.launch.local import WorkerError, run_local
+from shardemb.exceptions import WorkerError
+from shardemb.launch.local import run_local
 
 
 def total(value: int) -> tuple[int, int]:
@@ -45,7 +46,11 @@ def fail(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "text"), [("raise", "rank 1: ValueError: bad luck"), ("die", "rank 1: died: the process ended with exit code -9")]
+    ("how", "text"),
+    [
+        ("raise", "rank 1: ValueError: bad luck"),
+        ("die", "rank 1: died: the process ended with exit code -9"),
+    ],
 )
 def test_a_rank_that_fails_ends_the_others(how: str, text: str) -> None:
     start = time.monotonic()

@@ -1,4 +1,7 @@
-"""The same function on Ray's workers: real clusters on this machine, workers that are killed or stopped, nodes that go."""
+"""The same function on Ray's workers.
+
+Real clusters on this machine, workers that are killed or stopped, nodes that go.
+"""
 
 import atexit
 import json
@@ -21,10 +24,11 @@ import torch.distributed as dist
 from ring_graph import SAMPLING, graph
 
 from shardemb.comm import collectives
+from shardemb.exceptions import WorkerError
 from shardemb.kge import ModelConfig, TrainingConfig, train
 from shardemb.launch import ray as ray_launcher
 from shardemb.launch.config import LaunchConfig, run
-from shardemb.launch.local import WorkerError, run_local
+from shardemb.launch.local import run_local
 from shardemb.launch.ray import run_on_ray
 from shardemb.utils import run_metrics
 
@@ -86,11 +90,15 @@ class _Trouble:
             os.kill(os.getpid(), self.number)
 
 
-def test_the_same_job_on_ray_and_on_local_ranks(ray: Any, whole: tuple[Path, dict], tmp_path: Path) -> None:
+def test_the_same_job_on_ray_and_on_local_ranks(
+    ray: Any, whole: tuple[Path, dict], tmp_path: Path
+) -> None:
     """Its figures reach Ray Train and Prometheus too."""
     got = run_on_ray(_train, 2, tmp_path / "ray", address=None, storage=tmp_path / "storage")
     assert got == pytest.approx(whole[1], abs=1e-6)
-    assert [record["kind"] for record in _records(tmp_path / "ray")] == [record["kind"] for record in _records(whole[0])]
+    assert [record["kind"] for record in _records(tmp_path / "ray")] == [
+        record["kind"] for record in _records(whole[0])
+    ]
     (node,) = ray.nodes()
     url, text, deadline = f"http://127.0.0.1:{node['MetricsExportPort']}", "", time.monotonic() + 30
     while "ray_shardemb_test_mrr" not in text and time.monotonic() < deadline:
@@ -116,11 +124,19 @@ def _train_on_shares(output: Path, source: str) -> dict[str, float]:
     counts = collectives.gather(data.train.tolist(), operation="a test")
     (output / f"shares-{dist.get_rank()}.json").write_text(json.dumps(counts))
     training = TrainingConfig(epochs=EPOCHS, validate_every=2)
-    _, result = train(data, ModelConfig(dim=12, init_std=0.1), sampling=SAMPLING, training=training, progress=False)
+    _, result = train(
+        data,
+        ModelConfig(dim=12, init_std=0.1),
+        sampling=SAMPLING,
+        training=training,
+        progress=False,
+    )
     return result
 
 
-def test_shares_of_parquet_through_ray_data(ray: Any, whole: tuple[Path, dict], tmp_path: Path) -> None:
+def test_shares_of_parquet_through_ray_data(
+    ray: Any, whole: tuple[Path, dict], tmp_path: Path
+) -> None:
     data, source = graph(), str(tmp_path / "train.parquet")
     heads, relations, tails = data.train.numpy().T
     labels = (
@@ -128,8 +144,20 @@ def test_shares_of_parquet_through_ray_data(ray: Any, whole: tuple[Path, dict], 
         [data.relations.labels[i] for i in relations],
         [data.entities.labels[i] for i in tails],
     )
-    pq.write_table(pa.table(dict(zip(("head", "relation", "tail"), labels, strict=True))), source, row_group_size=30)
-    got = run_on_ray(_train_on_shares, 2, tmp_path, source, address=None, storage=tmp_path / "storage", parquet=source)
+    pq.write_table(
+        pa.table(dict(zip(("head", "relation", "tail"), labels, strict=True))),
+        source,
+        row_group_size=30,
+    )
+    got = run_on_ray(
+        _train_on_shares,
+        2,
+        tmp_path,
+        source,
+        address=None,
+        storage=tmp_path / "storage",
+        parquet=source,
+    )
     first, second = json.loads((tmp_path / "shares-0.json").read_text())
     assert len(first) == len(second) == len(data.train) // 2
     together = [tuple(triple) for triple in first + second]
@@ -148,7 +176,15 @@ def _raise(kind: str, folder: Path) -> None:
 
 def test_what_would_come_again_ends_the_job_at_once(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="rank 1: ValueError: bad luck") as caught:
-        run_on_ray(_raise, 2, "ValueError", tmp_path, address=None, storage=tmp_path / "storage", timeout_s=20)
+        run_on_ray(
+            _raise,
+            2,
+            "ValueError",
+            tmp_path,
+            address=None,
+            storage=tmp_path / "storage",
+            timeout_s=20,
+        )
     assert (caught.value.rank, caught.value.error) == (1, "ValueError")
     assert (tmp_path / "attempts-1").read_text() == "x"
 
@@ -157,12 +193,16 @@ def test_what_would_come_again_ends_the_job_at_once(ray: Any, tmp_path: Path) ->
 def test_a_job_goes_on_without_loss_when_a_worker_is_killed_or_stops(
     ray: Any, whole: tuple[Path, dict], tmp_path: Path, how: str
 ) -> None:
-    got = run_on_ray(_train, 2, tmp_path / "run", how, address=None, storage=tmp_path / "storage", timeout_s=5)
+    got = run_on_ray(
+        _train, 2, tmp_path / "run", how, address=None, storage=tmp_path / "storage", timeout_s=5
+    )
     assert (tmp_path / "run/trouble").exists()
     assert got == pytest.approx(whole[1], abs=1e-6)
     records, expected = _records(tmp_path / "run"), _records(whole[0])
     assert [record["step"] for record in records] == [record["step"] for record in expected]
-    assert [record.get("loss") for record in records] == pytest.approx([record.get("loss") for record in expected], abs=1e-5)
+    assert [record.get("loss") for record in records] == pytest.approx(
+        [record.get("loss") for record in expected], abs=1e-5
+    )
 
 
 def _die() -> None:
@@ -173,13 +213,18 @@ def _die() -> None:
 
 def test_a_worker_that_dies_too_often_ends_the_job(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="rank 1: died: ") as caught:
-        run_on_ray(_die, 2, address=None, storage=tmp_path / "storage", max_failures=0, timeout_s=20)
+        run_on_ray(
+            _die, 2, address=None, storage=tmp_path / "storage", max_failures=0, timeout_s=20
+        )
     assert (caught.value.rank, caught.value.error) == (1, "died")
 
 
 def test_a_cluster_without_room_is_said_so(ray: Any) -> None:
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"got 5 workers of 1 CPU each \(PACK\), expected at most 4: .* 1 nodes have 4 CPU"):
+    with pytest.raises(
+        ValueError,
+        match=r"got 5 workers of 1 CPU each \(PACK\), expected at most 4: .* 1 nodes have 4 CPU",
+    ):
         run_on_ray(_train, 5, address=None, wait_s=0)
     with pytest.raises(ValueError, match="got 1 workers of 1 CPU, 1 GPU each"):
         run_on_ray(_train, 1, address=None, wait_s=0, use_gpu=True)
@@ -189,7 +234,10 @@ def test_a_cluster_without_room_is_said_so(ray: Any) -> None:
 
 
 def test_nobody_attaches_to_a_strange_cluster(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="this process is connected to Ray already"), ray_launcher.connected("local"):
+    with (
+        pytest.raises(ValueError, match="this process is connected to Ray already"),
+        ray_launcher.connected("local"),
+    ):
         pass
     for address in ("ray://127.0.0.1:10001", "head", "", "127.0.0.1:x"):
         with pytest.raises(ValueError, match="expected 'local', 'auto' on a node"):
@@ -200,7 +248,10 @@ def test_nobody_attaches_to_a_strange_cluster(ray: Any, monkeypatch: pytest.Monk
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_rank_with_a_gpu(tmp_path: Path) -> None:
     """NCCL, one rank; a Ray of its own, which knows of GPUs."""
-    assert run(_backend, LaunchConfig(launcher="ray"), gpus=True, storage=tmp_path) == ["nccl", "cuda:0"]
+    assert run(_backend, LaunchConfig(launcher="ray"), gpus=True, storage=tmp_path) == [
+        "nccl",
+        "cuda:0",
+    ]
 
 
 def _backend() -> list[str]:

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.ray
 
 
 class _Slow:
-    """A listener that lets the test take part: rank 0 tells where it is, and waits there for another number of ranks."""
+    """A listener that lets the test take part.
+
+    Rank 0 tells where it is, and waits there for another number of ranks.
+    """
 
     def __init__(self, output: Path) -> None:
         self.output, self.ranks = output, dist.get_world_size()
@@ -42,7 +45,10 @@ def test_a_cluster_that_is_not_there_is_missed_at_once() -> None:
         one.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{one.getsockname()[1]}"  # nobody listens
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=f"Ray at '{address}': .*refused: is the cluster up"), ray_launcher.connected(address):
+    with (
+        pytest.raises(ConnectionError, match=f"Ray at '{address}': .*refused: is the cluster up"),
+        ray_launcher.connected(address),
+    ):
         pass
     assert time.monotonic() - start < 30  # Ray tries for minutes
 
@@ -68,14 +74,21 @@ def _wait_for(path: Path, thread: threading.Thread, done: list, seconds: float =
 
 
 def _look_often(ray: Any) -> None:
-    """Start the actor by which Ray Train learns what nodes there are, before Ray Train does: it looks every 20 s."""
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
+    """Start the actor by which Ray Train learns what nodes there are, before Ray Train does.
+
+    It looks every 20 s.
+    """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        _AutoscalingCoordinatorActor,
+    )
 
     class Often(_AutoscalingCoordinatorActor):
         TICK_INTERVAL_S = 1
 
     name, head = "AutoscalingCoordinator", {"node:__internal_head__": 0.001}
-    ray.remote(num_cpus=0)(Often).options(name=name, namespace=name, resources=head, lifetime="detached").remote()
+    ray.remote(num_cpus=0)(Often).options(
+        name=name, namespace=name, resources=head, lifetime="detached"
+    ).remote()
 
 
 def test_a_job_goes_on_with_fewer_nodes_and_with_more(
@@ -83,13 +96,22 @@ def test_a_job_goes_on_with_fewer_nodes_and_with_more(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two raylets, one of them is lost, and another one comes; the rows go from 2 ranks to 1 and back."""
+    """Two raylets, one of them is lost, and another one comes.
+
+    The rows go from 2 ranks to 1 and back.
+    """
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "6")  # for which ranks wait for a node that is lost
+    monkeypatch.setenv(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "6"
+    )  # for which ranks wait for a node that is lost
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # by which a lost node is missed
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the nodes' workers to find this module
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(sys.path)
+    )  # for the nodes' workers to find this module
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     try:
         second, done = nodes.add_node(num_cpus=1), []
         with ray_launcher.connected(nodes.address, log_to_driver=False) as ray:
@@ -111,4 +133,6 @@ def test_a_job_goes_on_with_fewer_nodes_and_with_more(
         nodes.shutdown()
     assert (tmp_path / "ranks").read_text().split() == ["2", "1", "2"]
     assert done[0] == pytest.approx(whole[1], abs=1e-4)
-    assert [record["step"] for record in _records(tmp_path)] == [record["step"] for record in _records(whole[0])]
+    assert [record["step"] for record in _records(tmp_path)] == [
+        record["step"] for record in _records(whole[0])
+    ]

@@ -1,4 +1,7 @@
-"""Estimates against what is counted: drawn rows, memory of real tables, exchange of real ranks; and their limits."""
+"""Estimates against what is counted: drawn rows, memory of real tables, exchange of real ranks.
+
+And their limits.
+"""
 
 import dataclasses
 import json
@@ -13,11 +16,25 @@ import pytest
 import torch
 
 from shardemb.cli import main
-from shardemb.kge import ModelConfig, OptimizerConfig, SamplingConfig, TrainingConfig, Triples, train
+from shardemb.kge import (
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainingConfig,
+    Triples,
+    train,
+)
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.optimizers import OPTIMIZERS
 from shardemb.planning import calibrate, report
-from shardemb.planning.cost_model import DATA_SHEETS, Job, Machine, distinct_rows, estimate, fewest_workers
+from shardemb.planning.cost_model import (
+    DATA_SHEETS,
+    Job,
+    Machine,
+    distinct_rows,
+    estimate,
+    fewest_workers,
+)
 from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.torchrec_table import place
 from shardemb.utils import run_metrics
@@ -34,7 +51,9 @@ def test_distinct_rows_are_the_sum_over_rows(rows: int, exponent: float) -> None
     for zipf, uniform in ((0, 0), (1, 0), (0, 1000), (2000, 256), (10**7, 10**6)):
         missed = zipf * np.log1p(-shares) + uniform * np.log1p(-min(1 / rows, 1 - 1e-15))
         expected = -np.expm1(missed).sum()
-        assert distinct_rows(rows, zipf, uniform, exponent) == pytest.approx(expected, rel=2e-3, abs=1e-9)
+        assert distinct_rows(rows, zipf, uniform, exponent) == pytest.approx(
+            expected, rel=2e-3, abs=1e-9
+        )
 
 
 def test_distinct_rows_of_tables_that_nobody_could_sum() -> None:
@@ -52,7 +71,11 @@ def test_state_is_what_the_optimizer_keeps(name: str) -> None:
         table(torch.arange(3)).sum().backward()
     optimizer.step()
     state = optimizer.state[next(model.entity.parameters())]
-    kept = sum(value.numel() * value.itemsize for value in state.values() if isinstance(value, torch.Tensor))
+    kept = sum(
+        value.numel() * value.itemsize
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
     assert kept == 50 * Job(entities=50, dim=8, optimizer=name).state_bytes
     found = estimate(Job(entities=50, relations=6, dim=8, optimizer=name))
     assert found.memory["rows"] == 50 * 8 * 4
@@ -63,10 +86,15 @@ def _zipf_triples(entities: int, relations: int, number: int, exponent: float) -
     shares = np.cumsum(np.arange(1, entities + 1) ** -exponent)
     generator = np.random.default_rng(0)
     ids = np.random.default_rng(1).permutation(entities)[
-        np.minimum(np.searchsorted(shares / shares[-1], generator.random((number, 2))), entities - 1)
+        np.minimum(
+            np.searchsorted(shares / shares[-1], generator.random((number, 2))), entities - 1
+        )
     ]
     columns = np.stack([ids[:, 0], generator.integers(relations, size=number), ids[:, 1]], axis=1)
-    names = (Vocabulary([f"{letter}{i}" for i in range(size)]) for size, letter in ((entities, "e"), (relations, "r")))
+    names = (
+        Vocabulary([f"{letter}{i}" for i in range(size)])
+        for size, letter in ((entities, "e"), (relations, "r"))
+    )
     none = torch.empty(0, 3, dtype=torch.int32)
     return Triples("zipf", torch.from_numpy(columns).int(), none, none, *names)
 
@@ -77,16 +105,24 @@ def _counted(rank: int, world_size: int, chunk: int, negatives: int, chunks: int
         train(
             _zipf_triples(50_001, 20, 40 * chunk * chunks * world_size, 0.8),
             ModelConfig(dim=16, n3=0.0),
-            sampling=SamplingConfig(batch_size=chunk * chunks * world_size, chunk_size=chunk, num_negatives=negatives),
+            sampling=SamplingConfig(
+                batch_size=chunk * chunks * world_size, chunk_size=chunk, num_negatives=negatives
+            ),
             training=TrainingConfig(epochs=1, validate_every=0),
             progress=False,
         )
     return records
 
 
-@pytest.mark.parametrize(("ranks", "chunk", "negatives", "chunks"), [(1, 500, 64, 1), (2, 700, 300, 2), (3, 8000, 50, 1)])
-def test_exchange_and_touched_rows_are_those_counted(run_ranks, ranks: int, chunk: int, negatives: int, chunks: int) -> None:
-    records = run_ranks(_counted, ranks, chunk, negatives, chunks)[0][1:]  # the first messages have room for few ids
+@pytest.mark.parametrize(
+    ("ranks", "chunk", "negatives", "chunks"), [(1, 500, 64, 1), (2, 700, 300, 2), (3, 8000, 50, 1)]
+)
+def test_exchange_and_touched_rows_are_those_counted(
+    run_ranks, ranks: int, chunk: int, negatives: int, chunks: int
+) -> None:
+    records = run_ranks(_counted, ranks, chunk, negatives, chunks)[0][
+        1:
+    ]  # the first messages have room for few ids
     job = Job(
         entities=50_001,
         relations=40,
@@ -100,13 +136,17 @@ def test_exchange_and_touched_rows_are_those_counted(run_ranks, ranks: int, chun
     found = estimate(job)
     for record in records:
         assert found.touched == pytest.approx(record["touched_rows"], rel=0.02)
-        entities = sum(size for name, size in found.exchange.items() if name != "relation gradients")
+        entities = sum(
+            size for name, size in found.exchange.items() if name != "relation gradients"
+        )
         assert ranks * entities == pytest.approx(record["exchange_bytes"], rel=0.03)
 
 
 def test_a_rank_without_a_chunk_is_told() -> None:
     found = report.plan(report.JobConfig(), None, entities=1000, workers=4, batch_size=1024)
-    assert any("some of 4 ranks have none: raise the batch size to 2048" in line for line in found.assumed)
+    assert any(
+        "some of 4 ranks have none: raise the batch size to 2048" in line for line in found.assumed
+    )
 
 
 @pytest.mark.parametrize("entities", [10**8, 10**9, 10**10])
@@ -116,7 +156,9 @@ def test_fewest_workers_fit_and_one_less_do_not(entities: int) -> None:
     assert fewest is not None
 
     def fits(workers: int) -> bool | None:
-        return estimate(dataclasses.replace(job, workers=workers, batch_size=1000 * workers), H100).fits
+        return estimate(
+            dataclasses.replace(job, workers=workers, batch_size=1000 * workers), H100
+        ).fits
 
     assert fits(fewest)
     assert fewest == 1 or not fits(fewest - 1)
@@ -140,7 +182,10 @@ def test_what_is_not_counted_is_told(capsys) -> None:
     options = ["--set", "model.scorer=transe", "--set", "training.precision=bfloat16"]
     assert main(["plan", "--entities", "1e6", *options]) == 0
     said = capsys.readouterr().out
-    assert "not counted: model.scorer = 'transe', training.precision = 'bfloat16'; as if it were 'complex', 'float32'" in said
+    assert (
+        "not counted: model.scorer = 'transe', training.precision = 'bfloat16'; as if it were"
+        " 'complex', 'float32'" in said
+    )
 
 
 def test_more_ranks_share_a_host_of_cpus() -> None:
@@ -149,7 +194,9 @@ def test_more_ranks_share_a_host_of_cpus() -> None:
     for workers, sharing in ((1, 1), (4, 4), (8, 4)):
         found = estimate(dataclasses.replace(job, workers=workers), host)
         assert found.room_bytes == int(0.9 * (64 << 30) / sharing)
-        assert found.memory["copy for a checkpoint"] == RowPlan("e", 10**8, 64, workers).local_bytes(4, 4)
+        assert found.memory["copy for a checkpoint"] == RowPlan(
+            "e", 10**8, 64, workers
+        ).local_bytes(4, 4)
         assert found.host_bytes == 0
     assert estimate(job, H100).host_bytes == 10**8 * (64 * 4 + 4)
 
@@ -172,7 +219,9 @@ def test_time_is_the_sum_of_its_parts_and_grows_with_the_work() -> None:
     assert turns.seconds is not None
     assert turns.seconds["scores"] == pytest.approx(2 * found.seconds["scores"])
     assert estimate(job, dataclasses.replace(H100, exchange_bandwidth=0.0)).seconds is None
-    slower = estimate(job, dataclasses.replace(H100, network_bandwidth=H100.network_bandwidth / 2)).seconds
+    slower = estimate(
+        job, dataclasses.replace(H100, network_bandwidth=H100.network_bandwidth / 2)
+    ).seconds
     near = estimate(job, dataclasses.replace(H100, network_bandwidth=0.0)).seconds
     assert slower is not None
     assert near is not None
@@ -203,15 +252,29 @@ def test_time_worked_out_by_hand() -> None:
         process_bytes=0,
     )
     job = Job(
-        entities=10**9, relations=3, dim=10, workers=4, batch_size=40, chunk_size=10, negatives=7, optimizer="sgd", zipf=0.0
+        entities=10**9,
+        relations=3,
+        dim=10,
+        workers=4,
+        batch_size=40,
+        chunk_size=10,
+        negatives=7,
+        optimizer="sgd",
+        zipf=0.0,
     )
     found = estimate(job, machine)
-    ids, queries, several = 2 * 10 + 2 * 7, 2 * 10, 2 * 1.5  # two ranks take turns on a core, and get in each other's way
+    ids, queries, several = (
+        2 * 10 + 2 * 7,
+        2 * 10,
+        2 * 1.5,
+    )  # two ranks take turns on a core, and get in each other's way
     assert (found.ids, found.distinct, found.touched) == (ids, ids, 4 * ids)
     rows = ids * 3 / 4 * 40
     asked = 3 * (3 + 61) * 8  # all three others in one message each
     ring = 2 * 3 / 4 * 3 * 10 * 4
-    assert found.exchange == pytest.approx({"ids": asked, "rows": rows, "gradients": rows, "relation gradients": ring})
+    assert found.exchange == pytest.approx(
+        {"ids": asked, "rows": rows, "gradients": rows, "relation gradients": ring}
+    )
     expected = {
         "overhead": several * 0.25,
         "ids": several * 0.1 * ids,
@@ -220,30 +283,51 @@ def test_time_worked_out_by_hand() -> None:
         "scores": several * 1e-2 * queries * 7,
         "rows": several * (6 * ids * 40 + 2 * ids * 40 + 6 * 3 * 40) / 1e6,
         "exchange overhead": 2 * 0.125,
-        "exchange": 2 * ((asked + 2 * rows) * (1 / 3 / 1e6 + 2 / 3 / 1e5) + ring / 1e5),  # one of three others is near
+        "exchange": (
+            2 * ((asked + 2 * rows) * (1 / 3 / 1e6 + 2 / 3 / 1e5) + ring / 1e5)
+        ),  # one of three others is near
         "latency": 4 * 0.5 * (2 - 1),
     }
     assert found.seconds == pytest.approx(expected, rel=1e-6)
 
 
 def test_torchrecs_planner_counts_the_same_memory() -> None:
-    table, rates = RowPlan("entity", 10**9, 256, 64), {"memory": 2e12, "host": 2e11, "network": 2e10}
+    table, rates = (
+        RowPlan("entity", 10**9, 256, 64),
+        {"memory": 2e12, "host": 2e11, "network": 2e10},
+    )
     found = place(table, "rowwise_adagrad", "cuda", 80 * 10**9, 8, rates, 4000)
-    assert (found["sharding_type"], found["compute_kernel"], found["ranks"]) == ("row_wise", "fused", 64)
+    assert (found["sharding_type"], found["compute_kernel"], found["ranks"]) == (
+        "row_wise",
+        "fused",
+        64,
+    )
     assert found["memory_bytes"] == pytest.approx(table.local_bytes(4, 4), rel=0.01)
     one_way = 4000 * 1024 * 63 / 64 / 2e10  # most of it: rows, and gradients, to other hosts
     assert one_way < found["seconds"] < 10 * one_way
-    assert place(RowPlan("entity", 10**9, 256, 15), "sgd", "cuda", 80 * 10**9, 8, rates, 4000)["ranks"] == 15  # 3 hosts of 5
-    with pytest.raises(MemoryError, match=r"no room for 1,000,000,000 rows x 256 columns .* on 64 ranks"):
+    assert (
+        place(RowPlan("entity", 10**9, 256, 15), "sgd", "cuda", 80 * 10**9, 8, rates, 4000)["ranks"]
+        == 15
+    )  # 3 hosts of 5
+    with pytest.raises(
+        MemoryError, match=r"no room for 1,000,000,000 rows x 256 columns .* on 64 ranks"
+    ):
         place(table, "adam", "cpu", 8 * 10**9, 8, rates, 4000)
-    with pytest.raises(ValueError, match="got optimizer 'rowwise_adam', expected one of adagrad, adam, rowwise_adagrad, sgd"):
+    with pytest.raises(
+        ValueError,
+        match="got optimizer 'rowwise_adam', expected one of adagrad, adam, rowwise_adagrad, sgd",
+    ):
         place(table, "rowwise_adam", "cuda", 80 * 10**9, 8, rates, 4000)
 
 
-SMALL = calibrate.Effort(table_bytes=1 << 20, entities=500, windows=1, repeat=3, message_bytes=1 << 16)
+SMALL = calibrate.Effort(
+    table_bytes=1 << 20, entities=500, windows=1, repeat=3, message_bytes=1 << 16
+)
 
 
-def test_calibration_gives_a_machine_that_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_calibration_gives_a_machine_that_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "_SHAPES", dict.fromkeys(calibrate._SHAPES, (8, 32, 16)))
     threads = torch.get_num_threads()
@@ -264,16 +348,32 @@ def test_calibration_gives_a_machine_that_plans(tmp_path: Path, monkeypatch: pyt
     assert f"{machine.name}: {machine.source}" in said
 
 
-def test_calibration_finds_the_machine_that_its_times_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = dataclasses.replace(H100, gpu=False, cores=2, ranks_per_host=2, contention=1.25, network_bandwidth=0.0)
+def test_calibration_finds_the_machine_that_its_times_come_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = dataclasses.replace(
+        H100, gpu=False, cores=2, ranks_per_host=2, contention=1.25, network_bandwidth=0.0
+    )
     effort = calibrate.Effort()
-    times = {name: estimate(calibrate._job(shape, 1, effort), known).step_seconds for name, shape in calibrate._SHAPES.items()}
-    alone = {"matmul": known.matmul_flops, "rows": known.row_bandwidth, "process_bytes": known.process_bytes, **times}
+    times = {
+        name: estimate(calibrate._job(shape, 1, effort), known).step_seconds
+        for name, shape in calibrate._SHAPES.items()
+    }
+    alone = {
+        "matmul": known.matmul_flops,
+        "rows": known.row_bandwidth,
+        "process_bytes": known.process_bytes,
+        **times,
+    }
     pair = {
         "matmul": known.matmul_flops / 1.25,
         "latency_seconds": known.latency_seconds,
         "exchange": known.exchange_bandwidth,
-        "step": estimate(calibrate._job(calibrate._SHAPES["overhead_seconds"], 2, effort), known).step_seconds,
+        "step": (
+            estimate(
+                calibrate._job(calibrate._SHAPES["overhead_seconds"], 2, effort), known
+            ).step_seconds
+        ),
     }
     monkeypatch.setattr(calibrate, "_alone", lambda *_: alone)
     monkeypatch.setattr(calibrate, "run_local", lambda *_, **__: pair)
@@ -299,8 +399,14 @@ def test_calibration_of_a_gpu() -> None:
         ("", "got no figures of a machine"),
         ("{}", "got no figures of a machine ('machine')"),
         ('{"machine": {"name": "x"}}', "missing"),
-        (json.dumps({"machine": dataclasses.asdict(H100) | {"row_bandwidth": -1}}), "row_bandwidth: got -1, expected"),
-        (json.dumps({"machine": dataclasses.asdict(H100) | {"row_bandwidth": "fast"}}), "row_bandwidth: got 'fast', expected"),
+        (
+            json.dumps({"machine": dataclasses.asdict(H100) | {"row_bandwidth": -1}}),
+            "row_bandwidth: got -1, expected",
+        ),
+        (
+            json.dumps({"machine": dataclasses.asdict(H100) | {"row_bandwidth": "fast"}}),
+            "row_bandwidth: got 'fast', expected",
+        ),
     ],
 )
 def test_a_file_that_holds_no_machine_is_refused(tmp_path: Path, text: str, told: str) -> None:
@@ -312,7 +418,10 @@ def test_a_file_that_holds_no_machine_is_refused(tmp_path: Path, text: str, told
 
 
 def test_the_issues_command(tmp_path: Path, capsys) -> None:
-    command = "plan --entities 1e9 --dim 256 --optimizer rowwise_adagrad --workers 64 --device h200 --triples 3e9 --json"
+    command = (
+        "plan --entities 1e9 --dim 256 --optimizer rowwise_adagrad --workers 64 --device h200"
+        " --triples 3e9 --json"
+    )
     path = tmp_path / "plan.json"
     assert main([*command.split(), str(path)]) == 0
     said = capsys.readouterr().out
@@ -335,7 +444,9 @@ def test_the_issues_command(tmp_path: Path, capsys) -> None:
 
 def test_the_page_shows_what_the_command_prints(capsys) -> None:
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
-    command, shown = re.search(r"```bash\nshardemb (plan .*)\n```\n\n```text\n(.*?)```", page, re.DOTALL).groups()
+    command, shown = re.search(
+        r"```bash\nshardemb (plan .*)\n```\n\n```text\n(.*?)```", page, re.DOTALL
+    ).groups()
     assert main(shlex.split(command)) == 0
     assert capsys.readouterr().out == shown
 
@@ -343,7 +454,10 @@ def test_the_page_shows_what_the_command_prints(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("--entities 1e9 --device tpu", "got --device 'tpu', expected cpu, h100, h200 or a FILE.json"),
+        (
+            "--entities 1e9 --device tpu",
+            "got --device 'tpu', expected cpu, h100, h200 or a FILE.json",
+        ),
         ("--entities 1e9 --device nothing.json", "nothing.json"),
         ("--entities 1e9 --set sampling.scheme=1vsall", "got sampling.scheme '1vsall'"),
         ("--entities 1e9 --set sampling.schema=1vsall", "unknown key 'sampling.schema'"),
@@ -351,17 +465,25 @@ def test_the_page_shows_what_the_command_prints(capsys) -> None:
         ("--entities 0", "plan.entities: got 0, expected at least 1"),
         ("--entities 1e9 --workers 1e6", "plan.workers: got 1000000, expected 1 to 65536"),
         ("--entities 1e12 --dim 4096 --device h100 --memory 1GiB", "do not fit 65,536 ranks"),
-        ("--entities 1e9 --device h100 --memory much", "--memory: got 'much', expected a number of bytes above 0"),
+        (
+            "--entities 1e9 --device h100 --memory much",
+            "--memory: got 'much', expected a number of bytes above 0",
+        ),
         (f"--entities 1e9 --device h100 --network {'9' * 400}", "--network: got '999"),
         ("--entities 1e9 --device h100 --memory 4iB", "--memory: got '4iB', expected"),
         ("--entities 1e9 --device h100 --workers 0", "plan.workers: got 0, expected at least 1"),
-        ("--entities 1e9 --device h100 --batch-size 0", "plan.batch_size: got 0, expected at least 1"),
+        (
+            "--entities 1e9 --device h100 --batch-size 0",
+            "plan.batch_size: got 0, expected at least 1",
+        ),
         ("--entities 1e9 --zipf -1", "plan.zipf: got -1.0, expected 0 to 4"),
         ("--entities 1e6 --torchrec", "--torchrec needs a machine's rates"),
         ("--entities 1e6 --memory 8GiB", "--memory, --ranks-per-host and --network need --device"),
     ],
 )
-def test_bad_plans_get_one_clear_line(tmp_path: Path, monkeypatch, capsys, arguments: str, told: str) -> None:
+def test_bad_plans_get_one_clear_line(
+    tmp_path: Path, monkeypatch, capsys, arguments: str, told: str
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["plan", *arguments.split()]) == 1
     said = capsys.readouterr()

@@ -26,7 +26,13 @@ from shardemb import Embedding, checkpoint, serving
 from shardemb.checkpoint.manifest import CheckpointError
 from shardemb.cli import main
 from shardemb.launch.ray import connected
-from shardemb.serving.ray_service import Client, ShardBusyError, ShardUnavailableError, connect, serve
+from shardemb.serving.ray_service import (
+    Client,
+    ShardBusyError,
+    ShardUnavailableError,
+    connect,
+    serve,
+)
 from shardemb.vocabulary import Vocabulary
 
 pytest.importorskip("ray")
@@ -53,22 +59,30 @@ def ray() -> Iterator[Any]:
 def _save(rank: int, world_size: int, folder: Path) -> None:
     torch.manual_seed(5)
     model = nn.Module()
-    model.entity = Embedding(501, shape=6, seed=1, name="entity", normalizer="normalize", normalizer_kwargs={"dim": -1})
+    model.entity = Embedding(
+        501, shape=6, seed=1, name="entity", normalizer="normalize", normalizer_kwargs={"dim": -1}
+    )
     model.matrix = Embedding(77, shape=(2, 3), seed=2, name="matrix")
     model.complex = Embedding(100, shape=3, dtype=torch.complex64, seed=3, name="complex")
     model.short = Embedding(33, shape=5, dtype=torch.bfloat16, seed=4, name="short")
-    model.relation = Embedding(2, shape=4, seed=5, name="relation", placement="replicated")  # fewer rows than shards
+    model.relation = Embedding(
+        2, shape=4, seed=5, name="relation", placement="replicated"
+    )  # fewer rows than shards
     model.tied = Embedding(200, shape=4, name="tied")
     model.tied.load_state_dict({"weight": torch.randint(-1, 2, (200, 4)).float()})
     if rank == 0:
         Vocabulary(LABELS).save(folder / "entities.arrow")
-    checkpoint.save(folder / "checkpoints", 7, model, fingerprints={"entities": Vocabulary(LABELS).fingerprint})
+    checkpoint.save(
+        folder / "checkpoints", 7, model, fingerprints={"entities": Vocabulary(LABELS).fingerprint}
+    )
 
 
 TABLES = ("entity", "matrix", "complex", "short", "relation", "tied")
 
 
-@pytest.fixture(scope="module", params=[(3, 3), (1, 2), (2, 1)], ids="saved by {0[0]}, {0[1]} shards".format)
+@pytest.fixture(
+    scope="module", params=[(3, 3), (1, 2), (2, 1)], ids="saved by {0[0]}, {0[1]} shards".format
+)
 def both(request, rank_pool, ray, tmp_path_factory) -> Iterator[tuple[shardemb.Store, Client]]:
     """A store, and the client of a service that reads the same checkpoint."""
     ranks, shards = request.param
@@ -83,7 +97,12 @@ def test_lookup_gives_what_the_store_gives(both) -> None:
     assert (client.path, client.step, set(client.tables)) == (store.path, 7, set(TABLES))
     for name in TABLES:
         table, served = store[name], client[name]
-        assert (served.name, served.max_id, served.shape, served.dtype) == (table.name, table.max_id, table.shape, table.dtype)
+        assert (served.name, served.max_id, served.shape, served.dtype) == (
+            table.name,
+            table.max_id,
+            table.shape,
+            table.dtype,
+        )
         ids = torch.randint(table.max_id, (7, 9))
         for keys in (ids, torch.arange(table.max_id), [1, 1, 0], 1, np.int64(0), []):
             for raw in (False, True):
@@ -91,7 +110,9 @@ def test_lookup_gives_what_the_store_gives(both) -> None:
                 assert got.dtype == expected.dtype
                 assert torch.equal(got, expected), (name, keys)
         got.zero_()  # a copy of one's own
-    assert torch.equal(client.lookup(["entity-500", "entity-3"]), store.lookup(["entity-500", "entity-3"]))
+    assert torch.equal(
+        client.lookup(["entity-500", "entity-3"]), store.lookup(["entity-500", "entity-3"])
+    )
     assert torch.equal(client.lookup("entity-17"), store.lookup("entity-17"))
 
 
@@ -114,25 +135,41 @@ def test_what_is_large_goes_in_several_rounds(both, monkeypatch: pytest.MonkeyPa
 def test_nearest_gives_what_the_store_gives(both, metric: str) -> None:
     store, client = both
     for name in ("entity", "matrix", "complex", "short"):
-        expected, found = store[name].nearest([5, 30], 6, metric), client[name].nearest([5, 30], 6, metric)
+        expected, found = (
+            store[name].nearest([5, 30], 6, metric),
+            client[name].nearest([5, 30], 6, metric),
+        )
         torch.testing.assert_close(found.scores, expected.scores)
         assert torch.equal(found.ids, expected.ids), name
         assert found.labels == expected.labels
     assert client.nearest("entity-5", 3).labels is not None
     vectors = store["entity"].lookup([1, 2, 3])
-    torch.testing.assert_close(client.nearest(vectors, 501, metric).scores, store.nearest(vectors, 501, metric).scores)
+    torch.testing.assert_close(
+        client.nearest(vectors, 501, metric).scores, store.nearest(vectors, 501, metric).scores
+    )
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "l2"])
 @pytest.mark.parametrize("k", [1, 7, 300])
 def test_equal_scores_are_ordered_as_the_store_orders_them(both, metric: str, k: int) -> None:
     store, client = both
-    for query in ([3, 150], torch.zeros(2, 4), torch.ones(1, 4)):  # whole numbers: sums have no rounding
-        expected, found = store["tied"].nearest(query, k, metric), client.nearest(query, k, metric, table="tied")
+    for query in (
+        [3, 150],
+        torch.zeros(2, 4),
+        torch.ones(1, 4),
+    ):  # whole numbers: sums have no rounding
+        expected, found = (
+            store["tied"].nearest(query, k, metric),
+            client.nearest(query, k, metric, table="tied"),
+        )
         assert torch.equal(found.scores, expected.scores)
         assert torch.equal(found.ids, expected.ids)
         for scores, ids in zip(found.scores.tolist(), found.ids.tolist(), strict=True):
-            assert all(a < b for a, b, s, t in zip(ids, ids[1:], scores, scores[1:], strict=False) if s == t)
+            assert all(
+                a < b
+                for a, b, s, t in zip(ids, ids[1:], scores, scores[1:], strict=False)
+                if s == t
+            )
 
 
 BAD: list[Callable[[Any], Any]] = [
@@ -150,7 +187,9 @@ BAD: list[Callable[[Any], Any]] = [
 
 
 @pytest.mark.parametrize("call", BAD, ids=range(len(BAD)))
-def test_what_the_store_refuses_the_client_refuses_in_the_same_words(both, call: Callable[[Any], Any]) -> None:
+def test_what_the_store_refuses_the_client_refuses_in_the_same_words(
+    both, call: Callable[[Any], Any]
+) -> None:
     store, client = both
     with pytest.raises((IndexError, KeyError, TypeError, ValueError)) as expected:
         call(store)
@@ -166,7 +205,9 @@ def test_a_client_goes_with_a_task(both, ray) -> None:
         return client.lookup(ids)
 
     ids = torch.randint(501, (40,))
-    assert torch.equal(ray.get(ray.remote(num_cpus=0)(read).remote(client, ids), timeout=60), store.lookup(ids))
+    assert torch.equal(
+        ray.get(ray.remote(num_cpus=0)(read).remote(client, ids), timeout=60), store.lookup(ids)
+    )
 
 
 @pytest.fixture
@@ -187,7 +228,12 @@ def test_a_shard_that_is_killed_comes_back(small: Path) -> None:
     with serve(small, 2, "killed") as service, ExitStack() as ends:
         client, hasty = service.client(wait_s=40), service.client(wait_s=0)
         first, second = client.health()
-        assert (first.ok, second.ok, first.rows, second.rows) == (True, True, {"": (0, 5)}, {"": (5, 11)})
+        assert (first.ok, second.ok, first.rows, second.rows) == (
+            True,
+            True,
+            {"": (0, 5)},
+            {"": (5, 11)},
+        )
         assert (first.restarts, first.error, first.pending) == (0, None, 0)
         done, failures, stop = [], [], threading.Event()
 
@@ -210,7 +256,10 @@ def test_a_shard_that_is_killed_comes_back(small: Path) -> None:
         os.kill(second.pid, signal.SIGKILL)
         with pytest.raises(ShardUnavailableError) as caught:
             _until(lambda: hasty.lookup([9]) is None)
-        told = r"store 'killed', shard 1 of 2 \(rows of t 5-11\) on node \d+\.\d+\.\d+\.\d+: .*wait longer"
+        told = (
+            r"store 'killed', shard 1 of 2 \(rows of t 5-11\) on node \d+\.\d+\.\d+\.\d+: .*wait"
+            r" longer"
+        )
         assert re.search(told, str(caught.value))
         assert torch.equal(hasty.lookup([0, 4]), expected[[0, 4]])  # the other one serves on
         before = len(done)
@@ -233,12 +282,17 @@ def test_a_checkpoint_that_vanished_or_was_changed(small: Path, tmp_path: Path) 
         assert health.pid is not None
         os.kill(health.pid, signal.SIGKILL)
         _until(lambda: client.health()[0].pid not in (None, health.pid))
-        with pytest.raises(ShardUnavailableError, match=rf"shard 0 of 1 .*{small}.*every node must see the checkpoint"):
+        with pytest.raises(
+            ShardUnavailableError,
+            match=rf"shard 0 of 1 .*{small}.*every node must see the checkpoint",
+        ):
             client.lookup([1, 2])
         assert not client.health()[0].ok
         torch.manual_seed(3)
         checkpoint.save(small.parent, 1, Embedding(11, shape=3, name="t"))
-        with pytest.raises(ShardUnavailableError, match="got another checkpoint than the service was started with"):
+        with pytest.raises(
+            ShardUnavailableError, match="got another checkpoint than the service was started with"
+        ):
             client.lookup([1, 2])
         shutil.rmtree(small)
         away.rename(small)
@@ -268,13 +322,20 @@ def test_a_queue_is_bounded_and_a_call_has_a_timeout(small: Path) -> None:
             for thread in threads:
                 thread.start()
             if refused:
-                _until(lambda: client.health()[0].pending == 2)  # which answers while the shard is full
+                _until(
+                    lambda: client.health()[0].pending == 2
+                )  # which answers while the shard is full
             for thread in threads:
                 thread.join(30)
             assert sum(outcome is True for outcome in outcomes) == 5 - refused
             for text in (outcome for outcome in outcomes if outcome is not True):
-                assert "2 requests wait, as many as max_pending allows: ask for more ids in fewer calls" in text
-        with pytest.raises(ShardUnavailableError, match=r"shard 0 of 1 .*got no answer within 0\.3 s"):
+                assert (
+                    "2 requests wait, as many as max_pending allows: ask for more ids in fewer"
+                    " calls" in text
+                )
+        with pytest.raises(
+            ShardUnavailableError, match=r"shard 0 of 1 .*got no answer within 0\.3 s"
+        ):
             service.client(timeout_s=0.3).lookup([1, 2])
 
 
@@ -282,15 +343,22 @@ def test_what_cannot_be_served(small: Path, tmp_path: Path, ray) -> None:
     with serve(small, 1, "taken", resources={"num_cpus": 0}) as service:
         with pytest.raises(ValueError, match="got name 'taken', which is in use"):
             serve(small, 1, "taken")
-        with pytest.raises(ValueError, match=r"got name 'nobody', expected one of the services that run, \[.*'taken'.*\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"got name 'nobody', expected one of the services that run, \[.*'taken'.*\]",
+        ):
             connect("nobody")
         stale = Client(replace(service.info, digest="x"))
-        with pytest.raises(ValueError, match=r"store 'taken' serves another checkpoint.*connect\(\) again"):
+        with pytest.raises(
+            ValueError, match=r"store 'taken' serves another checkpoint.*connect\(\) again"
+        ):
             stale.lookup(1)
         client = service.client(wait_s=0)
     with pytest.raises(ShardUnavailableError, match="shard 0 of 1"):
         client.lookup(1)
-    with pytest.raises(ValueError, match="got 12 shards, expected 1 to 11, the rows of the largest table"):
+    with pytest.raises(
+        ValueError, match="got 12 shards, expected 1 to 11, the rows of the largest table"
+    ):
         serve(small, 12)
     with pytest.raises(ValueError, match="expected one without '/'"):
         serve(small, 1, "a/b")
@@ -305,8 +373,20 @@ def test_what_cannot_be_served(small: Path, tmp_path: Path, ray) -> None:
 
 
 def test_the_command_line_serves_until_it_is_told_to_end(small: Path) -> None:
-    command = [sys.executable, "-m", "shardemb", "serve", str(small.parent), "--shards", "2", "--name", "cli"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=HERE) as server:
+    command = [
+        sys.executable,
+        "-m",
+        "shardemb",
+        "serve",
+        str(small.parent),
+        "--shards",
+        "2",
+        "--name",
+        "cli",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=HERE
+    ) as server:
         try:
             lines = [server.stdout.readline() for _ in range(4)]
             assert "as 'cli' from 2 shard(s): t (11 rows)" in lines[0], server.stderr.read()
@@ -316,16 +396,24 @@ def test_the_command_line_serves_until_it_is_told_to_end(small: Path) -> None:
                 from shardemb.serving import connect
                 with connected({address!r}, log_to_driver=False):
                     client = connect("cli")
-                    print(client.lookup([0, 10]).tolist(), [health.pid for health in client.health()])
+                    pids = [health.pid for health in client.health()]
+                    print(client.lookup([0, 10]).tolist(), pids)
             """
-            read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=HERE, timeout=60)
+            read = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=HERE, timeout=60
+            )
             rows, pids = read.stdout.splitlines()[-1].split("]] ")
-            assert rows + "]]" == str(shardemb.open_store(small).lookup([0, 10]).tolist()), read.stderr
+            assert rows + "]]" == str(shardemb.open_store(small).lookup([0, 10]).tolist()), (
+                read.stderr
+            )
             pids = [int(pid) for pid in re.findall(r"\d+", pids)]
             os.kill(pids[1], signal.SIGKILL)
             lines = iter(server.stdout.readline, "")  # Ray has a line of its own
             assert any(re.search(r"shard 1 is away: \w+", line) for line in lines)
-            assert any(re.search(r"shard 1 serves on node \S+, process \d+, restart 1$", line) for line in lines)
+            assert any(
+                re.search(r"shard 1 serves on node \S+, process \d+, restart 1$", line)
+                for line in lines
+            )
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 143
             assert "Traceback" not in server.stderr.read()
@@ -334,12 +422,17 @@ def test_the_command_line_serves_until_it_is_told_to_end(small: Path) -> None:
             server.kill()
 
 
-def test_the_command_line_names_what_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_names_what_is_wrong(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["serve", str(tmp_path)]) == 1
     assert f"shardemb: error: {tmp_path}: got no finished checkpoint" in capfd.readouterr().err
     checkpoint.save(tmp_path, 1, Embedding(3, shape=2))
     assert main(["serve", str(tmp_path), "--address", "nowhere"]) == 1
-    assert "shardemb: error: got Ray address 'nowhere', expected 'local', 'auto'" in capfd.readouterr().err
+    assert (
+        "shardemb: error: got Ray address 'nowhere', expected 'local', 'auto'"
+        in capfd.readouterr().err
+    )
 
 
 def test_nothing_connects_to_ray_by_itself() -> None:
@@ -352,5 +445,7 @@ def test_nothing_connects_to_ray_by_itself() -> None:
             except ValueError as error:
                 print(error)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=HERE, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=HERE, timeout=60
+    )
     assert done.stdout.count("got no connection to Ray, expected one") == 2, done.stderr

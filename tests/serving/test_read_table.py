@@ -16,7 +16,9 @@ def test_the_best_are_those_of_a_stable_sort_however_rows_are_parted(k: int, lev
     best, found = best_of(scores, ids, k)
     assert torch.equal(best, expected.values[:, :k])
     assert torch.equal(found, expected.indices[:, :k])
-    parts = [best_of(scores[:, part], ids[part], k) for part in torch.arange(53).split([0, 20, 1, 32])]
+    parts = [
+        best_of(scores[:, part], ids[part], k) for part in torch.arange(53).split([0, 20, 1, 32])
+    ]
     merged = best_of(*(torch.cat(part, 1) for part in zip(*parts, strict=True)), k)
     assert torch.equal(merged[0], best)
     assert torch.equal(merged[1], found)

@@ -52,12 +52,16 @@ KINDS = {
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lookup_gives_what_forward_gives(run_ranks, tmp_path: Path, kind: str, ranks: int) -> None:
-    (expected, *_) = run_ranks(_save, ranks, tmp_path, KINDS[kind])
+    expected, *_ = run_ranks(_save, ranks, tmp_path, KINDS[kind])
     store = shardemb.open_store(tmp_path)
     assert (store.step, store.state) == (7, {"epoch": 2})
     assert len(store.manifest.files) > 3
     entity = store["entity"]
-    assert (entity.max_id, entity.shape, entity.dtype) == (501, tuple(expected.shape[1:]), expected.dtype)
+    assert (entity.max_id, entity.shape, entity.dtype) == (
+        501,
+        tuple(expected.shape[1:]),
+        expected.dtype,
+    )
     ids = torch.randint(501, (4, 5))
     assert torch.equal(store.lookup(ids), expected[ids])
     assert torch.equal(entity.lookup(["entity-500", "entity-0"]), expected[[500, 0]])
@@ -71,8 +75,10 @@ def test_lookup_gives_what_forward_gives(run_ranks, tmp_path: Path, kind: str, r
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["normalized", "matrix", "complex"])
 @pytest.mark.parametrize("metric", ["cosine", "dot", "l2"])
-def test_nearest_equals_a_plain_search(run_ranks, tmp_path: Path, kind: str, metric: str, ranks: int) -> None:
-    (rows, *_) = run_ranks(_save, ranks, tmp_path, KINDS[kind])
+def test_nearest_equals_a_plain_search(
+    run_ranks, tmp_path: Path, kind: str, metric: str, ranks: int
+) -> None:
+    rows, *_ = run_ranks(_save, ranks, tmp_path, KINDS[kind])
     flat = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(501, -1).double()
     scores = {
         "dot": flat @ flat.T,
@@ -96,14 +102,20 @@ def test_nearest_equals_a_plain_search(run_ranks, tmp_path: Path, kind: str, met
 def test_what_cannot_be_looked_up(run_ranks, tmp_path: Path) -> None:
     run_ranks(_save, 2, tmp_path, {"shape": 6})
     store = shardemb.open_store(tmp_path / "checkpoints")
-    with pytest.raises(KeyError, match=r"table 'entity': got label 'nobody', expected one of the 501 labels"):
+    with pytest.raises(
+        KeyError, match=r"table 'entity': got label 'nobody', expected one of the 501 labels"
+    ):
         store.lookup("nobody")
     for bad in (501, -1):
-        with pytest.raises(IndexError, match=f"table 'entity': got id {bad}, expected 0 <= id < 501"):
+        with pytest.raises(
+            IndexError, match=f"table 'entity': got id {bad}, expected 0 <= id < 501"
+        ):
             store.lookup([3, bad])
     with pytest.raises(TypeError, match="expected integers or labels"):
         store.lookup([1.5])
-    with pytest.raises(KeyError, match=r"got table 'entities', expected one of \['entity', 'relation'\]"):
+    with pytest.raises(
+        KeyError, match=r"got table 'entities', expected one of \['entity', 'relation'\]"
+    ):
         store["entities"]
     with pytest.raises(ValueError, match=r"expected \(q, \*\(6,\)\)"):
         store.nearest(torch.zeros(2, 5))
@@ -128,12 +140,16 @@ def test_damage_is_found_at_the_latest_when_asked(run_ranks, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="is damaged"):
         shardemb.open_store(tmp_path, verify="sha256")
     path.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=f"got {len(content) - 1} bytes, expected {len(content)}; it holds"):
+    with pytest.raises(
+        CheckpointError, match=f"got {len(content) - 1} bytes, expected {len(content)}; it holds"
+    ):
         shardemb.open_store(tmp_path)
 
 
 def test_labels_are_those_of_the_entities_alone(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"entity": Embedding(3, shape=2, name="entity"), "item": Embedding(5, shape=2, name="item")})
+    model = nn.ModuleDict(
+        {"entity": Embedding(3, shape=2, name="entity"), "item": Embedding(5, shape=2, name="item")}
+    )
     checkpoint.save(tmp_path, 1, model)
     Vocabulary(["a", "b", "c"]).save(tmp_path / "entities.arrow")
     store = shardemb.open_store(tmp_path)
@@ -142,7 +158,9 @@ def test_labels_are_those_of_the_entities_alone(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="table 'item': got a label, but there is no vocabulary"):
         store["item"].lookup("b")
     Vocabulary(["a", "b"]).save(tmp_path / "entities.arrow")
-    with pytest.raises(CheckpointError, match=r"entities\.arrow: got 2 labels for 3 rows of table 'entity'"):
+    with pytest.raises(
+        CheckpointError, match=r"entities\.arrow: got 2 labels for 3 rows of table 'entity'"
+    ):
         shardemb.open_store(tmp_path)["entity"].lookup("b")
 
 
@@ -153,11 +171,19 @@ def halve(rows: torch.Tensor) -> torch.Tensor:
 def test_a_normalizer_of_ones_own_must_be_given(tmp_path: Path) -> None:
     table = Embedding(5, shape=2, normalizer=halve, name="t")
     checkpoint.save(tmp_path, 1, table)
-    with pytest.raises(CheckpointError, match="with the normalizer halve, a function of your own: give it"):
+    with pytest.raises(
+        CheckpointError, match="with the normalizer halve, a function of your own: give it"
+    ):
         shardemb.open_store(tmp_path).lookup(0)
     with torch.no_grad():
-        assert torch.equal(shardemb.open_store(tmp_path, normalizers={"": halve}).lookup([0, 1]), table(torch.tensor([0, 1])))
-        assert torch.equal(shardemb.open_store(tmp_path, normalizers={"": None}).lookup(0), table._embeddings.weight[0])
+        assert torch.equal(
+            shardemb.open_store(tmp_path, normalizers={"": halve}).lookup([0, 1]),
+            table(torch.tensor([0, 1])),
+        )
+        assert torch.equal(
+            shardemb.open_store(tmp_path, normalizers={"": None}).lookup(0),
+            table._embeddings.weight[0],
+        )
     with pytest.raises(CheckpointError, match=r"normalizer for \['x'\], expected one of \[''\]"):
         shardemb.open_store(tmp_path, normalizers={"x": None})
 
@@ -171,12 +197,17 @@ def test_an_open_store_changes_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("kind", ["normalized", "complex", "half"])
-def test_exports_hold_what_lookup_gives(run_ranks, tmp_path: Path, monkeypatch, kind: str, ranks: int) -> None:
-    (rows, *_) = run_ranks(_save, ranks, tmp_path, KINDS[kind])
+def test_exports_hold_what_lookup_gives(
+    run_ranks, tmp_path: Path, monkeypatch, kind: str, ranks: int
+) -> None:
+    rows, *_ = run_ranks(_save, ranks, tmp_path, KINDS[kind])
     monkeypatch.setattr("shardemb.serving.store._CHUNK", 700)
     monkeypatch.setattr(export, "SHARD_BYTES", 3000)
     flat = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(501, -1).float()
-    out = {name: export_table(tmp_path, tmp_path / f"x.{name}") for name in ("safetensors", "npy", "parquet", "vec")}
+    out = {
+        name: export_table(tmp_path, tmp_path / f"x.{name}")
+        for name in ("safetensors", "npy", "parquet", "vec")
+    }
     export_table(tmp_path, tmp_path / "shards", "sharded")
     assert torch.equal(load_file(out["safetensors"])["weight"], rows)
     assert torch.equal(torch.from_numpy(np.load(out["npy"])), rows)
@@ -185,8 +216,12 @@ def test_exports_hold_what_lookup_gives(run_ranks, tmp_path: Path, monkeypatch, 
     assert torch.equal(torch.tensor(table["vector"]), flat)
     lines = out["vec"].read_text().splitlines()
     assert lines[0] == f"501 {flat.shape[1]}"
-    assert torch.equal(torch.tensor([[float(x) for x in line.split()[1:]] for line in lines[1:]]), flat)
-    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert torch.equal(
+        torch.tensor([[float(x) for x in line.split()[1:]] for line in lines[1:]]), flat
+    )
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
     assert len(set(index.values())) > 1
     parts = [load_file(tmp_path / "shards" / file)[name] for name, file in index.items()]
     assert torch.equal(torch.cat(parts), rows)
@@ -223,7 +258,7 @@ def test_labels_that_word2vec_cannot_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet", ".vec"])
 def test_what_was_exported_can_be_imported(run_ranks, tmp_path: Path, suffix: str) -> None:
-    (rows, *_) = run_ranks(_save, 2, tmp_path, {"shape": 6})
+    rows, *_ = run_ranks(_save, 2, tmp_path, {"shape": 6})
     file = export_table(tmp_path, tmp_path / f"x{suffix}")
     labels = None if suffix in (".parquet", ".vec") else LABELS
     import_table(file, tmp_path / "new", labels=labels)
@@ -240,15 +275,23 @@ def test_what_was_exported_can_be_imported(run_ranks, tmp_path: Path, suffix: st
 
 def test_modules_of_torch_and_pykeen_can_be_imported(tmp_path: Path) -> None:
     layer = nn.Embedding(11, 3)
-    assert import_table(layer, tmp_path / "torch") == tmp_path / "torch" / "checkpoints" / "step-0000000000"
-    assert torch.equal(shardemb.open_store(tmp_path / "torch").lookup(torch.arange(11)), layer.weight)
+    assert (
+        import_table(layer, tmp_path / "torch")
+        == tmp_path / "torch" / "checkpoints" / "step-0000000000"
+    )
+    assert torch.equal(
+        shardemb.open_store(tmp_path / "torch").lookup(torch.arange(11)), layer.weight
+    )
     pykeen = pytest.importorskip("pykeen.nn")
     theirs = pykeen.Embedding(max_id=7, shape=(2, 2), initializer="xavier_uniform")
     import_table(theirs, tmp_path / "pykeen")
     assert shardemb.open_store(tmp_path / "pykeen").lookup(3).shape == (4,)
     both = nn.ModuleDict({"a": layer, "b": nn.Embedding(2, 2)})
     with pytest.raises(
-        ValueError, match=r"got a state dict with \['a.weight', 'b.weight'\], expected one table: give its key="
+        ValueError,
+        match=(
+            r"got a state dict with \['a.weight', 'b.weight'\], expected one table: give its key="
+        ),
     ):
         import_table(both, tmp_path / "both")
     import_table(both, tmp_path / "b", key="b.weight")
@@ -289,26 +332,33 @@ def _train(rank: int, world_size: int, output: Path, scorer: str, reciprocal: bo
     config = TrainingConfig(epochs=40, seed=1, validate_every=0)
     sampling = SamplingConfig(batch_size=60, chunk_size=20, num_negatives=30)
     settings = ModelConfig(scorer=scorer, reciprocal=reciprocal, dim=16, init_std=0.1, n3=0.01)
-    model, _ = train(data, settings, sampling=sampling, training=config, output=output, progress=False)
+    model, _ = train(
+        data, settings, sampling=sampling, training=config, output=output, progress=False
+    )
     heads, relations = data.entities.ids(["e3", "e80"]), data.relations.ids(["r0", "r2"])
     with torch.no_grad():
-        queries = [model.queries(side, torch.from_numpy(heads), torch.from_numpy(relations)) for side in ("tail", "head")]
+        queries = [
+            model.queries(side, torch.from_numpy(heads), torch.from_numpy(relations))
+            for side in ("tail", "head")
+        ]
         scores, inverse = (model.scorer.score_all(query, model.entity(None)) for query in queries)
     return {"scores": scores, "inverse": inverse}
 
 
 @pytest.mark.parametrize(("scorer", "reciprocal"), [("rotate", False), ("complex", False)])
 def test_best_tails_and_heads(run_ranks, tmp_path: Path, scorer: str, reciprocal: bool) -> None:
-    (expected, *_) = run_ranks(_train, 1, tmp_path, scorer, reciprocal)
+    expected, *_ = run_ranks(_train, 1, tmp_path, scorer, reciprocal)
     for inverse, name in ((False, "scores"), (True, "inverse")):
-        found = best_tails(shardemb.open_store(tmp_path), ["e3", "e80"], ["r0", "r2"], 5, inverse=inverse)
+        found = best_tails(
+            shardemb.open_store(tmp_path), ["e3", "e80"], ["r0", "r2"], 5, inverse=inverse
+        )
         best = expected[name].topk(5)
         torch.testing.assert_close(found.scores, best.values, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.ids, best.indices)
 
 
 def test_best_tails_and_the_command_line(run_ranks, tmp_path: Path, capfd) -> None:
-    (expected, *_) = run_ranks(_train, 2, tmp_path, "complex", True)
+    expected, *_ = run_ranks(_train, 2, tmp_path, "complex", True)
     store = shardemb.open_store(tmp_path)
     for inverse, name in ((False, "scores"), (True, "inverse")):
         found = best_tails(store, ["e3", "e80"], ["r0", "r2"], 5, inverse=inverse)
@@ -344,8 +394,13 @@ def test_best_tails_and_the_command_line(run_ranks, tmp_path: Path, capfd) -> No
 
 def test_reading_needs_no_process_group_and_no_training_code(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, Embedding(5, shape=2))
-    code = f"import sys, shardemb; shardemb.open_store({str(tmp_path)!r}).lookup(1); print(sorted(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        f"import sys, shardemb; shardemb.open_store({str(tmp_path)!r}).lookup(1);"
+        " print(sorted(sys.modules))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert "'shardemb.embedding'" not in out
     assert "fbgemm" not in out
     assert manifest.MANIFEST == "manifest.json"

@@ -14,7 +14,9 @@ from shardemb.comm import collectives
 from shardemb.comm.shared_memory import HostRanks
 
 
-def _lookup(rank: int, world_size: int, rows: int, dim: int, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _lookup(
+    rank: int, world_size: int, rows: int, dim: int, counts: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Look up random ids, another number on each rank; return ids and what came."""
     table = shardemb.Embedding(rows, shape=dim, seed=1)
     generator = torch.Generator().manual_seed(rank)
@@ -32,10 +34,18 @@ def test_rows_come_back_in_order(run_ranks, world_size: int, rows: int, dim: int
 
 
 BAD = {
-    "too large": (lambda: torch.tensor([3, 501, 4]), IndexError, r"got id 501 among 3 ids, expected 0 <= id < 501"),
+    "too large": (
+        lambda: torch.tensor([3, 501, 4]),
+        IndexError,
+        r"got id 501 among 3 ids, expected 0 <= id < 501",
+    ),
     "negative": (lambda: torch.tensor([3, -1]), IndexError, r"got id -1 among 2 ids"),
     "huge": (lambda: torch.tensor([2**62]), IndexError, str(2**62)),
-    "float": (lambda: torch.tensor([1.0]), TypeError, r"dtype torch.float32, expected torch.int64 or torch.int32"),
+    "float": (
+        lambda: torch.tensor([1.0]),
+        TypeError,
+        r"dtype torch.float32, expected torch.int64 or torch.int32",
+    ),
     "nan": (lambda: torch.tensor([torch.nan]), RuntimeError, r"dtype torch.float32"),
     "bool": (lambda: torch.tensor([True]), TypeError, r"dtype torch.bool"),
     "list": (lambda: [1, 2], AttributeError, r"type list, expected a torch.Tensor"),
@@ -46,7 +56,9 @@ BAD = {
 def _bad(rank: int, world_size: int, kind: str, gradient: str) -> tuple[str, str, float, bool]:
     """Only the last rank's ids are bad; all ranks must say so, and the table must stay."""
     make, error, _ = BAD[kind]
-    table = shardemb.Embedding(501, shape=6, seed=1, name="people", gradient=gradient, constrainer="normalize")
+    table = shardemb.Embedding(
+        501, shape=6, seed=1, name="people", gradient=gradient, constrainer="normalize"
+    )
     table.post_parameter_update()
     before = table.local_rows().clone()
     ids = make() if rank == world_size - 1 else torch.arange(10)
@@ -94,7 +106,15 @@ def test_ranks_that_make_different_tables_are_told(run_ranks) -> None:
         assert "502 x (6,)" in text
 
 
-COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier", "all_to_all")
+COLLECTIVES = (
+    "all_to_all_single",
+    "all_reduce",
+    "all_gather",
+    "all_gather_object",
+    "broadcast",
+    "barrier",
+    "all_to_all",
+)
 
 
 @contextmanager
@@ -108,7 +128,9 @@ def counted() -> Iterator[list[str]]:
             setattr(
                 place,
                 name,
-                lambda *args, name=name, function=function, **kwargs: called.append(name) or function(*args, **kwargs),
+                lambda *args, name=name, function=function, **kwargs: (
+                    called.append(name) or function(*args, **kwargs)
+                ),
             )
         yield called
     finally:
@@ -138,8 +160,13 @@ def _collectives(rank: int, world_size: int, gradient: str, number: int) -> tupl
 
 @pytest.mark.parametrize("gradient", ["sparse", "fused"])
 @pytest.mark.parametrize(("number", "forward"), [(0, 2), (20, 2), (2000, 3)])
-def test_collectives_of_a_step(run_ranks, world_size: int, gradient: str, number: int, forward: int) -> None:
-    """A few ids travel with their counts, and as many as before; updates and constrainers need no other rank."""
+def test_collectives_of_a_step(
+    run_ranks, world_size: int, gradient: str, number: int, forward: int
+) -> None:
+    """A few ids travel with their counts, and as many as before.
+
+    Updates and constrainers need no other rank.
+    """
     expected = (forward, 1, 0, 1, 1) if world_size > 1 else (0, 0, 0, 0, 0)
     for counts in run_ranks(_collectives, world_size, gradient, number):
         assert counts == expected
@@ -147,31 +174,55 @@ def test_collectives_of_a_step(run_ranks, world_size: int, gradient: str, number
 
 def _steady(rank: int, world_size: int) -> list[int]:
     """Collectives of lookups forward, one after the other, of as many ids a rank."""
-    tables = [shardemb.Embedding(50_001, shape=2, seed=1, initialize=True, name=name) for name in "ab"]
+    tables = [
+        shardemb.Embedding(50_001, shape=2, seed=1, initialize=True, name=name) for name in "ab"
+    ]
     generator, found = torch.Generator().manual_seed(rank), []
     for number in [2000, 2100, 1900, 30, 2000, 30_000, 2000, *[5] * 18, 2000, 2000]:
         ids = torch.randint(50_001, (number,), generator=generator)
         with counted() as called:
             rows = tables[len(found) % 2](ids)
         found.append(len(called))
-        assert torch.equal(rows, tables[0]._embeddings.weight[ids] if world_size == 1 else _all_rows()[ids])
+        assert torch.equal(
+            rows, tables[0]._embeddings.weight[ids] if world_size == 1 else _all_rows()[ids]
+        )
     return found
 
 
 @functools.cache
 def _all_rows() -> torch.Tensor:
-    return shardemb.Embedding(50_001, shape=2, seed=1, initialize=True, process_group=None)(None).detach()
+    return shardemb.Embedding(50_001, shape=2, seed=1, initialize=True, process_group=None)(
+        None
+    ).detach()
 
 
 def test_a_lookup_as_large_as_the_one_before_saves_a_message(run_ranks) -> None:
     calm = [2] * 18
     for found in run_ranks(_steady, 2):
-        assert found == [3, 2, 2, 2, 2, 3, 2, *calm, 3, 2]  # 30,000 ids are too many; 17 small lookups take the room away
+        assert found == [
+            3,
+            2,
+            2,
+            2,
+            2,
+            3,
+            2,
+            *calm,
+            3,
+            2,
+        ]  # 30,000 ids are too many; 17 small lookups take the room away
 
 
-def _sent_once(rank: int, world_size: int, deduplicate: bool, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Look ids up that are often the same; return how many travel, the rows, and the gradient of the whole table."""
-    table = shardemb.Embedding(501, shape=7, seed=1, deduplicate=deduplicate, gradient_reduction="sum", dtype=torch.float64)
+def _sent_once(
+    rank: int, world_size: int, deduplicate: bool, number: int
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Look ids up that are often the same.
+
+    Return how many travel, the rows, and the gradient of the whole table.
+    """
+    table = shardemb.Embedding(
+        501, shape=7, seed=1, deduplicate=deduplicate, gradient_reduction="sum", dtype=torch.float64
+    )
     ids = torch.arange(number) % (7 + rank)
     rows = table(ids)
     (rows * torch.arange(number)[:, None]).square().sum().backward()
@@ -183,18 +234,27 @@ def _sent_once(rank: int, world_size: int, deduplicate: bool, number: int) -> tu
 @pytest.mark.parametrize("number", [30, 3000])
 def test_each_id_is_sent_once(run_ranks, number: int) -> None:
     once, often = (run_ranks(_sent_once, 3, deduplicate, number) for deduplicate in (True, False))
-    for rank, ((few, rows, grad), (many, same_rows, same_grad)) in enumerate(zip(once, often, strict=True)):
+    for rank, ((few, rows, grad), (many, same_rows, same_grad)) in enumerate(
+        zip(once, often, strict=True)
+    ):
         assert (few, many) == (7 + rank, number)
         assert rows.equal(same_rows)
         torch.testing.assert_close(grad, same_grad)
 
 
-def _half(rank: int, world_size: int, wire_dtype: torch.dtype | None, number: int) -> tuple[torch.Tensor, ...]:
+def _half(
+    rank: int, world_size: int, wire_dtype: torch.dtype | None, number: int
+) -> tuple[torch.Tensor, ...]:
     """Rows and gradients of many magnitudes, one of them beyond float16."""
-    table = shardemb.Embedding(501, shape=6, seed=1, wire_dtype=wire_dtype, gradient_reduction="sum")
+    table = shardemb.Embedding(
+        501, shape=6, seed=1, wire_dtype=wire_dtype, gradient_reduction="sum"
+    )
     with torch.no_grad():
         weight = table._embeddings.weight
-        weight.copy_(((table.plan.local_ids()[:, None] + 1) * torch.tensor([1e-3, -1e-2, 0.1, 1, 10, 1e4])) / 7)
+        weight.copy_(
+            ((table.plan.local_ids()[:, None] + 1) * torch.tensor([1e-3, -1e-2, 0.1, 1, 10, 1e4]))
+            / 7
+        )
     ids = torch.arange(number) % 501
     rows = table(ids)
     factors = torch.linspace(-3, 3, number)[:, None] + 0.01
@@ -206,7 +266,10 @@ def _half(rank: int, world_size: int, wire_dtype: torch.dtype | None, number: in
 
 @pytest.mark.parametrize(("wire_dtype", "digits"), [(torch.float16, 11), (torch.bfloat16, 8)])
 def test_half_precision_on_the_wire(run_ranks, wire_dtype: torch.dtype, digits: int) -> None:
-    """What the docstring says is lost, and no more; what is beyond float16's range becomes infinite, never something else."""
+    """What the docstring says is lost, and no more.
+
+    What is beyond float16's range becomes infinite, never something else.
+    """
     exact, half = (run_ranks(_half, 2, wire, 501) for wire in (None, wire_dtype))
     for (rows, grad), (got, got_grad) in zip(exact, half, strict=True):
         inside = rows.abs() < (65504 if wire_dtype == torch.float16 else torch.inf)
@@ -216,14 +279,24 @@ def test_half_precision_on_the_wire(run_ranks, wire_dtype: torch.dtype, digits: 
         assert ((got_grad - grad).abs() <= grad.abs() * 2**-digits).all()
         assert not got_grad.equal(grad)
     assert inside.all() == (wire_dtype == torch.bfloat16)
-    with pytest.raises(ValueError, match=r"wire_dtype=torch.float32, expected torch.float16, torch.bfloat16 or None"):
+    with pytest.raises(
+        ValueError,
+        match=r"wire_dtype=torch.float32, expected torch.float16, torch.bfloat16 or None",
+    ):
         shardemb.Embedding(3, shape=2, wire_dtype=torch.float32)
 
 
 def _prefetch(rank: int, world_size: int, unique: bool, number: int) -> None:
     """The same training with and without prefetched ids, and what stale rows are."""
     tables = [
-        shardemb.Embedding(501, shape=6, seed=1, unique=unique, normalizer="normalize", normalizer_kwargs={"dim": -1})
+        shardemb.Embedding(
+            501,
+            shape=6,
+            seed=1,
+            unique=unique,
+            normalizer="normalize",
+            normalizer_kwargs={"dim": -1},
+        )
         for _ in "ab"
     ]
     optimizers = [shardemb.RowWiseAdagrad(table.parameters(), lr=0.1) for table in tables]
@@ -234,7 +307,9 @@ def _prefetch(rank: int, world_size: int, unique: bool, number: int) -> None:
         plain, prefetched = tables[0](batch), tables[1](waiting)
         assert plain.equal(prefetched)
         if step + 1 < len(batches):
-            waiting = tables[1].prefetch(batches[step + 1])  # before this step's backward and update
+            waiting = tables[1].prefetch(
+                batches[step + 1]
+            )  # before this step's backward and update
         for rows, optimizer in zip((plain, prefetched), optimizers, strict=True):
             rows.cos().sum().backward()
             optimizer.step()
@@ -250,7 +325,9 @@ def _prefetch(rank: int, world_size: int, unique: bool, number: int) -> None:
     assert not table(batches[0]).detach().equal(before)
     rows.cos().sum().backward()  # the gradient goes to the rows as they are now
     assert table._embeddings.weight.grad is not None
-    with pytest.raises(ValueError, match=r"table 'embedding': got ids that were prefetched by table 'embedding'"):
+    with pytest.raises(
+        ValueError, match=r"table 'embedding': got ids that were prefetched by table 'embedding'"
+    ):
         tables[1](stale)
     ids = batches[0].clone()
     waiting = table.prefetch(ids)

@@ -18,13 +18,19 @@ def test_every_row_has_one_owner(rows: int, ranks: int) -> None:
     for plan in plans:
         for row in range(plan.first, plan.first + plan.num_local):
             assert row // plan.block == plan.rank
-            assert row % plan.block == row - plan.first  # what FBGEMM's bucketizing takes for granted
+            assert (
+                row % plan.block == row - plan.first
+            )  # what FBGEMM's bucketizing takes for granted
         assert (plan.owner_of(plan.local_ids()) == plan.rank).all()
-        assert plan.slots(plan.local_ids()).equal(torch.arange(plan.first, plan.first + plan.num_local))
+        assert plan.slots(plan.local_ids()).equal(
+            torch.arange(plan.first, plan.first + plan.num_local)
+        )
         assert plan.local_ids(1, 3).equal(plan.local_ids()[1:3]) or plan.num_local < 3
 
 
-@pytest.mark.parametrize("rows", [*range(70), 501, 4096, 10**6, 2**31 - 1, 2**31 + 11, 3 * 10**9, 2**40])
+@pytest.mark.parametrize(
+    "rows", [*range(70), 501, 4096, 10**6, 2**31 - 1, 2**31 + 11, 3 * 10**9, 2**40]
+)
 def test_slots_are_a_permutation_of_ids(rows: int) -> None:
     spread = RowPermutation(rows)
     ids = torch.arange(rows) if rows <= 4096 else torch.randint(rows, (1000,))
@@ -38,12 +44,14 @@ def test_slots_are_a_permutation_of_ids(rows: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize(
-    ("order", "each_once"), [("popularity", False), ("popularity", True), ("shuffled", True), ("eighth", True)]
+    ("order", "each_once"),
+    [("popularity", False), ("popularity", True), ("shuffled", True), ("eighth", True)],
 )
 def test_popular_ids_spread_over_the_ranks(ranks: int, order: str, each_once: bool) -> None:
     """What each shard is asked for, with ids of Zipf's law of exponent 0.8, stays near the mean.
 
-    In random order the most popular rows may meet on one shard by chance, so there it takes the exchange that sends each once.
+    In random order the most popular rows may meet on one shard by chance, so there it takes the
+    exchange that sends each once.
     """
     rows, batch = 10**6, 65536
     share = torch.arange(1, rows + 1, dtype=torch.float64).pow(-0.8)
@@ -63,7 +71,10 @@ def test_bytes_and_refusal_before_allocation() -> None:
     assert plan.local_bytes(4, 8) == 500 * (6 * 4 + 8)
     plan.check_fits(4, torch.device("cpu"))
     assert free_bytes(torch.device("cpu")) > 0
-    with pytest.raises(MemoryError, match=r"table 'people', rank 0 of 2: 500,000,000,000 rows .* need .* bytes .* free"):
+    with pytest.raises(
+        MemoryError,
+        match=r"table 'people', rank 0 of 2: 500,000,000,000 rows .* need .* bytes .* free",
+    ):
         RowPlan("people", 10**12, 128, 2, 0).check_fits(4, torch.device("cpu"))
     for gradient in ("sparse", "fused"):
         with pytest.raises(MemoryError, match="table 'people'"):
@@ -84,18 +95,24 @@ def _torchrec(rank: int, world_size: int, rows: int) -> float:
 
     ours = shardemb.Embedding(rows, shape=8, seed=3)
     collection = EmbeddingCollection(
-        tables=[EmbeddingConfig(num_embeddings=rows, embedding_dim=8, name="t", feature_names=["f"])],
+        tables=[
+            EmbeddingConfig(num_embeddings=rows, embedding_dim=8, name="t", feature_names=["f"])
+        ],
         device=torch.device("meta"),
     )
     environment = ShardingEnv.from_process_group(dist.group.WORLD)
     sharding = {"t": ours.plan.parameter_sharding()}
-    theirs = EmbeddingCollectionSharder().shard(collection, sharding, environment, torch.device("cpu"))
+    theirs = EmbeddingCollectionSharder().shard(
+        collection, sharding, environment, torch.device("cpu")
+    )
     first, mine = ours.plan.first, ours.local_rows()
     (shard,) = theirs.state_dict()["embeddings.t.weight"].local_shards()
     assert shard.metadata.shard_offsets == [first, 0]
     shard.tensor.detach().copy_(mine)
     ids = torch.arange(rank, rows, 2)
-    jagged = KeyedJaggedTensor(keys=["f"], values=ours.plan.slots(ids), lengths=torch.tensor([len(ids)]))
+    jagged = KeyedJaggedTensor(
+        keys=["f"], values=ours.plan.slots(ids), lengths=torch.tensor([len(ids)])
+    )
     return (theirs(jagged)["f"].values() - ours(ids)).abs().max().item()
 
 

@@ -10,9 +10,20 @@ CPU = torch.device("cpu")
 
 
 def fused(
-    rows: int, dim: int, optimizer: FusedOptimizer, dtype: torch.dtype = torch.float32, track: bool = False
+    rows: int,
+    dim: int,
+    optimizer: FusedOptimizer,
+    dtype: torch.dtype = torch.float32,
+    track: bool = False,
 ) -> FusedTable:
-    table = FusedTable(RowPlan("t", rows, dim), optimizer=optimizer, trainable=True, dtype=dtype, device=CPU, track=track)
+    table = FusedTable(
+        RowPlan("t", rows, dim),
+        optimizer=optimizer,
+        trainable=True,
+        dtype=dtype,
+        device=CPU,
+        track=track,
+    )
     with torch.no_grad():
         table.weight.normal_(generator=torch.Generator().manual_seed(0))
     return table
@@ -58,7 +69,9 @@ def test_learning_rate_can_change() -> None:
 def test_a_second_pending_lookup_is_refused_only_when_it_would_be_wrong() -> None:
     table = fused(10, 8, FusedOptimizer("adagrad"))
     first = table.lookup(torch.tensor([1]))
-    with pytest.raises(RuntimeError, match=r"table 't': a second lookup before the backward .*torch.cat"):
+    with pytest.raises(
+        RuntimeError, match=r"table 't': a second lookup before the backward .*torch.cat"
+    ):
         table.lookup(torch.tensor([2]))
     first.sum().backward()
     second = table.lookup(torch.tensor([2]))  # after backward
@@ -89,7 +102,9 @@ def test_half_precision_and_what_fbgemm_cannot_do() -> None:
 def test_only_rows_that_got_a_gradient_are_constrained(kind: str) -> None:
     plan = RowPlan("t", 101, 6)
     if kind == "sparse":
-        table = ParameterTable(plan, sparse=True, trainable=True, dtype=torch.float32, device=CPU, track=True)
+        table = ParameterTable(
+            plan, sparse=True, trainable=True, dtype=torch.float32, device=CPU, track=True
+        )
         torch.nn.init.normal_(table.weight)
     else:
         table = fused(101, 6, FusedOptimizer(), track=True)
@@ -125,7 +140,9 @@ def test_fused_updates_on_cuda(name: str, dim: int) -> None:
     cuda = torch.device("cuda")
     plan = RowPlan("t", 501, dim)
     optimizer = FusedOptimizer(name, lr=0.2)
-    table = FusedTable(plan, optimizer=optimizer, trainable=True, dtype=torch.float32, device=cuda, track=True)
+    table = FusedTable(
+        plan, optimizer=optimizer, trainable=True, dtype=torch.float32, device=cuda, track=True
+    )
     other = fused(501, dim, FusedOptimizer(name, lr=0.2), track=True)
     table.weight.copy_(other.weight)
     for _ in range(3):

@@ -1,4 +1,7 @@
-"""TorchRec's backend against FBGEMM's, and against one process of torch.nn.Embedding, on real ranks."""
+"""TorchRec's backend against FBGEMM's, and against one process of torch.nn.Embedding.
+
+On real ranks.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -11,8 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, TorchRecOptions, checkpoint
-from shardemb.utils.types import IdTypeError
+from shardemb import (
+    Coordinator,
+    Embedding,
+    FusedOptimizer,
+    RowWiseAdagrad,
+    TorchRecOptions,
+    checkpoint,
+)
+from shardemb.exceptions import IdTypeError
 
 #: what TorchRec says of itself
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
@@ -49,13 +59,20 @@ def group_of_one(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def make(rows: int, dim: int, optimizer: str, backend: str = "torchrec", **kwargs: Any) -> Embedding:
+def make(
+    rows: int, dim: int, optimizer: str, backend: str = "torchrec", **kwargs: Any
+) -> Embedding:
     fused = FusedOptimizer(optimizer, lr=0.05 if optimizer == "sgd" else 0.3)
-    return Embedding(rows, shape=dim, gradient="fused", optimizer=fused, backend=backend, **{"seed": 4, **kwargs})
+    return Embedding(
+        rows, shape=dim, gradient="fused", optimizer=fused, backend=backend, **{"seed": 4, **kwargs}
+    )
 
 
 def ids_of(step: int, rows: int, parts: int, part: int) -> torch.Tensor:
-    """Ids with duplicates; sizes differ; the first rank has none in step 1, and no rank in step 2; a strided tensor."""
+    """Ids with duplicates; sizes differ; the first rank has none in step 1, and no rank in step 2.
+
+    A strided tensor.
+    """
     ids = torch.randint(rows, (60, 3), generator=torch.Generator().manual_seed(step))[:, 0]
     ids[:20] = ids[0].clone()
     sizes = [60 // parts] * (parts - 1)
@@ -83,8 +100,12 @@ def train(table: Embedding, rank: int, world_size: int) -> dict[str, torch.Tenso
     return {"weight": table.full_state_dict("torch")["weight"].clone(), "sum": state}
 
 
-def oracle(rows: int, dim: int, optimizer: str, constrainer: str | None, scale: float) -> torch.Tensor:
-    table = torch.nn.Embedding(rows, dim, _weight=make(rows, dim, optimizer, "fbgemm")(None).detach().clone(), sparse=True)
+def oracle(
+    rows: int, dim: int, optimizer: str, constrainer: str | None, scale: float
+) -> torch.Tensor:
+    table = torch.nn.Embedding(
+        rows, dim, _weight=make(rows, dim, optimizer, "fbgemm")(None).detach().clone(), sparse=True
+    )
     outer = OPTIMIZERS[optimizer](table.parameters())
     for step in range(STEPS):
         ids = ids_of(step, rows, 1, 0)
@@ -97,7 +118,10 @@ def oracle(rows: int, dim: int, optimizer: str, constrainer: str | None, scale: 
 
 
 def _compare(rank: int, world_size: int) -> list[tuple[dict, dict, dict]]:
-    """Train each job with both backends, and with both reductions and settings of TorchRec's global."""
+    """Train each job with both backends.
+
+    And with both reductions and settings of TorchRec's global.
+    """
     from torchrec.distributed.comm_ops import set_gradient_division
 
     results = []
@@ -119,7 +143,10 @@ def _compare(rank: int, world_size: int) -> list[tuple[dict, dict, dict]]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_training_equals_fbgemm_and_one_process(rank_pool, world_size: int) -> None:
-    """Whatever TorchRec's global says of gradients: ranks' mean or sum is the table's own affair."""
+    """Whatever TorchRec's global says of gradients.
+
+    Ranks' mean or sum is the table's own affair.
+    """
     for results in rank_pool(_compare, world_size):
         for number, (theirs, *ours) in enumerate(results):
             rows, dim, optimizer, constrainer = JOBS[number]
@@ -150,7 +177,9 @@ def _reads(rank: int, world_size: int) -> None:
         assert not frozen(ids).requires_grad
         frozen.requires_grad_(True)
         assert frozen(ids).requires_grad
-        with pytest.raises(RuntimeError, match=r"table 'embedding': a second lookup before the backward"):
+        with pytest.raises(
+            RuntimeError, match=r"table 'embedding': a second lookup before the backward"
+        ):
             _twice(make(501, 6, "adagrad", gradient_reduction="sum"), ids)
         _twice(make(501, 6, "sgd"), ids)
 
@@ -184,7 +213,9 @@ def _reads(rank: int, world_size: int) -> None:
         expected[1], expected[5] = -0.1 * world_size, -0.05 * world_size
         assert torch.allclose(half.full_state_dict("torch")["weight"].float(), expected, atol=1e-3)
         few = make(1, 8, "sgd")  # one rank's shard is padding, which TorchRec itself looks up too
-        features = KeyedJaggedTensor(keys=["ids"], values=torch.zeros(3, dtype=torch.int64), lengths=torch.tensor([3]))
+        features = KeyedJaggedTensor(
+            keys=["ids"], values=torch.zeros(3, dtype=torch.int64), lengths=torch.tensor([3])
+        )
         theirs = few.torchrec_table.torchrec_module(features)["ids"].values()
         assert torch.equal(theirs, few(torch.zeros(3, dtype=torch.int64)))
         assert make(5, 0, "sgd")(ids % 5).shape == (len(ids), 0)
@@ -192,11 +223,19 @@ def _reads(rank: int, world_size: int) -> None:
         assert table.torchrec_table.torchrec_plan.sharding_type == "row_wise"
         (key,) = table.torchrec_table.torchrec_module.state_dict()
         assert key == "embeddings.embedding.weight"
-        assert set(table.state_dict()) == {"_embeddings.weight", *["_embeddings.rows"] * (world_size > 1)}
+        assert set(table.state_dict()) == {
+            "_embeddings.weight",
+            *["_embeddings.rows"] * (world_size > 1),
+        }
         assert list(table.parameters()) == []
-        with pytest.raises(RuntimeError, match=r"table 'embedding': .*cannot be copied or pickled: use shardemb.checkpoint"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"table 'embedding': .*cannot be copied or pickled: use shardemb.checkpoint",
+        ):
             copy.deepcopy(table)
-        with pytest.raises(RuntimeError, match=r"table 'embedding' is not TorchRec's: make it with"):
+        with pytest.raises(
+            RuntimeError, match=r"table 'embedding' is not TorchRec's: make it with"
+        ):
             _ = make(5, 4, "sgd", "fbgemm").torchrec_table
 
 
@@ -221,7 +260,9 @@ def _bad_ids(rank: int, world_size: int) -> list[str]:
     ]
     for bad, error in cases:
         with pytest.raises(error) as caught:
-            table._embeddings.send_ids(bad if rank == world_size - 1 else torch.tensor([1]), torch.device("cpu"))
+            table._embeddings.send_ids(
+                bad if rank == world_size - 1 else torch.tensor([1]), torch.device("cpu")
+            )
         told.append(str(caught.value))
     assert torch.equal(table._embeddings.weight, before)
     table(torch.tensor([rank])).sum().backward()  # it goes on
@@ -231,16 +272,26 @@ def _bad_ids(rank: int, world_size: int) -> list[str]:
 def test_bad_ids_raise_alike_on_all_ranks(rank_pool) -> None:
     first, *others = rank_pool(_bad_ids, 3)
     assert all(other == first for other in others)
-    assert first[0] == ("table 'people', rank 2 of 3: index out of range: got id 501 among 2 ids, expected 0 <= id < 501")
+    assert (
+        first[0]
+        == "table 'people', rank 2 of 3: index out of range: got id 501 among 2 ids, expected 0 <="
+        " id < 501"
+    )
     assert "got id -1" in first[1]
     assert "torch.float32" in first[2]
 
 
 def _prefetch(rank: int, world_size: int) -> None:
-    """Prefetched ids, each sent once or as often as they come, train as the default backend does."""
+    """Prefetched ids, each sent once or as often as they come.
+
+    Train as the default backend does.
+    """
     with group_of_one(world_size):
         for deduplicate in (True, False):
-            tables = [make(501, 6, "sgd", backend, deduplicate=deduplicate) for backend in ("torchrec", "fbgemm")]
+            tables = [
+                make(501, 6, "sgd", backend, deduplicate=deduplicate)
+                for backend in ("torchrec", "fbgemm")
+            ]
             batches = [torch.arange(7 + rank).repeat(3) + step for step in range(3)]
             waiting = tables[0].prefetch(batches[0])
             for step, batch in enumerate(batches):
@@ -251,7 +302,10 @@ def _prefetch(rank: int, world_size: int) -> None:
                 for out in rows:
                     out.cos().sum().backward()
             torch.testing.assert_close(*(table.local_rows() for table in tables))
-            stale, before = tables[0].prefetch(batches[0], stale_rows=True), tables[1](batches[0]).detach()
+            stale, before = (
+                tables[0].prefetch(batches[0], stale_rows=True),
+                tables[1](batches[0]).detach(),
+            )
             _twice(tables[0], batches[0])
             torch.testing.assert_close(tables[0](stale).detach(), before)
 
@@ -273,7 +327,11 @@ def _own_groups(rank: int, world_size: int) -> torch.Tensor:
             ids = ids_of(step, 501, 2, rank - 1)
             loss_of(each(ids), ids).backward()
     with pytest.raises(
-        ValueError, match=r"table 'embedding': got sharding_group_size=1 over 2 ranks of a process group of its own"
+        ValueError,
+        match=(
+            r"table 'embedding': got sharding_group_size=1 over 2 ranks of a process group of"
+            r" its own"
+        ),
     ):
         make(5, 4, "sgd", process_group=group, torchrec=TorchRecOptions(sharding_group_size=1))
     return table(None).detach() - other(None).detach()
@@ -287,11 +345,15 @@ def test_a_process_group_of_its_own(run_ranks) -> None:
 def _two_dimensional(rank: int, world_size: int, optimizer: str, folder: Path) -> dict[str, Any]:
     """Rows over two ranks each, two replicas: ranks 0 and 2, and 1 and 3."""
     options = TorchRecOptions(sharding_group_size=2)
-    table = make(501, 6, optimizer, torchrec=options, constrainer="normalize", gradient_reduction="sum")
+    table = make(
+        501, 6, optimizer, torchrec=options, constrainer="normalize", gradient_reduction="sum"
+    )
     assert table.plan.world_size == 2
     assert table.plan.rank == rank // 2
     timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    assert table._groups.shard._get_backend(torch.device("cpu")).options._timeout == timeout  # not 30 minutes
+    assert (
+        table._groups.shard._get_backend(torch.device("cpu")).options._timeout == timeout
+    )  # not 30 minutes
     with pytest.raises(IndexError, match=r"rank 3 of 4: index out of range: got id 501"):
         table(torch.tensor([501 if rank == 3 else 0]))
     result = train(table, rank, world_size)
@@ -308,7 +370,10 @@ def _two_dimensional(rank: int, world_size: int, optimizer: str, folder: Path) -
 
 
 def replicas(optimizer: str) -> torch.Tensor:
-    """Two replicas in one process, that train on the ids of ranks 0 and 2, and 1 and 3, and are averaged each step."""
+    """Two replicas in one process, that train on the ids of ranks 0 and 2, and 1 and 3.
+
+    And are averaged each step.
+    """
     start = make(501, 6, optimizer, "fbgemm")(None).detach()
     tables = [torch.nn.Embedding(501, 6, _weight=start.clone(), sparse=True) for _ in range(2)]
     outer = [OPTIMIZERS[optimizer](table.parameters()) for table in tables]
@@ -319,7 +384,9 @@ def replicas(optimizer: str) -> torch.Tensor:
             (loss_of(table(ids), ids) * 2).backward()  # the mean of two sums over half of the ranks
             each.step()
         states = [list(each.state.values()) for each in outer]
-        shared = [[state[0]["sum"] for state in states]] if optimizer != "sgd" and all(states) else []
+        shared = (
+            [[state[0]["sum"] for state in states]] if optimizer != "sgd" and all(states) else []
+        )
         for group in ([table.weight.data for table in tables], *shared):
             mean = sum(group) / 2
             for tensor in group:
@@ -332,32 +399,42 @@ def replicas(optimizer: str) -> torch.Tensor:
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
 def test_replicas_are_averaged(rank_pool, tmp_path: Path, optimizer: str) -> None:
     """With SGD that is one table over all ranks."""
-    expected = oracle(501, 6, optimizer, "normalize", 1.0) if optimizer == "sgd" else replicas(optimizer)
+    expected = (
+        oracle(501, 6, optimizer, "normalize", 1.0) if optimizer == "sgd" else replicas(optimizer)
+    )
     for got in rank_pool(_two_dimensional, 4, optimizer, tmp_path):
         torch.testing.assert_close(got["weight"], expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(got["loaded"], got["weight"])
         assert got["rest"] == 0  # nothing moved since the last step
 
 
-def _save(rank: int, world_size: int, folder: Path, optimizer: str, backend: str) -> dict[str, torch.Tensor]:
+def _save(
+    rank: int, world_size: int, folder: Path, optimizer: str, backend: str
+) -> dict[str, torch.Tensor]:
     table = make(501, 6, optimizer, backend)
     train(table, rank, world_size)
     checkpoint.save(folder, 1, table)
     return table.stored_rows()
 
 
-def _load(rank: int, world_size: int, folder: Path, optimizer: str, backend: str) -> dict[str, torch.Tensor]:
+def _load(
+    rank: int, world_size: int, folder: Path, optimizer: str, backend: str
+) -> dict[str, torch.Tensor]:
     table = make(501, 6, optimizer, backend, seed=8)
     checkpoint.load(checkpoint.checkpoints(folder)[-1], table)
     return {key: value.clone() for key, value in table.stored_rows().items()}
 
 
 @pytest.mark.parametrize(("origin", "to"), [("torchrec", "fbgemm"), ("fbgemm", "torchrec")])
-def test_checkpoints_cross_backends_and_numbers_of_ranks(rank_pool, tmp_path: Path, origin: str, to: str) -> None:
+def test_checkpoints_cross_backends_and_numbers_of_ranks(
+    rank_pool, tmp_path: Path, origin: str, to: str
+) -> None:
     saved = rank_pool(_save, 2, tmp_path, "adagrad", origin)
     loaded = rank_pool(_load, 3, tmp_path, "adagrad", to)
     for key in ("weight", "sum"):
-        assert torch.equal(torch.cat([part[key] for part in saved]), torch.cat([part[key] for part in loaded]))
+        assert torch.equal(
+            torch.cat([part[key] for part in saved]), torch.cat([part[key] for part in loaded])
+        )
         assert saved[0][key].abs().sum() > 0
 
 
@@ -372,16 +449,27 @@ def _refused(rank: int, world_size: int) -> None:
 
     need = 251 * (8 * 4 + 4)
     text = (
-        rf"table 'people', rank {rank} of 2: TorchRec's planner needs {need:,} bytes a rank for 251 rows x 8 columns and their "
-        rf"optimizer state, ([\d,]+) are allowed: use more ranks, .*compute_kernel='fused_uvm_caching' on CUDA"
+        rf"table 'people', rank {rank} of 2: TorchRec's planner needs {need:,} bytes a rank for 251"
+        r" rows x 8 columns and their "
+        rf"optimizer state, ([\d,]+) are allowed: use more ranks,"
+        rf" .*compute_kernel='fused_uvm_caching' on CUDA"
     )
     make(501, 6, "rowwise_adagrad", torchrec=TorchRecOptions(memory_bytes=need + 4096))
     for allowed in (need - 1, 100):
         with pytest.raises(MemoryError, match=text):
-            make(501, 6, "rowwise_adagrad", name="people", torchrec=TorchRecOptions(memory_bytes=allowed))
+            make(
+                501,
+                6,
+                "rowwise_adagrad",
+                name="people",
+                torchrec=TorchRecOptions(memory_bytes=allowed),
+            )
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:  # ranks where different amounts are free refuse together
-        patch.setattr("shardemb.sharding.torchrec_table.free_bytes", lambda device: need - 1 if rank == 1 else 2**40)
+        patch.setattr(
+            "shardemb.sharding.torchrec_table.free_bytes",
+            lambda device: need - 1 if rank == 1 else 2**40,
+        )
         with pytest.raises(MemoryError, match=text):
             make(501, 6, "rowwise_adagrad", name="people")
     with monkeypatch.context() as patch:  # the planner's own refusal
@@ -391,7 +479,9 @@ def _refused(rank: int, world_size: int) -> None:
     with pytest.raises(MemoryError, match="table 'embedding', rank"):
         make(10**12, 128, "sgd")
     for kernel in ("fused_uvm", "fused_uvm_caching"):
-        with pytest.raises(ValueError, match=f"got compute_kernel='{kernel}' on cpu.*use a CUDA device"):
+        with pytest.raises(
+            ValueError, match=f"got compute_kernel='{kernel}' on cpu.*use a CUDA device"
+        ):
             make(5, 4, "sgd", torchrec=TorchRecOptions(compute_kernel=kernel))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     make(2 * 10**6, 32, "rowwise_adagrad")  # 128 MB of rows on each rank, 256 MB unsharded
@@ -406,16 +496,38 @@ def test_what_does_not_fit_is_refused_before_allocation(run_ranks) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "text"),
     [
-        ({"gradient": "sparse"}, ValueError, "backend='torchrec' is for gradient='fused'.*got gradient='sparse'"),
-        ({"gradient": "fused", "placement": "replicated"}, ValueError, "got gradient='fused' and placement='replicated'"),
-        ({"gradient": "fused"}, RuntimeError, "needs a process group, got none: call torch.distributed.init_process_group"),
+        (
+            {"gradient": "sparse"},
+            ValueError,
+            "backend='torchrec' is for gradient='fused'.*got gradient='sparse'",
+        ),
+        (
+            {"gradient": "fused", "placement": "replicated"},
+            ValueError,
+            "got gradient='fused' and placement='replicated'",
+        ),
+        (
+            {"gradient": "fused"},
+            RuntimeError,
+            "needs a process group, got none: call torch.distributed.init_process_group",
+        ),
         ({"gradient": "fused", "torchrec": {}}, TypeError, "expected a shardemb.TorchRecOptions"),
-        ({"backend": "fbgemm", "torchrec": TorchRecOptions()}, ValueError, "needs backend='torchrec', got backend='fbgemm'"),
+        (
+            {"backend": "fbgemm", "torchrec": TorchRecOptions()},
+            ValueError,
+            "needs backend='torchrec', got backend='fbgemm'",
+        ),
         ({"backend": "nope"}, ValueError, "got backend='nope', expected one of"),
-        ({"gradient": "fused", "wire_dtype": torch.float16}, ValueError, "wire_dtype=torch.float16 is for backend='fbgemm'"),
+        (
+            {"gradient": "fused", "wire_dtype": torch.float16},
+            ValueError,
+            "wire_dtype=torch.float16 is for backend='fbgemm'",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_refused(kwargs: dict, error: type[Exception], text: str) -> None:
+def test_what_does_not_go_together_is_refused(
+    kwargs: dict, error: type[Exception], text: str
+) -> None:
     with pytest.raises(error, match=f"table 'people': .*{text}|table 'people': {text}"):
         Embedding(10, shape=4, name="people", **{"backend": "torchrec", **kwargs})
 
@@ -431,7 +543,9 @@ def test_what_does_not_go_together_is_refused(kwargs: dict, error: type[Exceptio
     ],
 )
 def test_nonsense_options_are_refused(kwargs: dict) -> None:
-    with pytest.raises(ValueError, match=f"TorchRecOptions: got {list(kwargs)[-1]}={list(kwargs.values())[-1]!r}"):
+    with pytest.raises(
+        ValueError, match=f"TorchRecOptions: got {list(kwargs)[-1]}={list(kwargs.values())[-1]!r}"
+    ):
         TorchRecOptions(**kwargs)
 
 
@@ -440,7 +554,10 @@ def test_nonsense_options_are_refused(kwargs: dict) -> None:
 @pytest.mark.parametrize("kernel", ["fused", "fused_uvm", "fused_uvm_caching"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_kernels_on_cuda(kernel: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of a tenth of the rows gives what one without a cache gives, constrained, read and written in between."""
+    """A cache of a tenth of the rows gives what one without a cache gives, constrained.
+
+    Read and written in between.
+    """
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -455,6 +572,8 @@ def test_kernels_on_cuda(kernel: str, optimizer: str, monkeypatch: pytest.Monkey
                 assert torch.equal(table(ids.cuda()), table._embeddings.weight[ids.cuda()])
             table.post_parameter_update()
         expected = oracle(501, 6, optimizer, "normalize", 1.0)
-        torch.testing.assert_close(table.state_dict()["_embeddings.weight"].cpu(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            table.state_dict()["_embeddings.weight"].cpu(), expected, rtol=1e-5, atol=1e-5
+        )
     finally:
         dist.destroy_process_group()

@@ -15,7 +15,9 @@ from shardemb.utils.progress import progress
 def test_a_bar_appears_for_what_takes_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float, shown: bool
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a log file gets a line every ten seconds
+    monkeypatch.setattr(
+        sys.stderr, "isatty", lambda: True
+    )  # a log file gets a line every ten seconds
     clock = [time.time()]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     seen = []
@@ -28,7 +30,12 @@ def test_a_bar_appears_for_what_takes_long(
     assert "4.00k" in text or not text
 
 
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "inactive_file 7\ntotal_inactive_file {}", str(2**63 - 4096))
+V1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "inactive_file 7\ntotal_inactive_file {}",
+    str(2**63 - 4096),
+)
 V2 = ("memory.max", "memory.current", "anon 90\ninactive_file {}", "max")
 
 
@@ -63,5 +70,7 @@ def test_a_container_has_the_memory_of_its_groups(
     assert found() == (1000, 100)
     monkeypatch.setattr("shardemb.utils.memory.container_bytes", found)
     assert (total_bytes(), available_bytes(), free_bytes(torch.device("cpu"))) == (1000, 100, 100)
-    with pytest.raises(MemoryError, match=r"table 'people', rank 0 of 1: 100 rows .*, 100 are free"):
+    with pytest.raises(
+        MemoryError, match=r"table 'people', rank 0 of 1: 100 rows .*, 100 are free"
+    ):
         shardemb.Embedding(100, shape=8, name="people")

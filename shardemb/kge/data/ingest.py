@@ -1,7 +1,8 @@
 """Files of triples of any size into a dataset folder, in bounded memory.
 
-DuckDB does what does not fit: it keeps the MD5 of each triple's labels, finds the distinct labels, sorts and joins. What is
-written is what :meth:`shardemb.kge.Triples.load` makes of the same files in memory, bit by bit.
+DuckDB does what does not fit: it keeps the MD5 of each triple's labels, finds the distinct labels,
+sorts and joins. What is written is what :meth:`shardemb.kge.Triples.load` makes of the same files
+in memory, bit by bit.
 """
 
 import errno
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from shardemb import __version__, vocabulary
+from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.kge.data.dataset import DESCRIPTION, FORMAT, dtype_of, sha256_of
 from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks
@@ -60,24 +62,29 @@ def ingest(
     literals: str = "error",
     progress: bool = False,
 ) -> Path:
-    """Make a dataset folder, which :meth:`shardemb.kge.Triples.load` opens at once, from files of triples.
+    """Make a dataset folder, which :meth:`shardemb.kge.Triples.load` opens at once.
 
-    The folder appears when all of it is on the disk; until then its parts are in ``OUT.tmp-PID`` beside it, which also holds
-    what does not fit into memory, about as many bytes as the triples have as text. A run that was killed leaves that folder,
-    and the next one for the same OUT removes it.
+    From files of triples.
+
+    The folder appears when all of it is on the disk; until then its parts are in ``OUT.tmp-PID``
+    beside it, which also holds what does not fit into memory, about as many bytes as the triples
+    have as text. A run that was killed leaves that folder, and the next one for the same OUT
+    removes it.
 
     Args:
-        sources: a folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz, .nt, .nt.gz or .parquet) or a
-            folder of part files; or files and folders of part files that make one graph, to be split here.
+        sources: a folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz,
+            .nt, .nt.gz or .parquet) or a folder of part files; or files and folders of part files
+            that make one graph, to be split here.
         out: the folder, which must not be there.
-        memory: bytes of memory that the process may take, as a number or with a unit ("4GiB", "512MiB", "2GB"), and never more
-            than three quarters of what is free.
+        memory: bytes of memory that the process may take, as a number or with a unit ("4GiB",
+            "512MiB", "2GB"), and never more than three quarters of what is free.
         threads: that work; by default one for each core.
         valid: triples of one graph that become valid; by default a twentieth, 5,000 at most.
         test: triples of one graph that become test; likewise.
-        unseen: what becomes of valid and test triples with an entity or a relation that no training triple holds: "keep" them
-            and warn, "drop" them and warn, or "error".
-        literals: what becomes of triples of N-Triples whose object is a literal: "error", "drop" or "keep".
+        unseen: what becomes of valid and test triples with an entity or a relation that no training
+            triple holds: "keep" them and warn, "drop" them and warn, or "error".
+        literals: what becomes of triples of N-Triples whose object is a literal: "error", "drop" or
+            "keep".
         progress: show bars.
 
     Returns:
@@ -86,19 +93,25 @@ def ingest(
     Raises:
         FileExistsError: ``out`` is there, or another process is making it.
         FileNotFoundError: a source is not there, or a folder without the files.
-        ValueError: a malformed file (names file and line or row), or unseen labels with "error"; a setting out of range.
+        ValueError: a malformed file (names file and line or row), or unseen labels with "error"; a
+            setting out of range.
         MemoryError: it cannot be done in so much memory.
         OSError: a file cannot be opened, or the disk is full.
     """
-    paths = [Path(sources)] if isinstance(sources, str | Path) else [Path(source) for source in sources]
+    paths = (
+        [Path(sources)] if isinstance(sources, str | Path) else [Path(source) for source in sources]
+    )
     out, limit = Path(out), _memory(memory)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     check_unseen(unseen)
     if threads < 1:
-        raise ValueError(f"threads: got {threads}, expected at least 1")
+        raise InputError(f"threads: got {threads}, expected at least 1")
     files = find(paths)
     if "" not in files and (valid is not None or test is not None):
-        raise ValueError(f"{paths[0]}: has valid and test files, so valid={valid}, test={test} split nothing: leave them out")
+        raise InputError(
+            f"{paths[0]}: has valid and test files, so valid={valid}, test={test} split nothing:"
+            " leave them out"
+        )
     name = " ".join(map(str, paths))
     if out.exists():
         raise FileExistsError(f"{out} exists: give another name, or remove it")
@@ -109,7 +122,9 @@ def ingest(
             told = job.run(files, valid, test, unseen, literals)
         finally:
             job.close()
-        (folder / DESCRIPTION).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / DESCRIPTION).write_text(
+            json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return out
 
 
@@ -120,13 +135,18 @@ def _memory(text: str | int) -> int:
 
 @contextmanager
 def _made_whole(out: Path) -> Iterator[Path]:
-    """Give a folder that becomes ``out`` when the block ends well; remove it otherwise, and what killed runs have left."""
+    """Give a folder that becomes ``out`` when the block ends well.
+
+    Remove it otherwise, and what killed runs have left.
+    """
     for left in out.parent.iterdir():
         if not re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", left.name):
             continue
         with _locked(left) as free:
             if not free:
-                raise FileExistsError(f"{left}: another process is making {out}: wait for it, or give another name")
+                raise FileExistsError(
+                    f"{left}: another process is making {out}: wait for it, or give another name"
+                )
             shutil.rmtree(left)
     folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     folder.mkdir()
@@ -165,14 +185,20 @@ def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
         yield
     except duckdb.OutOfMemoryException as error:
         reason = str(error).splitlines()[0]
-        raise MemoryError(
-            f"{folder}: got {limit >> 20:,} MiB of memory and what is free on its disk, expected more: raise --memory, lower "
-            f"--threads or make room ({reason})"
+        raise OutOfMemoryError(
+            f"{folder}: got {limit >> 20:,} MiB of memory and what is free on its disk, expected"
+            f" more: raise --memory, lower --threads or make room ({reason})"
         ) from error
     except (duckdb.IOException, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        ):
             raise
-        raise OSError(f"{folder}: cannot be written, make room on its disk ({str(error).splitlines()[0]})") from error
+        raise OSError(
+            f"{folder}: cannot be written, make room on its disk ({str(error).splitlines()[0]})"
+        ) from error
 
 
 class _Job:
@@ -183,21 +209,32 @@ class _Job:
         self.work = folder / "work"
         self.work.mkdir()
         # blocks that are read, and tables on their way into DuckDB; some of it twice
-        self.readers, self.writers, self.group = min(threads, 16), min(threads, 4), max(BLOCK, min(limit >> 7, 32 << 20))
+        self.readers, self.writers, self.group = (
+            min(threads, 16),
+            min(threads, 4),
+            max(BLOCK, min(limit >> 7, 32 << 20)),
+        )
         ahead = 3 * BLOCK * (self.readers + 1) + 2 * self.group * (self.writers + 1) + _ASIDE
         held = resident_bytes()
         own = int((limit - held - ahead) * 0.75)  # DuckDB takes some more than it is told
         if own < _OWN:
-            raise MemoryError(
-                f"{name}: got {limit >> 20:,} MiB for {threads} threads, of which this process holds {held >> 20:,} MiB, "
-                f"expected about {(_OWN - own) * 4 // 3 >> 20:,} MiB more: raise --memory or lower --threads"
+            raise OutOfMemoryError(
+                f"{name}: got {limit >> 20:,} MiB for {threads} threads, of which this process"
+                f" holds {held >> 20:,} MiB, expected about {(_OWN - own) * 4 // 3 >> 20:,} MiB"
+                " more: raise --memory or lower --threads"
             )
         self.database = duckdb.connect(
             str(self.work / "tables.duckdb"),
-            config={"memory_limit": f"{own >> 10}KiB", "threads": threads, "temp_directory": str(self.work / "spilled")},
+            config={
+                "memory_limit": f"{own >> 10}KiB",
+                "threads": threads,
+                "temp_directory": str(self.work / "spilled"),
+            },
         )
         self.database.execute("SET arrow_large_buffer_size = true")
-        self.database.execute("SET checkpoint_threshold = '1TB'")  # what is written once need not be logged and copied
+        self.database.execute(
+            "SET checkpoint_threshold = '1TB'"
+        )  # what is written once need not be logged and copied
         self.database.execute("SET enable_progress_bar = true")
         self.database.execute("SET enable_progress_bar_print = false")
         self.pool = ThreadPoolExecutor(self.writers)
@@ -211,7 +248,12 @@ class _Job:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def run(
-        self, files: dict[str, list[Path]], valid: int | None, test: int | None, unseen: str, literals: str
+        self,
+        files: dict[str, list[Path]],
+        valid: int | None,
+        test: int | None,
+        unseen: str,
+        literals: str,
     ) -> dict[str, Any]:
         """Do all; returns what dataset.json says."""
         dropped = self.read(files, literals)
@@ -222,12 +264,20 @@ class _Job:
         fingerprints = {kind: self.write_labels(kind) for kind in _KINDS}
         dtype = dtype_of(*counts.values())
         self.number(dtype)
-        triples = {split: self.write_triples(number, split, dtype) for number, split in enumerate(SPLITS)}
-        repeated = dict(self.rows("SELECT split, sum(n - 1) FROM counted GROUP BY split", "finding duplicates"))
+        triples = {
+            split: self.write_triples(number, split, dtype) for number, split in enumerate(SPLITS)
+        }
+        repeated = dict(
+            self.rows("SELECT split, sum(n - 1) FROM counted GROUP BY split", "finding duplicates")
+        )
         names = [f"{split}.npy" for split in SPLITS] + [f"{kind}.arrow" for kind in _KINDS]
-        with progress_bar(total=len(names), desc="hashing", unit=" files", disable=not self.progress) as bar:
+        with progress_bar(
+            total=len(names), desc="hashing", unit=" files", disable=not self.progress
+        ) as bar:
             digests = {}
-            for name, digest in zip(names, self.pool.map(lambda name: sha256_of(self.folder / name), names), strict=True):
+            for name, digest in zip(
+                names, self.pool.map(lambda name: sha256_of(self.folder / name), names), strict=True
+            ):
                 digests[name] = {"size": (self.folder / name).stat().st_size, "sha256": digest}
                 bar.update()
         return {
@@ -235,14 +285,20 @@ class _Job:
             "shardemb": __version__,
             "name": self.name,
             "sources": [
-                {"path": str(path.absolute()), "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+                {
+                    "path": str(path.absolute()),
+                    "size": path.stat().st_size,
+                    "mtime_ns": path.stat().st_mtime_ns,
+                }
                 for paths in files.values()
                 for path in paths
             ],
             **counts,
             "triples": triples,
             "dtype": dtype,
-            "duplicates": {split: int(repeated.get(number, 0)) for number, split in enumerate(SPLITS)},
+            "duplicates": {
+                split: int(repeated.get(number, 0)) for number, split in enumerate(SPLITS)
+            },
             "unseen": {"fate": unseen, "triples": unseen_triples},
             "literals": {"fate": literals, "dropped": dropped},
             "relation_triples": self.count_relations(),
@@ -253,7 +309,8 @@ class _Job:
     def read(self, files: dict[str, list[Path]], literals: str) -> int:
         """Read all files into the tables; returns how many triples with literals were left out."""
         self.query(
-            "CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, head UHUGEINT, relation UHUGEINT, tail UHUGEINT)"
+            "CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, head UHUGEINT, relation"
+            " UHUGEINT, tail UHUGEINT)"
         )
         for kind in _KINDS:
             self.query(f"CREATE TABLE read_{kind} (key UHUGEINT, label VARCHAR)")
@@ -271,7 +328,9 @@ class _Job:
                         bar.update(int(size * block.part) - done)
                         done = int(size * block.part)
                         if sum(table.nbytes for table in held) >= self.group:
-                            pending.add(self.pool.submit(self.insert, split, row, pa.concat_tables(held)))
+                            pending.add(
+                                self.pool.submit(self.insert, split, row, pa.concat_tables(held))
+                            )
                             row, held = row + sum(map(len, held)), []
                         while len(pending) > self.writers:
                             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -287,47 +346,85 @@ class _Job:
     def insert(self, split: str, first: int, table: pa.Table) -> None:
         """Put triples whose rows begin with ``first`` into the tables."""
         rows = np.arange(first, first + len(table), dtype=np.uint64)
-        table = table.append_column("row", column_of(rows)).append_column("mixed", column_of(mixed(rows)))
+        table = table.append_column("row", column_of(rows)).append_column(
+            "mixed", column_of(mixed(rows))
+        )
         number = SPLITS.index(split or "train")
         with self.database.cursor() as cursor:
             cursor.register("block", table)
             keys = ", ".join(f"{KEY}({column})" for column in COLUMNS)
             cursor.execute(f"INSERT INTO read SELECT {number}, row, mixed, {keys} FROM block")
             for kind, columns in _KINDS.items():
-                labels = " UNION ALL ".join(f"SELECT {column} AS label FROM block" for column in columns)
-                cursor.execute(f"INSERT INTO read_{kind} SELECT {KEY}(label), label FROM ({labels}) GROUP BY label")
+                labels = " UNION ALL ".join(
+                    f"SELECT {column} AS label FROM block" for column in columns
+                )
+                cursor.execute(
+                    f"INSERT INTO read_{kind} SELECT {KEY}(label), label FROM ({labels}) GROUP BY"
+                    " label"
+                )
             cursor.unregister("block")
 
     def hold_out(self, valid: int | None, test: int | None) -> None:
         """Make valid and test of the triples that are first in the order of training triples."""
         ((count,),) = self.rows("SELECT count(*) FROM read")
         num_valid, num_test = held_out(self.name, count, valid, test)
-        self.query(f"CREATE TABLE first AS SELECT mixed FROM read ORDER BY mixed LIMIT {num_valid + num_test}", "splitting")
+        self.query(
+            "CREATE TABLE first AS SELECT mixed FROM read ORDER BY mixed LIMIT"
+            f" {num_valid + num_test}",
+            "splitting",
+        )
         for number, first, last in ((2, 0, num_test), (1, num_test, num_test + num_valid)):
-            bounds = f"SELECT min(mixed) AS a, max(mixed) AS b FROM first WHERE rowid BETWEEN {first} AND {last - 1}"
-            self.query(f"UPDATE read SET split = {number} FROM ({bounds}) WHERE mixed BETWEEN a AND b", "splitting")
+            bounds = (
+                f"SELECT min(mixed) AS a, max(mixed) AS b FROM first WHERE rowid BETWEEN {first}"
+                f" AND {last - 1}"
+            )
+            self.query(
+                f"UPDATE read SET split = {number} FROM ({bounds}) WHERE mixed BETWEEN a AND b",
+                "splitting",
+            )
 
     def settle_unseen(self, unseen: str) -> dict[str, int]:
-        """Keep, drop or refuse triples of valid and test that hold what no training triple holds; returns how many they are."""
+        """Keep, drop or refuse triples of valid and test that hold what no training triple holds.
+
+        Returns how many they are.
+        """
         for kind, columns in _KINDS.items():
-            held = " UNION ".join(f"SELECT {column} AS key FROM read WHERE split > 0" for column in columns)
+            held = " UNION ".join(
+                f"SELECT {column} AS key FROM read WHERE split > 0" for column in columns
+            )
             self.query(f"CREATE TABLE held_{kind} AS {held}")
             # the held keys are few: they are what is kept in memory, and training triples stream by
             seen = " UNION ".join(
-                f"SELECT {column} AS key FROM read WHERE split = 0 AND {column} IN (SELECT key FROM held_{kind})"
+                f"SELECT {column} AS key FROM read WHERE split = 0 AND {column} IN (SELECT key FROM"
+                f" held_{kind})"
                 for column in columns
             )
-            self.query(f"CREATE TABLE unseen_{kind} AS (FROM held_{kind}) EXCEPT ({seen})", "looking for unseen labels")
+            self.query(
+                f"CREATE TABLE unseen_{kind} AS (FROM held_{kind}) EXCEPT ({seen})",
+                "looking for unseen labels",
+            )
         is_unseen = " OR ".join(
-            f"{column} IN (SELECT key FROM unseen_{kind})" for kind, columns in _KINDS.items() for column in columns
+            f"{column} IN (SELECT key FROM unseen_{kind})"
+            for kind, columns in _KINDS.items()
+            for column in columns
         )
         self.query(f"CREATE TABLE strange AS SELECT * FROM read WHERE split > 0 AND ({is_unseen})")
         found = []
         for number, split in enumerate(SPLITS):
-            counts = (f"SELECT count(*) FROM {table} WHERE split = {number}" for table in ("strange", "read"))
-            ((count,), (total,)) = (self.rows(query)[0] for query in counts)
+            counts = (
+                f"SELECT count(*) FROM {table} WHERE split = {number}"
+                for table in ("strange", "read")
+            )
+            (count,), (total,) = (self.rows(query)[0] for query in counts)
             if count:
-                found.append(Unseen(split, count, total, {kind: self.unseen_labels(number, kind) for kind in _KINDS}))
+                found.append(
+                    Unseen(
+                        split,
+                        count,
+                        total,
+                        {kind: self.unseen_labels(number, kind) for kind in _KINDS},
+                    )
+                )
         if text := judge(self.name, found, unseen):
             warnings.warn(text, stacklevel=4)
         if unseen == "drop" and found:
@@ -342,17 +439,26 @@ class _Job:
             f"SELECT {column} AS key, 2 * row + {place} AS place FROM strange WHERE split = {split}"
             for place, column in enumerate(_KINDS[kind])
         )
-        first = f"SELECT key, min(place) AS place FROM ({places}) WHERE key IN (SELECT key FROM unseen_{kind}) GROUP BY key"
+        first = (
+            f"SELECT key, min(place) AS place FROM ({places}) WHERE key IN (SELECT key FROM"
+            f" unseen_{kind}) GROUP BY key"
+        )
         ((count,),) = self.rows(f"SELECT count(*) FROM ({first})")
         labels = self.rows(
-            f"SELECT any_value(label) FROM read_{kind} JOIN ({first} ORDER BY place LIMIT 3) USING (key) "
-            f"GROUP BY key, place ORDER BY place"
+            f"SELECT any_value(label) FROM read_{kind} JOIN ({first} ORDER BY place LIMIT 3) USING"
+            " (key) GROUP BY key, place ORDER BY place"
         )
         return count, [label for (label,) in labels]
 
     def collect(self, kind: str) -> int:
-        """Sort the distinct labels by their MD5, so that a row's number is its id; returns how many they are."""
-        query = f"CREATE TABLE {kind} AS SELECT DISTINCT key, label FROM read_{kind} ORDER BY key, label"
+        """Sort the distinct labels by their MD5, so that a row's number is its id.
+
+        Returns how many they are.
+        """
+        query = (
+            f"CREATE TABLE {kind} AS SELECT DISTINCT key, label FROM read_{kind} ORDER BY key,"
+            " label"
+        )
         self.query(query, f"numbering {kind}")
         self.query(f"DROP TABLE read_{kind}")
         ((count,),) = self.rows(f"SELECT count(*) FROM {kind}")
@@ -363,12 +469,18 @@ class _Job:
 
         def batches() -> Iterator[pa.RecordBatch]:
             last = None
-            columns = "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS lower"
+            columns = (
+                "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS"
+                " lower"
+            )
             for first, page in self.pages(kind, columns, vocabulary.BATCH, f"writing {kind}"):
                 upper, lower = numbers(page["hash"]), numbers(page["lower"])
                 same = (upper[1:] == upper[:-1]) & (lower[1:] == lower[:-1])
                 if (upper[0], lower[0]) == last or same.any():
-                    raise ValueError(f"{self.name}: got two {kind} of one MD5, which were made to be so, expected none")
+                    raise InputError(
+                        f"{self.name}: got two {kind} of one MD5, which were made to be so,"
+                        " expected none"
+                    )
                 last = upper[-1], lower[-1]
                 ids = column_of(np.arange(first, first + len(page)))
                 yield pa.record_batch([page["label"], page["hash"], ids], schema=vocabulary.SCHEMA)
@@ -380,50 +492,82 @@ class _Job:
         sql = {"int32": "INTEGER", "int64": "BIGINT"}[dtype]
         ids = ", ".join(f"{column}.rowid::{sql} AS {column}" for column in COLUMNS)
         joins = " ".join(
-            f"JOIN {kind} AS {column} ON read.{column} = {column}.key" for kind, columns in _KINDS.items() for column in columns
+            f"JOIN {kind} AS {column} ON read.{column} = {column}.key"
+            for kind, columns in _KINDS.items()
+            for column in columns
         )
         order = "split, CASE split WHEN 0 THEN mixed ELSE row END"
-        self.query(f"CREATE TABLE numbered AS SELECT split, {ids} FROM read {joins} ORDER BY {order}", "numbering triples")
-        ((before, after),) = self.rows("SELECT (SELECT count(*) FROM read), (SELECT count(*) FROM numbered)")
+        self.query(
+            f"CREATE TABLE numbered AS SELECT split, {ids} FROM read {joins} ORDER BY {order}",
+            "numbering triples",
+        )
+        ((before, after),) = self.rows(
+            "SELECT (SELECT count(*) FROM read), (SELECT count(*) FROM numbered)"
+        )
         if before != after:
             raise RuntimeError(f"DuckDB found ids for {after:,} of {before:,} triples")
         self.query("DROP TABLE read")
-        self.query("CREATE VIEW counted AS SELECT split, count(*) AS n FROM numbered GROUP BY split, head, relation, tail")
+        self.query(
+            "CREATE VIEW counted AS SELECT split, count(*) AS n FROM numbered GROUP BY split, head,"
+            " relation, tail"
+        )
 
     def write_triples(self, number: int, split: str, dtype: str) -> int:
         """Write a split; returns how many triples it has."""
         first, last = self.rows(
-            f"SELECT count(*) FILTER (split < {number}), count(*) FILTER (split <= {number}) FROM numbered"
+            f"SELECT count(*) FILTER (split < {number}), count(*) FILTER (split <= {number}) FROM"
+            " numbered"
         )[0]
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (last - first, 3)}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": (last - first, 3),
+        }
         with (self.folder / f"{split}.npy").open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for _, page in self.pages("numbered", ", ".join(COLUMNS), PAGE, f"writing {split}", first, last):
-                file.write(np.stack([numbers(page[column]) for column in COLUMNS], axis=1).tobytes())
+            for _, page in self.pages(
+                "numbered", ", ".join(COLUMNS), PAGE, f"writing {split}", first, last
+            ):
+                file.write(
+                    np.stack([numbers(page[column]) for column in COLUMNS], axis=1).tobytes()
+                )
         return last - first
 
     def count_relations(self) -> dict[str, dict[str, int]]:
         """Return the triples of each relation by split, of the most frequent ones."""
         counts = ", ".join(f"count(*) FILTER (split = {number})" for number in range(3))
         found = self.rows(
-            f"SELECT label, {counts} FROM numbered JOIN relations ON relation = relations.rowid GROUP BY label "
-            f"ORDER BY count(*) DESC, label LIMIT {COUNTED}"
+            f"SELECT label, {counts} FROM numbered JOIN relations ON relation = relations.rowid"
+            f" GROUP BY label ORDER BY count(*) DESC, label LIMIT {COUNTED}"
         )
         return {label: dict(zip(SPLITS, numbers, strict=True)) for label, *numbers in found}
 
     def pages(
-        self, table: str, columns: str, size: int, shown: str, first: int = 0, last: int | None = None
+        self,
+        table: str,
+        columns: str,
+        size: int,
+        shown: str,
+        first: int = 0,
+        last: int | None = None,
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Give the rows of a table in their order, and the number of the first of each page."""
         if last is None:
             ((last,),) = self.rows(f"SELECT count(*) FROM {table}")
-        with progress_bar(total=last - first, desc=shown, unit=" rows", disable=not self.progress) as bar:
+        with progress_bar(
+            total=last - first, desc=shown, unit=" rows", disable=not self.progress
+        ) as bar:
             for start in range(first, last, size):
                 end = min(start + size, last)
-                query = f"SELECT {columns} FROM {table} WHERE rowid BETWEEN {start} AND {end - 1} ORDER BY rowid"
+                query = (
+                    f"SELECT {columns} FROM {table} WHERE rowid BETWEEN {start} AND {end - 1} ORDER"
+                    " BY rowid"
+                )
                 (page,) = self.wait(partial(self.page, query)).combine_chunks().to_batches()
                 if len(page) != end - start:
-                    raise RuntimeError(f"DuckDB gave {len(page)} of the rows {start} to {end} of {table}")
+                    raise RuntimeError(
+                        f"DuckDB gave {len(page)} of the rows {start} to {end} of {table}"
+                    )
                 yield start, page
                 bar.update(len(page))
 
@@ -442,7 +586,9 @@ class _Job:
     def wait(self, function: Callable[[], Any], shown: str = "") -> Any:
         """Run a query in another thread and show its progress; an interrupt ends it at once."""
         future = self.pool.submit(function)
-        with progress_bar(total=100, desc=shown, unit="%", delay=1, disable=not (shown and self.progress)) as bar:
+        with progress_bar(
+            total=100, desc=shown, unit="%", delay=1, disable=not (shown and self.progress)
+        ) as bar:
             while not wait([future], timeout=0.2).done:
                 if shown:
                     bar.update(max(0.0, self.database.query_progress() - bar.n))

@@ -1,4 +1,7 @@
-"""Which files hold which part of a graph, and the order of its triples: the same for all ways in."""
+"""Which files hold which part of a graph, and the order of its triples.
+
+The same for all ways in.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shardemb.exceptions import InputError
 from shardemb.kge.data.triple_files import SUFFIXES
 
 SPLITS = ("train", "valid", "test")
@@ -19,15 +23,17 @@ def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
     """Find the files of a graph.
 
     Args:
-        sources: one folder with train, valid and test, each a file or a folder of part files; or else files, and folders of
-            part files, that make one graph, which is not split.
+        sources: one folder with train, valid and test, each a file or a folder of part files; or
+            else files, and folders of part files, that make one graph, which is not split.
 
     Returns:
-        The files of each split, or of the graph as that of "", in the order in which they are read: part files by their names.
+        The files of each split, or of the graph as that of "", in the order in which they are read:
+        part files by their names.
 
     Raises:
         FileNotFoundError: a source is not there, a split has no file, or a folder holds none.
-        ValueError: two files for one split; a file of another kind among part files; a split's name among those of parts.
+        ValueError: two files for one split; a file of another kind among part files; a split's name
+            among those of parts.
     """
     if len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
@@ -35,9 +41,10 @@ def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
             return {split: _files_of(folder, split) for split in SPLITS}
         for path in _parts(folder):
             if path.name.lower().startswith(_SPLIT_LIKE):
-                raise ValueError(
-                    f"{path}: got a file that is named like a split among part files of one graph, expected train, valid and "
-                    f"test files ({', '.join(SUFFIXES)}), or folders of these names: rename it"
+                raise InputError(
+                    f"{path}: got a file that is named like a split among part files of one graph,"
+                    f" expected train, valid and test files ({', '.join(SUFFIXES)}), or folders of"
+                    " these names: rename it"
                 )
     found: list[Path] = []
     for source in sources:
@@ -55,9 +62,9 @@ def _candidates(folder: Path, split: str) -> list[Path]:
 def _files_of(folder: Path, split: str) -> list[Path]:
     found = _candidates(folder, split)
     if len(found) > 1:
-        raise ValueError(
-            f"{folder}: got {len(found)} files for {split!r}, {' and '.join(file.name for file in found)}, "
-            f"expected one: remove the others"
+        raise InputError(
+            f"{folder}: got {len(found)} files for {split!r},"
+            f" {' and '.join(file.name for file in found)}, expected one: remove the others"
         )
     if not found:
         others = sorted(file.name for file in folder.glob(f"{split}*"))
@@ -73,26 +80,41 @@ def _has_parts(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """Return a folder's part files; those that begin with "." or "_" are other programs' notes, as for Spark."""
+    """Return a folder's part files.
+
+    Those that begin with "." or "_" are other programs' notes, as for Spark.
+    """
     found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
     for path in found:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path}: got no part file, expected only {', '.join(SUFFIXES)} in its folder: move it elsewhere")
+            raise InputError(
+                f"{path}: got no part file, expected only {', '.join(SUFFIXES)} in its folder: move"
+                " it elsewhere"
+            )
     if not found:
-        raise FileNotFoundError(f"{folder}: got a folder without files, expected part files ({', '.join(SUFFIXES)})")
+        raise FileNotFoundError(
+            f"{folder}: got a folder without files, expected part files ({', '.join(SUFFIXES)})"
+        )
     return found
 
 
 def mixed(rows: np.ndarray) -> np.ndarray:
-    """Return a different random uint64 for each row number: splitmix64. Training triples are in the order of these."""
+    """Return a different random uint64 for each row number: splitmix64.
+
+    Training triples are in the order of these.
+    """
     x = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def held_out(name: str, count: int, valid: int | None = None, test: int | None = None) -> tuple[int, int]:
-    """Return how many of a graph's triples become valid and test; by default a twentieth each, 5,000 at most.
+def held_out(
+    name: str, count: int, valid: int | None = None, test: int | None = None
+) -> tuple[int, int]:
+    """Return how many of a graph's triples become valid and test.
+
+    By default a twentieth each, 5,000 at most.
 
     They are the first in the order of :func:`mixed`: of all test, then valid.
 
@@ -102,8 +124,9 @@ def held_out(name: str, count: int, valid: int | None = None, test: int | None =
     usual = min(count // 20, 5000)
     valid, test = usual if valid is None else valid, usual if test is None else test
     if valid < 0 or test < 0 or valid + test >= count:
-        raise ValueError(
-            f"{name}: got {valid:,} valid and {test:,} test triples to hold out of {count:,}, expected 0 or more, and some left"
+        raise InputError(
+            f"{name}: got {valid:,} valid and {test:,} test triples to hold out of {count:,},"
+            " expected 0 or more, and some left"
         )
     return valid, test
 
@@ -138,13 +161,17 @@ def judge(name: str, found: Sequence[Unseen], unseen: str) -> str:
         return ""
     text = f"{name}: {', '.join(map(str, found))} that no training triple holds"
     if unseen == "error":
-        raise ValueError(f"{text}, expected none: unseen='drop' drops these triples, unseen='keep' keeps them")
+        raise InputError(
+            f"{text}, expected none: unseen='drop' drops these triples, unseen='keep' keeps them"
+        )
     return f"{text}: " + (
-        "dropped these triples" if unseen == "drop" else "they stay untrained; unseen='drop' drops these triples"
+        "dropped these triples"
+        if unseen == "drop"
+        else "they stay untrained; unseen='drop' drops these triples"
     )
 
 
 def check_unseen(unseen: str) -> None:
     """Raise ValueError unless it is one of :data:`UNSEEN`."""
     if unseen not in UNSEEN:
-        raise ValueError(f"unseen: got {unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")
+        raise InputError(f"unseen: got {unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")

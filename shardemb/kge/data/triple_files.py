@@ -1,8 +1,8 @@
 """Files of triples: read strictly, a block at a time, on all cores.
 
-Arrow reads a block of lines, and may accept only what the line-by-line reader accepts. At any doubt that one reads the block,
-and raises the error or not. A line that is not three labels is an error that names file and line; no triple is ever made up, or
-skipped unasked.
+Arrow reads a block of lines, and may accept only what the line-by-line reader accepts. At any doubt
+that one reads the block, and raises the error or not. A line that is not three labels is an error
+that names file and line; no triple is ever made up, or skipped unasked.
 """
 
 import gzip
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
+from shardemb.exceptions import InputError
 from shardemb.vocabulary import column_of
 
 SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".nt", ".nt.gz", ".parquet")
@@ -47,7 +48,19 @@ _BOM = "\ufeff".encode()
 #: what stands over columns of heads, of relations and of tails
 _HEADER = (
     {"head", "h", "subject", "subj", "s", "source", "src", "from", "lhs", "entity1"},
-    {"relation", "relationship", "rel", "r", "predicate", "pred", "p", "property", "edge", "type", "label"},
+    {
+        "relation",
+        "relationship",
+        "rel",
+        "r",
+        "predicate",
+        "pred",
+        "p",
+        "property",
+        "edge",
+        "type",
+        "label",
+    },
     {"tail", "t", "object", "obj", "o", "target", "dst", "to", "rhs", "entity2"},
 )
 _UTF8 = "UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8"
@@ -76,11 +89,14 @@ def read(path: Path, literals: str = "error") -> pa.Table:
 
 
 def blocks(path: Path, literals: str = "error", threads: int | None = None) -> Iterator[Block]:
-    """Read a file of triples by its suffix: .nt is N-Triples, .parquet Parquet, all others tab-separated; .gz is gzip.
+    """Read a file of triples by its suffix.
 
-    ``head TAB relation TAB tail`` lines are UTF-8, and a quote is part of a label. Of N-Triples, IRIs lose their brackets,
-    blank nodes are ``_:x``, and literals stand in quotes, with language or type; escapes are decoded but where a label needs
-    them. Parquet has columns "head", "relation" and "tail", strings (also dictionary-encoded) or integers.
+    .nt is N-Triples, .parquet Parquet, all others tab-separated; .gz is gzip.
+
+    ``head TAB relation TAB tail`` lines are UTF-8, and a quote is part of a label. Of N-Triples,
+    IRIs lose their brackets, blank nodes are ``_:x``, and literals stand in quotes, with language
+    or type; escapes are decoded but where a label needs them. Parquet has columns "head",
+    "relation" and "tail", strings (also dictionary-encoded) or integers.
 
     Args:
         path: of the file.
@@ -88,16 +104,20 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
         threads: that read; by default one for each core.
 
     Raises:
-        ValueError: no triple in it, malformed or damaged; names file and line (the first is 1) or row (the first is 0), what
-            was got and what was expected.
+        ValueError: no triple in it, malformed or damaged; names file and line (the first is 1) or
+            row (the first is 0), what was got and what was expected.
         OSError: the file cannot be opened.
     """
     if literals not in LITERALS:
-        raise ValueError(f"literals: got {literals!r}, expected one of {', '.join(map(repr, LITERALS))}")
+        raise InputError(
+            f"literals: got {literals!r}, expected one of {', '.join(map(repr, LITERALS))}"
+        )
     if path.is_dir():  # Arrow would read all files in it
         raise IsADirectoryError(f"{path}: got a folder, expected a file of triples")
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: got a pipe or a device, expected a file of triples: every rank reads it")
+        raise InputError(
+            f"{path}: got a pipe or a device, expected a file of triples: every rank reads it"
+        )
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     threads = threads or len(os.sched_getaffinity(0))
     if suffix == ".parquet":
@@ -111,11 +131,14 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
         yield block
     if not count:
         but = f" but {dropped:,} with literals, which are dropped" if dropped else ""
-        raise ValueError(f"{path}: got a file without triples{but}, expected at least one")
+        raise InputError(f"{path}: got a file without triples{but}, expected at least one")
 
 
 def _in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
-    """Apply a function in threads, a few items ahead; an error comes after the results of all items before."""
+    """Apply a function in threads, a few items ahead.
+
+    An error comes after the results of all items before.
+    """
     pending: deque[Future[U]] = deque()
     iterator, failure = iter(items), None
     with ThreadPoolExecutor(threads) as pool:
@@ -131,11 +154,13 @@ def _in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> I
 
 
 def _malformed(path: Path, number: int, got: str, expected: str) -> ValueError:
-    return ValueError(f"{path}, line {number}: got {got}, expected {expected}")
+    return InputError(f"{path}, line {number}: got {got}, expected {expected}")
 
 
 def _is_label(text: str) -> bool:
-    return bool(text) and text == text.strip() and (text.isprintable() or _NO_LABEL.isdisjoint(text))
+    return (
+        bool(text) and text == text.strip() and (text.isprintable() or _NO_LABEL.isdisjoint(text))
+    )
 
 
 def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
@@ -144,13 +169,21 @@ def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
         return False
     size = pc.sum(pc.binary_length(column)).as_py()
     lengths = pc.min_max(pc.binary_length(column)).as_py()
-    return lengths["min"] > 0 and pc.sum(pc.binary_length(pc.utf8_trim_whitespace(column))).as_py() == size
+    return (
+        lengths["min"] > 0
+        and pc.sum(pc.binary_length(pc.utf8_trim_whitespace(column))).as_py() == size
+    )
 
 
 def _is_header(fields: Sequence[str]) -> bool:
     """Tell whether the fields are names of the three columns, in any order."""
-    names = [re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields]
-    return any(all(name in known for name, known in zip(names, order, strict=True)) for order in permutations(_HEADER))
+    names = [
+        re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields
+    ]
+    return any(
+        all(name in known for name, known in zip(names, order, strict=True))
+        for order in permutations(_HEADER)
+    )
 
 
 class _Lines(NamedTuple):
@@ -180,27 +213,40 @@ def _lines(path: Path) -> Iterator[_Lines]:
             end = end or len(held) * (len(held) > MAX_LINE)  # which the line-by-line reader refuses
             if end:
                 count = held.count(b"\n", 0, end) + (held[end - 1] != 10)
-                lines = _Lines(number, bytes(memoryview(held)[:end]), count, raw.tell() / max(1, size))
+                lines = _Lines(
+                    number, bytes(memoryview(held)[:end]), count, raw.tell() / max(1, size)
+                )
                 held = held[end:]
                 yield lines
                 number += lines.number
     if damage is not None:
         expected = "a whole gzip file" if path.suffix == ".gz" else "a file that can be read"
-        raise _malformed(path, number, f"a damaged file ({damage})", f"{expected}: fetch it anew") from damage
+        raise _malformed(
+            path, number, f"a damaged file ({damage})", f"{expected}: fetch it anew"
+        ) from damage
 
 
 def _decoded(path: Path, lines: _Lines) -> Iterator[tuple[int, str]]:
     """Yield numbers and lines without their ends."""
     for number, raw in enumerate(lines.text.split(b"\n")[: lines.number], lines.first):
         if len(raw) >= MAX_LINE:
-            raise _malformed(path, number, f"more than {MAX_LINE - 1:,} bytes", "a line of one triple")
+            raise _malformed(
+                path, number, f"more than {MAX_LINE - 1:,} bytes", "a line of one triple"
+            )
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
         except UnicodeDecodeError as error:
             expected = _MAGIC.get(raw[:2], _UTF8) if number == 1 else _UTF8
-            raise _malformed(path, number, f"byte {error.object[error.start]:#04x}", expected) from error
+            raise _malformed(
+                path, number, f"byte {error.object[error.start]:#04x}", expected
+            ) from error
         if "\r" in line:
-            raise _malformed(path, number, f"a CR within {line[:80]!r}", "lines that end in LF or CRLF: convert the file")
+            raise _malformed(
+                path,
+                number,
+                f"a CR within {line[:80]!r}",
+                "lines that end in LF or CRLF: convert the file",
+            )
         yield number, line
 
 
@@ -212,10 +258,18 @@ def _tsv_block(path: Path, lines: _Lines) -> Block:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> pa.Table:
-    return pa.table([pa.array([row[i] for row in rows], pa.large_string()) for i in range(3)], schema=SCHEMA)
+    return pa.table(
+        [pa.array([row[i] for row in rows], pa.large_string()) for i in range(3)], schema=SCHEMA
+    )
 
 
-_PARSE = csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False, escape_char=False, ignore_empty_lines=False)
+_PARSE = csv.ParseOptions(
+    delimiter="\t",
+    quote_char=False,
+    double_quote=False,
+    escape_char=False,
+    ignore_empty_lines=False,
+)
 _CONVERT = csv.ConvertOptions(column_types=SCHEMA, strings_can_be_null=False, check_utf8=True)
 
 
@@ -223,7 +277,11 @@ def _fast_tsv(lines: _Lines) -> pa.Table | None:
     """Read lines with Arrow; None if the line-by-line reader could see anything wrong in them."""
     text = lines.text.removeprefix(_BOM) if lines.first == 1 else lines.text
     # a search for one byte is many times as fast as one for several
-    if b"\0" in text or (b"\xef" in text and _BOM in text) or (b"\r" in text and text.count(b"\r") != text.count(b"\r\n")):
+    if (
+        b"\0" in text
+        or (b"\xef" in text and _BOM in text)
+        or (b"\r" in text and text.count(b"\r") != text.count(b"\r\n"))
+    ):
         return None
     how = csv.ReadOptions(column_names=COLUMNS, use_threads=False, block_size=len(text) + 1)
     try:
@@ -241,13 +299,20 @@ def _fast_tsv(lines: _Lines) -> pa.Table | None:
 def _tsv_line(path: Path, number: int, line: str) -> list[str]:
     fields = line.split("\t")
     if len(fields) != 3:
-        got = "an empty line" if not line else f"{len(fields)} field{'s' * (len(fields) != 1)}: {line[:80]!r}"
+        got = (
+            "an empty line"
+            if not line
+            else f"{len(fields)} field{'s' * (len(fields) != 1)}: {line[:80]!r}"
+        )
         raise _malformed(path, number, got, "three fields, head TAB relation TAB tail")
     for field in fields:
         if not _is_label(field):
             raise _malformed(path, number, f"the field {field[:80]!r}", _LABEL)
     if number == 1 and _is_header(fields):
-        expected = "a triple, head TAB relation TAB tail: remove the line (if it is a triple, let another be the first)"
+        expected = (
+            "a triple, head TAB relation TAB tail: remove the line (if it is a triple, let another"
+            " be the first)"
+        )
         raise _malformed(path, number, f"the header {line!r}", expected)
     return fields
 
@@ -259,12 +324,14 @@ _LETTER = (
 _UCHAR = r"\\u[0-9A-Fa-f]{4}|\\U[0-9A-Fa-f]{8}"
 _PLAIN = r'[^\x00-\x20<>"{}|^`\\]*'
 _IRI = rf"<({_PLAIN}(?:(?:{_UCHAR}){_PLAIN})*)>"
-_BLANK = rf"_:[{_LETTER}0-9](?:[{_LETTER}0-9.\xb7\u0300-\u036f\u203f-\u2040-]*[{_LETTER}0-9\xb7\u0300-\u036f\u203f-\u2040-])?"
+_INSIDE = rf"{_LETTER}0-9\xb7\u0300-\u036f\u203f-\u2040-"
+_BLANK = rf"_:[{_LETTER}0-9](?:[.{_INSIDE}]*[{_INSIDE}])?"
 _TEXT = rf"""([^"\\\n\r]*(?:(?:\\[tbnrf"'\\]|{_UCHAR})[^"\\\n\r]*)*)"""
 _LITERAL = rf'"{_TEXT}"(?:\^\^{_IRI}|(@[A-Za-z]+(?:-[A-Za-z0-9]+)*))?'
 _END = r"[ \t]*(?:#.*)?"
 _NT_LINE = re.compile(
-    rf"[ \t]*(?:{_IRI}|({_BLANK}))[ \t]*{_IRI}[ \t]*(?:{_IRI}|({_BLANK})|{_LITERAL})[ \t]*\.{_END}", re.DOTALL
+    rf"[ \t]*(?:{_IRI}|({_BLANK}))[ \t]*{_IRI}[ \t]*(?:{_IRI}|({_BLANK})|{_LITERAL})[ \t]*\.{_END}",
+    re.DOTALL,
 )
 _NT_NOTHING = re.compile(_END, re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u(.{4})|U(.{8})|(.))", re.DOTALL)
@@ -279,7 +346,10 @@ _ABSOLUTE = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>"{}|^`\\]*')
 #: what Arrow recognizes: IRIs without escapes, blank nodes of a simple name
 _FAST_IRI = r'<(?P<{0}>[A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>"{{}}|^`\\]*)>'
 _FAST_NODE = rf"(?:{_FAST_IRI}|(?P<{{0}}_blank>_:[A-Za-z0-9_]+))"
-_FAST = r"[ \t]*".join(part.format(name) for part, name in zip((_FAST_NODE, _FAST_IRI, _FAST_NODE), COLUMNS, strict=True))
+_FAST = r"[ \t]*".join(
+    part.format(name)
+    for part, name in zip((_FAST_NODE, _FAST_IRI, _FAST_NODE), COLUMNS, strict=True)
+)
 _FAST = rf"^[ \t]*{_FAST}[ \t]*\.[ \t]*\r?\n?$"
 
 
@@ -306,7 +376,9 @@ def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
 
 def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
     """Read lines with Arrow; returns which of them are surely triples, and these triples."""
-    lines = pa.LargeStringArray.from_buffers(len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text))
+    lines = pa.LargeStringArray.from_buffers(
+        len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text)
+    )
     none = np.zeros(len(lines), dtype=bool), SCHEMA.empty_table()
     try:
         lines.validate(full=True)
@@ -320,7 +392,11 @@ def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
             blank = pc.struct_field(found, f"{name}_blank")
             column = pc.if_else(pc.equal(blank, ""), column, blank)
         columns.append(column)
-    if not len(found) or np.diff(bounds).max() >= MAX_LINE or not all(_surely_labels(column, _FORBIDDEN) for column in columns):
+    if (
+        not len(found)
+        or np.diff(bounds).max() >= MAX_LINE
+        or not all(_surely_labels(column, _FORBIDDEN) for column in columns)
+    ):
         return none
     return np.array(match.is_valid().to_pylist()), pa.table(columns, schema=SCHEMA)
 
@@ -331,27 +407,46 @@ def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, st
     if match is None:
         if _NT_NOTHING.fullmatch(line):
             return None
-        expected = "N-Triples: <subject> <predicate> <object> and a full stop, a comment, or an empty line"
+        expected = (
+            "N-Triples: <subject> <predicate> <object> and a full stop, a comment, or an empty line"
+        )
         raise _malformed(path, number, repr(line[:80]), expected)
     head, blank_head, relation, tail, blank_tail, text, kind, language = match.groups()
     if text is not None and literals != "keep":
         if literals == "error":
-            expected = "an IRI or a blank node: literals 'drop' leaves such triples out, 'keep' makes entities of them"
-            raise _malformed(path, number, f"the literal {text[:80]!r}", f"{expected} (shardemb ingest --literals)")
+            expected = (
+                "an IRI or a blank node: literals 'drop' leaves such triples out, 'keep' makes"
+                " entities of them"
+            )
+            raise _malformed(
+                path,
+                number,
+                f"the literal {text[:80]!r}",
+                f"{expected} (shardemb ingest --literals)",
+            )
         tail = None
     triple: list[Any] = []
     for iri, blank in ((head, blank_head), (relation, None), (tail, blank_tail), (kind, None)):
         if iri is not None:
             iri = _unescaped(path, number, iri)
             if not (_ABSOLUTE.fullmatch(iri) and _is_label(iri)):
-                raise _malformed(path, number, f"the IRI {iri[:80]!r}", "an absolute one, such as http://a.b/c, no spaces")
+                raise _malformed(
+                    path,
+                    number,
+                    f"the IRI {iri[:80]!r}",
+                    "an absolute one, such as http://a.b/c, no spaces",
+                )
         triple.append(blank if iri is None else iri)
     if text is None:
         return triple[0], triple[1], triple[2]
     text = _unescaped(path, number, text).translate(_CANONICAL)
     if literals == "drop":
         return None
-    return triple[0], triple[1], f'"{text}"{language or ""}{f"^^<{triple[3]}>" if kind is not None else ""}'
+    return (
+        triple[0],
+        triple[1],
+        f'"{text}"{language or ""}{f"^^<{triple[3]}>" if kind is not None else ""}',
+    )
 
 
 def _unescaped(path: Path, number: int, text: str) -> str:
@@ -370,27 +465,40 @@ def _unescaped(path: Path, number: int, text: str) -> str:
 def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
     """Yield the first row of some, these rows, and how much of the file has been read."""
     row = 0
-    with path.open("rb"):  # Python's error if it cannot be; Arrow's threads do not get a file of Python's
+    with path.open(
+        "rb"
+    ):  # Python's error if it cannot be; Arrow's threads do not get a file of Python's
         try:
             with pq.ParquetFile(path) as parquet:
                 schema = parquet.schema_arrow
                 if any(schema.names.count(name) != 1 for name in COLUMNS):
                     expected = ", ".join(map(repr, COLUMNS))
-                    raise ValueError(
-                        f"{path}: got columns {schema.names}, expected {expected}, each once: rename or add columns"
+                    raise InputError(
+                        f"{path}: got columns {schema.names}, expected {expected}, each once:"
+                        " rename or add columns"
                     )
                 for name in COLUMNS:
                     kind = schema.field(name).type
                     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-                    kinds = pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+                    kinds = (
+                        pa.types.is_integer,
+                        pa.types.is_string,
+                        pa.types.is_large_string,
+                        pa.types.is_string_view,
+                    )
                     if not any(is_kind(plain) for is_kind in kinds):
-                        raise ValueError(f"{path}: got column {name!r} of type {plain}, expected strings or integers: cast it")
+                        raise InputError(
+                            f"{path}: got column {name!r} of type {plain}, expected strings or"
+                            " integers: cast it"
+                        )
                 for batch in parquet.iter_batches(ROWS, columns=list(COLUMNS), use_threads=False):
                     yield row, batch, (row + len(batch)) / parquet.metadata.num_rows
                     row += len(batch)
         except (pa.ArrowException, OSError, UnicodeError) as error:  # the last of damaged names
             reason = " ".join(str(error).split())  # Arrow's has several lines
-            raise ValueError(f"{path}: got a file that is not Parquet, or is damaged ({reason})") from error
+            raise InputError(
+                f"{path}: got a file that is not Parquet, or is damaged ({reason})"
+            ) from error
 
 
 def _parquet_block(path: Path, item: tuple[int, pa.RecordBatch, float]) -> Block:
@@ -402,7 +510,7 @@ def _parquet_block(path: Path, item: tuple[int, pa.RecordBatch, float]) -> Block
             column = column.cast(column.type.value_type)
         if column.null_count:
             row = first + pc.index(column.is_null(), True).as_py()
-            raise ValueError(f"{path}, row {row}, column {name!r}: got a null, expected a label")
+            raise InputError(f"{path}, row {row}, column {name!r}: got a null, expected a label")
         column = column.cast(pa.large_string())
         try:
             column.validate(full=True)
@@ -420,6 +528,6 @@ def _check_cell(where: str, cell: bytes) -> None:
     try:
         label = cell.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: got {cell[:40]!r}, expected UTF-8 text") from error
+        raise InputError(f"{where}: got {cell[:40]!r}, expected UTF-8 text") from error
     if not _is_label(label):
-        raise ValueError(f"{where}: got {label[:80]!r}, expected {_LABEL}")
+        raise InputError(f"{where}: got {label[:80]!r}, expected {_LABEL}")

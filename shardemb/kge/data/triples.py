@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from shardemb.exceptions import InputError
 from shardemb.kge.data import dataset as dataset_folder
 from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import SCHEMA, SUFFIXES, read
@@ -29,7 +30,11 @@ Columns = tuple[Sequence[str], Sequence[str], Sequence[str]]
 
 def is_bundled(dataset: str) -> bool:
     """Whether this is the name of a graph that comes with the package."""
-    return bool(dataset) and Path(dataset).name == dataset and (BUNDLED / dataset / "train.tsv.gz").is_file()
+    return (
+        bool(dataset)
+        and Path(dataset).name == dataset
+        and (BUNDLED / dataset / "train.tsv.gz").is_file()
+    )
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Triples:
 
     #: what it was loaded from
     name: str
-    #: (T, 3) int32, or int64 if an id needs it: head, relation, tail, in an order that depends on T alone
+    #: (T, 3) int32, or int64 if an id needs it: head, relation, tail, in an order that depends on T
+    #: alone
     train: Tensor
     #: (T, 3), in the order of the files
     valid: Tensor
@@ -46,28 +52,38 @@ class Triples:
     test: Tensor
     entities: Vocabulary
     relations: Vocabulary
-    #: training triples on all ranks, if ``train`` is this rank's share of them; 0 if it is all of them
+    #: training triples on all ranks, if ``train`` is this rank's share of them; 0 if it is all of
+    #: them
     shared: int = 0
 
     @classmethod
-    def load(cls, dataset: str | Path, unseen: str = "keep", literals: str = "error", verify: bool = False) -> "Triples":
+    def load(
+        cls,
+        dataset: str | Path,
+        unseen: str = "keep",
+        literals: str = "error",
+        verify: bool = False,
+    ) -> "Triples":
         """Load a graph.
 
         Args:
-            dataset: "wordnet", which comes with the package; "pykeen:NAME" for a set that comes with an installed PyKEEN
-                (nations, umls, kinships, ...); a folder that :func:`shardemb.kge.ingest` made, which is mapped into memory at
-                once; a folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz, .nt, .nt.gz or .parquet)
-                or a folder of part files; or one such file, or folder of part files, of which a twentieth each (5,000 at most)
-                becomes valid and test, always the same.
-            unseen: what becomes of valid and test triples with an entity or a relation that no training triple holds: "keep"
-                them and warn, "drop" them and warn, or "error". In a folder that ingest made it is settled.
-            literals: what becomes of triples of N-Triples whose object is a literal: "error", "drop" or "keep".
+            dataset: "wordnet", which comes with the package; "pykeen:NAME" for a set that comes
+                with an installed PyKEEN (nations, umls, kinships, ...); a folder that
+                :func:`shardemb.kge.ingest` made, which is mapped into memory at once; a folder with
+                train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz, .nt, .nt.gz or
+                .parquet) or a folder of part files; or one such file, or folder of part files, of
+                which a twentieth each (5,000 at most) becomes valid and test, always the same.
+            unseen: what becomes of valid and test triples with an entity or a relation that no
+                training triple holds: "keep" them and warn, "drop" them and warn, or "error". In a
+                folder that ingest made it is settled.
+            literals: what becomes of triples of N-Triples whose object is a literal: "error",
+                "drop" or "keep".
             verify: compare the hashes of the files that ingest made, which reads all of them.
 
         Raises:
             FileNotFoundError: no such graph, or a folder without the three files.
-            ValueError: a malformed file (names file and line or row), two files for one split, unseen labels with "error", or
-                a damaged file of ingest's.
+            ValueError: a malformed file (names file and line or row), two files for one split,
+                unseen labels with "error", or a damaged file of ingest's.
             OSError: a file cannot be opened.
         """
         name, path = str(dataset), Path(dataset)
@@ -79,12 +95,16 @@ class Triples:
                 path = BUNDLED / path
             if not name or not path.is_dir():
                 raise FileNotFoundError(
-                    f"got dataset {name!r}, expected 'wordnet', 'pykeen:NAME', a folder that shardemb ingest made, one with "
-                    f"train, valid and test files ({', '.join(SUFFIXES)}), or one such file"
+                    f"got dataset {name!r}, expected 'wordnet', 'pykeen:NAME', a folder that"
+                    " shardemb ingest made, one with train, valid and test files"
+                    f" ({', '.join(SUFFIXES)}), or one such file"
                 )
         if (path / dataset_folder.DESCRIPTION).is_file():
             return cls._mapped(name, path, unseen, verify)
-        tables = {split: pa.concat_tables([read(file, literals) for file in files]) for split, files in find([path]).items()}
+        tables = {
+            split: pa.concat_tables([read(file, literals) for file in files])
+            for split, files in find([path]).items()
+        }
         labels, codes = _encode(tables)
         train = codes["" if "" in codes else "train"]
         order = np.argsort(mixed(np.arange(len(train))))
@@ -99,18 +119,22 @@ class Triples:
         told, arrays, vocabularies = dataset_folder.read(folder, verify)
         kept = sum(told["unseen"]["triples"].values()) if told["unseen"]["fate"] == "keep" else 0
         if kept and unseen != "keep":
-            raise ValueError(
-                f"{folder}: got {kept:,} valid and test triples with what no training triple holds, kept by ingest, and "
-                f"unseen={unseen!r}: ingest again with --unseen {unseen}"
+            raise InputError(
+                f"{folder}: got {kept:,} valid and test triples with what no training triple holds,"
+                f" kept by ingest, and unseen={unseen!r}: ingest again with --unseen {unseen}"
             )
         train, valid, test = (torch.from_numpy(arrays[split]) for split in SPLITS)
         data = cls(name, train, valid, test, vocabularies["entities"], vocabularies["relations"])
         # no rank reads all triples for it; dataclasses.replace leaves it behind
-        data.__dict__["fingerprint"] = _fingerprint(told["files"][f"{split}.npy"]["sha256"] for split in SPLITS)
+        data.__dict__["fingerprint"] = _fingerprint(
+            told["files"][f"{split}.npy"]["sha256"] for split in SPLITS
+        )
         return data
 
     @classmethod
-    def from_columns(cls, name: str, train: Columns, valid: Columns, test: Columns, unseen: str = "keep") -> "Triples":
+    def from_columns(
+        cls, name: str, train: Columns, valid: Columns, test: Columns, unseen: str = "keep"
+    ) -> "Triples":
         """Number labels and make tensors, in the given order.
 
         Args:
@@ -125,22 +149,29 @@ class Triples:
         """
         check_unseen(unseen)
         if not len(train[0]):
-            raise ValueError(f"{name}: got no training triples, expected at least one")
+            raise InputError(f"{name}: got no training triples, expected at least one")
         parts = zip(SPLITS, (train, valid, test), strict=True)
         tables = {
-            split: pa.table([pa.array(column, pa.large_string()) for column in part], schema=SCHEMA) for split, part in parts
+            split: pa.table([pa.array(column, pa.large_string()) for column in part], schema=SCHEMA)
+            for split, part in parts
         }
         return cls._number(name, *_encode(tables), unseen)
 
     @classmethod
-    def _number(cls, name: str, labels: dict[str, pa.Array], codes: dict[str, np.ndarray], unseen: str) -> "Triples":
+    def _number(
+        cls, name: str, labels: dict[str, pa.Array], codes: dict[str, np.ndarray], unseen: str
+    ) -> "Triples":
         _settle_unseen(name, labels, codes, unseen)
         vocabularies, ids = {}, {}
         for kind, columns in _KINDS.items():
-            used = labels[kind].take(np.unique(np.concatenate([part[:, columns].ravel() for part in codes.values()])))
+            used = labels[kind].take(
+                np.unique(np.concatenate([part[:, columns].ravel() for part in codes.values()]))
+            )
             vocabularies[kind] = Vocabulary.from_labels(used.to_pylist())
             ids[kind] = (
-                pc.index_in(labels[kind], pa.array(vocabularies[kind].labels, pa.large_string())).fill_null(0).to_numpy()
+                pc.index_in(labels[kind], pa.array(vocabularies[kind].labels, pa.large_string()))
+                .fill_null(0)
+                .to_numpy()
             )
         dtype = dataset_folder.dtype_of(*map(len, vocabularies.values()))
         arrays = []
@@ -149,10 +180,19 @@ class Triples:
             for kind, columns in _KINDS.items():
                 array[:, columns] = ids[kind][codes[split][:, columns]]
             arrays.append(torch.from_numpy(array))
-        return cls(name, arrays[0], arrays[1], arrays[2], vocabularies["entities"], vocabularies["relations"])
+        return cls(
+            name,
+            arrays[0],
+            arrays[1],
+            arrays[2],
+            vocabularies["entities"],
+            vocabularies["relations"],
+        )
 
     def with_share(self, batches: Iterable[pa.Table], total: int, source: str) -> "Triples":
-        """Return the graph with other training triples, of which this rank has a share; they lie in an unlinked file.
+        """Return the graph with other training triples, of which this rank has a share.
+
+        They lie in an unlinked file.
 
         Args:
             batches: this rank's: columns head, relation and tail, of labels.
@@ -167,12 +207,17 @@ class Triples:
         with tempfile.TemporaryFile(prefix="shardemb-share-") as file:
             for batch in batches:
                 if not {*SCHEMA.names} <= {*batch.column_names}:
-                    raise ValueError(f"{source}: got columns {batch.column_names}, expected {', '.join(SCHEMA.names)}")
+                    raise InputError(
+                        f"{source}: got columns {batch.column_names}, expected"
+                        f" {', '.join(SCHEMA.names)}"
+                    )
                 columns = [self._ids(batch.column(name), name, source) for name in SCHEMA.names]
                 np.stack(columns, axis=1).astype(dtype).tofile(file)
             file.flush()
             if not file.tell():
-                raise ValueError(f"{source}: got no triples for this rank, expected some: take fewer ranks")
+                raise InputError(
+                    f"{source}: got no triples for this rank, expected some: take fewer ranks"
+                )
             train = torch.from_numpy(np.memmap(file, dtype=dtype, mode="c").reshape(-1, 3))
         data = replace(self, train=train, shared=total)
         held = (dataset_folder.sha256_of_array(split.numpy()) for split in (self.valid, self.test))
@@ -181,19 +226,27 @@ class Triples:
 
     def _ids(self, column: pa.ChunkedArray, name: str, source: str) -> np.ndarray:
         if column.null_count:
-            raise ValueError(f"{source}: got {column.null_count} rows without a {name}, expected a label in each")
+            raise InputError(
+                f"{source}: got {column.null_count} rows without a {name}, expected a label in each"
+            )
         encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
         vocabulary = self.relations if name == "relation" else self.entities
         return vocabulary.ids(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A sha256 of the triples' ids in all splits, in order: of the hashes of the files that ingest would make of them."""
+        """A sha256 of the triples' ids in all splits, in order.
+
+        Of the hashes of the files that ingest would make of them.
+        """
         return _fingerprint(dataset_folder.sha256_of_array(split.numpy()) for split in self.splits)
 
     @property
     def splits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Train (a share of it, if ``shared``), valid and test: what filtered ranking leaves out."""
+        """Train (a share of it, if ``shared``), valid and test.
+
+        What filtered ranking leaves out.
+        """
         return self.train, self.valid, self.test
 
 
@@ -207,9 +260,17 @@ def _fingerprint(hashes: Iterable[str]) -> str:
 
 def _encode(tables: Mapping[str, pa.Table]) -> tuple[dict[str, pa.Array], dict[str, np.ndarray]]:
     """Return the distinct labels of each kind, and each table as (T, 3) int32 places among them."""
-    labels, codes = {}, {split: np.empty((len(table), 3), dtype=np.int32) for split, table in tables.items()}
+    labels, codes = (
+        {},
+        {split: np.empty((len(table), 3), dtype=np.int32) for split, table in tables.items()},
+    )
     for kind, columns in _KINDS.items():
-        chunks = [chunk for table in tables.values() for column in columns for chunk in table.column(column).chunks]
+        chunks = [
+            chunk
+            for table in tables.values()
+            for column in columns
+            for chunk in table.column(column).chunks
+        ]
         labels[kind] = pc.unique(pa.chunked_array(chunks, pa.large_string()))
         for split, table in tables.items():
             for column in columns:
@@ -217,8 +278,13 @@ def _encode(tables: Mapping[str, pa.Table]) -> tuple[dict[str, pa.Array], dict[s
     return labels, codes
 
 
-def _settle_unseen(name: str, labels: Mapping[str, pa.Array], codes: dict[str, np.ndarray], unseen: str) -> None:
-    """Keep, drop or refuse the triples of valid and test that hold what no training triple holds."""
+def _settle_unseen(
+    name: str, labels: Mapping[str, pa.Array], codes: dict[str, np.ndarray], unseen: str
+) -> None:
+    """Keep.
+
+    Drop or refuse the triples of valid and test that hold what no training triple holds.
+    """
     seen = {}
     for kind, columns in _KINDS.items():
         seen[kind] = np.zeros(len(labels[kind]), dtype=bool)
@@ -244,9 +310,13 @@ def _pykeen_folder(name: str) -> Path:
     """Where PyKEEN keeps a set that it ships; found without importing it, which takes seconds."""
     spec = find_spec("pykeen")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"dataset 'pykeen:{name}' comes with PyKEEN, which is not installed: pip install pykeen")
+        raise FileNotFoundError(
+            f"dataset 'pykeen:{name}' comes with PyKEEN, which is not installed: pip install pykeen"
+        )
     datasets = Path(spec.submodule_search_locations[0]) / "datasets"
     bundled = sorted(p.parent.name for p in datasets.glob("*/train.txt"))
     if name not in bundled:
-        raise FileNotFoundError(f"got dataset 'pykeen:{name}', expected one of the sets that PyKEEN ships: {bundled}")
+        raise FileNotFoundError(
+            f"got dataset 'pykeen:{name}', expected one of the sets that PyKEEN ships: {bundled}"
+        )
     return datasets / name

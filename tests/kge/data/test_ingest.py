@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ def same(ours: Triples, theirs: Triples) -> None:
     for one, other in ((ours.entities, theirs.entities), (ours.relations, theirs.relations)):
         assert one.labels == other.labels
         assert one.fingerprint == other.fingerprint == one.computed_fingerprint()
-    assert ours.fingerprint == theirs.fingerprint == replace(ours).fingerprint  # told by dataset.json, and computed
+    assert (
+        ours.fingerprint == theirs.fingerprint == replace(ours).fingerprint
+    )  # told by dataset.json, and computed
     assert replace(ours, train=ours.train[1:]).fingerprint != ours.fingerprint
 
 
@@ -46,10 +49,15 @@ def write(path: Path, rows: Rows) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         columns = zip(*rows, strict=True)
-        pq.write_table(pa.table(dict(zip(("head", "relation", "tail"), map(pa.array, columns), strict=True))), path)
+        pq.write_table(
+            pa.table(dict(zip(("head", "relation", "tail"), map(pa.array, columns), strict=True))),
+            path,
+        )
         return path
     nt = ".nt" in path.suffixes
-    text = "".join(f"<x:{h}> <x:{r}> <x:{t}> .\n" if nt else f"{h}\t{r}\t{t}\n" for h, r, t in rows).encode()
+    text = "".join(
+        f"<x:{h}> <x:{r}> <x:{t}> .\n" if nt else f"{h}\t{r}\t{t}\n" for h, r, t in rows
+    ).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return path
 
@@ -74,18 +82,30 @@ ENDINGS = [".tsv", ".tsv.gz", ".txt", ".nt", ".nt.gz", ".parquet"]
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_graph_is_what_load_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Repeated triples, unseen labels, loops, all kinds of files, part files, one graph or three; in blocks of a few lines."""
+def test_any_graph_is_what_load_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Repeated triples, unseen labels, loops, all kinds of files, part files, one graph or three.
+
+    In blocks of a few lines.
+    """
     draw = random.Random(seed)
     monkeypatch.setattr(triple_files, "BLOCK", draw.choice([40, 1000, 1 << 22]))
     monkeypatch.setattr(triple_files, "ROWS", draw.choice([3, 1 << 16]))
     monkeypatch.setattr(ingest_module, "PAGE", draw.choice([7, 1 << 18]))
-    names = [f"{draw.choice(['a', 'é', chr(0x1F600), '<', '%'])}{i}" for i in range(draw.choice([3, 40, 400]))]
+    names = [
+        f"{draw.choice(['a', 'é', chr(0x1F600), '<', '%'])}{i}"
+        for i in range(draw.choice([3, 40, 400]))
+    ]
     names = [re.sub("[<]", "(", name) for name in names]  # which no IRI has
 
     def rows(count: int, extra: str = "") -> Rows:
         return [
-            (draw.choice(names) + extra * (draw.random() < 0.2), f"r{draw.randrange(3)}{extra}", draw.choice(names))
+            (
+                draw.choice(names) + extra * (draw.random() < 0.2),
+                f"r{draw.randrange(3)}{extra}",
+                draw.choice(names),
+            )
             for _ in range(count)
         ]
 
@@ -109,7 +129,10 @@ def test_any_graph_is_what_load_makes_of_it(tmp_path: Path, monkeypatch: pytest.
         source = write(source / f"all{draw.choice(ENDINGS)}", rows(draw.randrange(3, 900)))
     for unseen in ("keep", "drop", "error"):
         out, said = tmp_path / unseen, []
-        for make in (lambda: Triples.load(source, unseen), lambda: ingest(source, out, unseen=unseen)):  # noqa: B023
+        for make in (
+            partial(Triples.load, source, unseen),
+            partial(ingest, source, out, unseen=unseen),
+        ):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
@@ -118,7 +141,12 @@ def test_any_graph_is_what_load_makes_of_it(tmp_path: Path, monkeypatch: pytest.
                         expected = made
                 except ValueError as error:
                     made = str(error)
-            said.append(([str(warning.message) for warning in caught], made if isinstance(made, str) else ""))
+            said.append(
+                (
+                    [str(warning.message) for warning in caught],
+                    made if isinstance(made, str) else "",
+                )
+            )
         assert said[0] == said[1]
         if not said[0][1]:
             same(Triples.load(out, verify=True), expected)
@@ -141,7 +169,11 @@ def test_what_dataset_json_counts(tmp_path: Path) -> None:
         "x:r": {"train": 3, "valid": 3, "test": 1},
         "x:q": {"train": 1, "valid": 1, "test": 1},
     }
-    assert [Path(source["path"]).name for source in told["sources"]] == ["train.nt", "valid.nt", "test.nt"]
+    assert [Path(source["path"]).name for source in told["sources"]] == [
+        "train.nt",
+        "valid.nt",
+        "test.nt",
+    ]
 
 
 def test_large_ids_and_many_relations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +196,19 @@ def test_how_many_are_held_out(tmp_path: Path) -> None:
     heads = [int(data.entities.label(i)[1:]) for i in data.test[:, 0].tolist()]
     assert heads == sorted(heads)
     assert heads != [*range(min(heads), min(heads) + 150)]
-    assert {*heads} | {int(data.entities.label(i)[1:]) for i in data.train[:, 0].tolist()} == {*range(200)}
-    with pytest.raises(ValueError, match=r"1\.tsv: got 100 valid and 50 test triples to hold out of 150, expected"):
+    assert {*heads} | {int(data.entities.label(i)[1:]) for i in data.train[:, 0].tolist()} == {
+        *range(200)
+    }
+    with pytest.raises(
+        ValueError, match=r"1\.tsv: got 100 valid and 50 test triples to hold out of 150, expected"
+    ):
         ingest(first, tmp_path / "other", valid=100, test=50)
     folder = tmp_path / "split"
     for split in ("train", "valid", "test"):
         write(folder / f"{split}.tsv", rows)
-    with pytest.raises(ValueError, match="has valid and test files, so valid=3, test=None split nothing"):
+    with pytest.raises(
+        ValueError, match="has valid and test files, so valid=3, test=None split nothing"
+    ):
         ingest(folder, tmp_path / "other", valid=3)
 
 
@@ -188,7 +226,10 @@ def test_how_many_are_held_out(tmp_path: Path) -> None:
 )
 def test_malformed_files_leave_nothing(tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "x.tsv").write_bytes(content)
-    for make in (lambda: ingest(tmp_path / "x.tsv", tmp_path / "out"), lambda: Triples.load(tmp_path / "x.tsv")):
+    for make in (
+        lambda: ingest(tmp_path / "x.tsv", tmp_path / "out"),
+        lambda: Triples.load(tmp_path / "x.tsv"),
+    ):
         with pytest.raises(ValueError, match=rf"x\.tsv(, |: ){text}"):
             make()
     assert [path.name for path in tmp_path.iterdir()] == ["x.tsv"]
@@ -197,7 +238,10 @@ def test_malformed_files_leave_nothing(tmp_path: Path, content: bytes, text: str
 def test_settings_out_of_range(tmp_path: Path) -> None:
     source = write(tmp_path / "x.tsv", [("a", "r", "b")] * 50)
     for options, text in (
-        ({"memory": "4 gallons"}, "memory: got '4 gallons', expected at least 384MiB, such as 4GiB"),
+        (
+            {"memory": "4 gallons"},
+            "memory: got '4 gallons', expected at least 384MiB, such as 4GiB",
+        ),
         ({"memory": "300MiB"}, "memory: got '300MiB', expected at least 384MiB"),
         ({"threads": -1}, "threads: got -1, expected at least 1"),
         ({"unseen": "dorp"}, "unseen: got 'dorp', expected one of 'keep', 'drop', 'error'"),
@@ -206,7 +250,10 @@ def test_settings_out_of_range(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=text):
             ingest(source, tmp_path / "out", **options)
     ballast = np.ones(384 << 17)  # 384 MiB, which this process holds
-    with pytest.raises(MemoryError, match=r"x\.tsv: got 384 MiB for 2 threads, of which this process holds .* MiB more: raise"):
+    with pytest.raises(
+        MemoryError,
+        match=r"x\.tsv: got 384 MiB for 2 threads, of which this process holds .* MiB more: raise",
+    ):
         ingest(source, tmp_path / "out", memory="384MiB", threads=2)
     del ballast
     assert [path.name for path in tmp_path.iterdir()] == ["x.tsv"]
@@ -218,7 +265,10 @@ def test_settings_out_of_range(tmp_path: Path) -> None:
 
 
 def test_labels_of_one_md5_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two such labels can be made with effort; here a function that confuses more stands for MD5."""
+    """Two such labels can be made with effort.
+
+    Here a function that confuses more stands for MD5.
+    """
     monkeypatch.setattr(ingest_module, "KEY", "length")
     source = write(tmp_path / "x.tsv", [("a", "r", "bb"), ("a", "r", "c")])
     with pytest.raises(ValueError, match="got two entities of one MD5"):
@@ -228,7 +278,9 @@ def test_labels_of_one_md5_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_damage_is_named(tmp_path: Path) -> None:
     rows = [(f"e{i % 50}", f"r{i % 3}", f"e{i % 49}") for i in range(300)]
     out = ingest(write(tmp_path / "1.tsv", rows), tmp_path / "out")
-    other = ingest(write(tmp_path / "2.tsv", [(h + "x", r, t + "x") for h, r, t in rows]), tmp_path / "other")
+    other = ingest(
+        write(tmp_path / "2.tsv", [(h + "x", r, t + "x") for h, r, t in rows]), tmp_path / "other"
+    )
     for path in sorted(out.iterdir()):
         whole = path.read_bytes()
         for content in (whole[:-2], whole[: len(whole) // 2], b""):
@@ -271,10 +323,13 @@ def test_memory_stays_below_what_is_allowed(tmp_path: Path, large: Path) -> None
         from shardemb.kge import ingest
         ingest(sys.argv[1], sys.argv[2], memory="512MiB", threads=2)
         # of this program; the system's ru_maxrss also knows the one that it was started from
-        print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)
+        lines = open("/proc/self/status")
+        print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
     """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, large, tmp_path / "out"], env=HERE, capture_output=True
+        [sys.executable, "-W", "ignore", "-c", script, large, tmp_path / "out"],
+        env=HERE,
+        capture_output=True,
     )
     assert not done.returncode, done.stderr.decode()
     assert float(done.stdout) < 512
@@ -290,7 +345,9 @@ def started(source: Path, out: Path) -> subprocess.Popen[bytes]:
         env=HERE,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in a shell's background ignores it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a job in a shell's background ignores it
     )
     until = time.monotonic() + 60
     while not [*out.parent.glob("out.tmp-*/work/tables.duckdb")] and time.monotonic() < until:
@@ -301,7 +358,9 @@ def started(source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupt_cleans_up(tmp_path: Path, large: Path, number: signal.Signals, code: int) -> None:
+def test_an_interrupt_cleans_up(
+    tmp_path: Path, large: Path, number: signal.Signals, code: int
+) -> None:
     process = started(large, tmp_path / "out")
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -310,9 +369,13 @@ def test_an_interrupt_cleans_up(tmp_path: Path, large: Path, number: signal.Sign
     assert b"Traceback" not in err
 
 
-def test_a_killed_run_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path: Path, large: Path) -> None:
+def test_a_killed_run_leaves_no_dataset_and_the_next_one_cleans_up(
+    tmp_path: Path, large: Path
+) -> None:
     process = started(large, tmp_path / "out")
-    with pytest.raises(FileExistsError, match=r"out\.tmp-\d+: another process is making .*out: wait for it"):
+    with pytest.raises(
+        FileExistsError, match=r"out\.tmp-\d+: another process is making .*out: wait for it"
+    ):
         ingest(large, tmp_path / "out")
     process.kill()
     process.communicate(timeout=60)
@@ -347,10 +410,29 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, large: Path) -> None:
         assert not [*tmp_path.iterdir()]
 
 
-def test_the_command_line_ingests_verifies_and_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_ingests_verifies_and_trains(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     rows = [(f"e{i}", f"r{step}", f"e{(i + step) % 60}") for i in range(60) for step in (1, 2)]
     source, out = write(tmp_path / "x.tsv.gz", rows), tmp_path / "out"
-    assert main(["ingest", str(source), str(out), "--valid", "10", "--test", "12", "--memory", "4GiB", "--threads", "2"]) == 0
+    assert (
+        main(
+            [
+                "ingest",
+                str(source),
+                str(out),
+                "--valid",
+                "10",
+                "--test",
+                "12",
+                "--memory",
+                "4GiB",
+                "--threads",
+                "2",
+            ]
+        )
+        == 0
+    )
     said = capfd.readouterr().out
     assert f"{out}: 60 entities, 2 relations" in said
     assert re.search(r"valid: +10 triples, 0 of them repeated", said)
@@ -358,7 +440,12 @@ def test_the_command_line_ingests_verifies_and_trains(tmp_path: Path, capfd: pyt
     assert main(["ingest", "--verify", str(out)]) == 0
     assert "undamaged" in capfd.readouterr().out
     run = tmp_path / "run"
-    settings = ["training.epochs=1", "sampling.batch_size=64", "sampling.chunk_size=32", "model.dim=8"]
+    settings = [
+        "training.epochs=1",
+        "sampling.batch_size=64",
+        "sampling.chunk_size=32",
+        "model.dim=8",
+    ]
     sets = [word for setting in settings for word in ("--set", setting)]
     assert main(["train", "--dataset", str(out), "--output", str(run), *sets]) == 0
     assert "test filtered mrr" in capfd.readouterr().out
@@ -374,10 +461,14 @@ def test_the_command_line_ingests_verifies_and_trains(tmp_path: Path, capfd: pyt
 
 def test_unseen_triples_that_ingest_has_kept_are_not_dropped_later(tmp_path: Path) -> None:
     for split in ("train", "valid", "test"):
-        (tmp_path / f"{split}.tsv").write_text("a\tr\tb\na\tr\tz\n" if split == "test" else "a\tr\tb\n")
+        (tmp_path / f"{split}.tsv").write_text(
+            "a\tr\tb\na\tr\tz\n" if split == "test" else "a\tr\tb\n"
+        )
     with pytest.warns(UserWarning, match="entities"):
         out = ingest(tmp_path, tmp_path / "out")
     assert len(Triples.load(out).test) == 2
     for unseen in ("drop", "error"):
-        with pytest.raises(ValueError, match=f"got 1 valid and test triples .* ingest again with --unseen {unseen}"):
+        with pytest.raises(
+            ValueError, match=f"got 1 valid and test triples .* ingest again with --unseen {unseen}"
+        ):
             Triples.load(out, unseen)
