@@ -69,7 +69,7 @@ JUDGED = {True: ": met", False: ": MISSED", None: ""}
 
 def ours(rows: int, dim: int, gradient: str, rule: str = "RowWiseAdagrad", **options: Any) -> Step:
     """Make a shardemb.Embedding under the coordinator."""
-    table = shardemb.Embedding(rows, shape=dim, gradient=gradient, seed=0, **options)
+    table = shardemb.Embedding(rows, shape=dim, kernel=gradient, seed=0, **options)
     optimizers = [] if gradient == "fused" else [getattr(shardemb.optim, rule)(table.parameters())]
     coordinator = shardemb.Coordinator(table, optimizers)
 
@@ -85,7 +85,7 @@ def apart(rows: int, dim: int, gradient: str) -> tuple[Step, Step]:
 
     And the constrainer's pass over the rows that it touched, which follows it.
     """
-    table = shardemb.Embedding(rows, shape=dim, gradient=gradient, constrainer="normalize", seed=0)
+    table = shardemb.Embedding(rows, shape=dim, kernel=gradient, constrainer="normalize", seed=0)
     optimizer = None if gradient == "fused" else shardemb.optim.RowWiseAdagrad(table.parameters())
 
     def update(ids: Tensor, grad: Tensor) -> None:

@@ -17,22 +17,24 @@ if TYPE_CHECKING:
     from shardemb.embedding import Embedding, Representation
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
     from shardemb.serving.store import Store, open_store
+    from shardemb.sharding.options import Fused, Sharding, TorchRec
     from shardemb.sharding.placement import RowPlan
-    from shardemb.sharding.torchrec_table import TorchRecOptions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Coordinator",
     "Embedding",
+    "Fused",
     "FusedOptimizer",
     "PeerFailureError",
     "Representation",
     "RowPlan",
     "RowWiseAdagrad",
     "ShardembError",
+    "Sharding",
     "Store",
-    "TorchRecOptions",
+    "TorchRec",
     "__version__",
     "checkpoint",
     "clip_grad_norm_",
@@ -50,7 +52,9 @@ _MODULES = {
     "RowWiseAdagrad": "optim",
     "set_timeout": "comm.watchdog",
     "RowPlan": "sharding.placement",
-    "TorchRecOptions": "sharding.torchrec_table",
+    "Fused": "sharding.options",
+    "Sharding": "sharding.options",
+    "TorchRec": "sharding.options",
     "Store": "serving.store",
     "open_store": "serving.store",
     "checkpoint": "checkpoint",

@@ -1,4 +1,4 @@
-"""The order of one training step, over all tables of a job."""
+"""One training step over all tables of a model."""
 
 import math
 import warnings
@@ -6,51 +6,48 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from shardemb import kernels
 from shardemb.comm import collectives, watchdog
-from shardemb.embedding import Embedding
+from shardemb.embedding import Embedding, deferred_updates
 from shardemb.exceptions import InputError, InputTypeError, NonfiniteError
 from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only, why_refused
 from shardemb.utils.types import few
 
 
 class Coordinator:
-    """Ends each training step: reduce, update, constrain, forget.
+    """Ends each training step: reduce, update, constrain, clear the gradients.
 
-    After ``loss.backward()``, :meth:`step` does in this order
+    After ``loss.backward()``, :meth:`step` does in this order:
 
     1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers of
-       a model), by mean, or by sum for a replicated table that says so. A collective, one
-       all-reduce for all of them;
-    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks. A
-       collective, one all-reduce;
-    3. ``optimizer.step()`` of each optimizer (fused tables were updated in backward; replicas of
-       TorchRec's are averaged, a collective). Those of :mod:`shardemb.optim` constrain the rows of
-       sparse tables in the same pass, while they are in cache;
-    4. ``post_parameter_update()`` of each module that had one when the coordinator was made: tables
-       constrain their own changed rows;
-    5. forget the gradients.
+       a model) by mean, or by sum for a replicated table with that option. One all-reduce for all;
+    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks. One
+       all-reduce;
+    3. ``optimizer.step()`` of each optimizer. Those of :mod:`shardemb.optim` constrain the rows of
+       sparse tables in the same pass, while they are in cache. Fused tables were updated in
+       backward; replicas of TorchRec's are averaged now, a collective;
+    4. ``post_parameter_update()`` of each module that has one: tables constrain their changed rows;
+    5. clear the gradients.
 
     With ``nonfinite`` it first checks the gradients for NaN and infinite values: a pass over them,
-    and an all-reduce of one number. :meth:`backward` checks the loss for next to nothing, and is
-    all that protects fused tables.
+    and an all-reduce of one number. A loss is checked for next to nothing: :meth:`backward` does it
+    before fused tables are updated, :meth:`reduce` in the gradients' own message.
 
-    The constructor is a collective too: it looks whether all ranks have the same parameters,
-    optimizers and step, and copies rank 0's values of the parameters and buffers that every rank
-    holds whole to all ranks, as DistributedDataParallel does.
+    The constructor is a collective: it checks that all ranks have the same parameters, optimizers
+    and step, and copies rank 0's values of what every rank holds whole to all ranks, as
+    DistributedDataParallel does.
 
     Args:
         model: module that holds the tables.
         optimizers: over the model's parameters; none for fused tables alone.
         max_grad_norm: clip gradients to this 2-norm in each step, see :func:`clip_grad_norm_`; None
             for no clipping.
-        nonfinite: what a NaN or infinite loss or gradient does, on all ranks: "error" raises
-            FloatingPointError before anything is updated, "warn" tells and goes on, "skip" tells
-            and forgets the step's gradients; None does not look.
-        steps: that were done before, by the run that this one goes on with.
+        nonfinite: what a NaN or infinite loss or gradient does on all ranks: "error" raises
+            FloatingPointError before anything is updated, "warn" warns and goes on, "skip" warns
+            and leaves the step out; None does not check.
+        steps: done before, by the run that this one continues.
 
     Attributes:
         steps: done so far.
@@ -58,10 +55,9 @@ class Coordinator:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: an optimizer of torch's that takes no sparse gradients, over a sparse table; one
-            that moves rows which got no gradient (momentum, weight decay) over a sparse table with
-            a constrainer, so that touched rows alone would not do; a table on a process group of
-            its own; clipping with a fused table.
+        ValueError: an optimizer of torch that takes no sparse gradients, over a sparse table; one
+            that moves rows without a gradient (momentum, weight decay) over a sparse table with a
+            constrainer; a table on a process group of its own; clipping with a fused table.
     """
 
     def __init__(
@@ -78,67 +74,67 @@ class Coordinator:
             )
         self.tables = _tables_in(model)
         self.model = model
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite, self.steps, self.skipped = nonfinite, steps, 0
+        one = isinstance(optimizers, torch.optim.Optimizer)
+        self.optimizers: list[torch.optim.Optimizer] = [optimizers] if one else list(optimizers)  # type: ignore[list-item, arg-type]
+        self._constrained = [table for table in self.tables if table.constrainer is not None]
         self._updated: list[Any] = [
             module
             for module in model.modules()
             if callable(getattr(module, "post_parameter_update", None))
+            and module not in self.tables
         ]
-        self.max_grad_norm = max_grad_norm
-        self.nonfinite, self.steps, self.skipped = nonfinite, steps, 0
-        self._reduced = False
+        self._reduced, self._skips, self._checked = False, False, False
         watchdog.at_step(steps + 1)
-        self.optimizers = (
-            [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-        )
         sharded: set[torch.Tensor] = set()
-        by_sum, sparse, watched, name_of = set(), set(), set(), {}
+        self._by_sum: set[torch.Tensor] = set()
+        self._sparse: set[torch.Tensor] = set()
         for table in self.tables:
-            table.require_default_group("the coordinator")
-            if table.placement == "row_wise":
-                sharded |= {*table.parameters(), *table.buffers()}
-            for parameter in table.parameters():
-                if table.gradient_reduction == "sum":
-                    by_sum.add(parameter)
-                name_of[parameter] = table.name
-                if table.gradient == "sparse":
-                    sparse.add(parameter)
-                    if table.constrains_changed_rows_only:
-                        watched.add(parameter)
+            table._require_default_group("the coordinator")
+            parameters = set(table.parameters())
+            if table.sharding.placement == "row_wise":
+                sharded |= {*parameters, *table.buffers()}
+            if table.sharding.gradient_reduction == "sum":
+                self._by_sum |= parameters
+            if table.kernel == "sparse":
+                self._sparse |= parameters
         self._replicated = [p for p in model.parameters() if p.requires_grad and p not in sharded]
-        self._by_sum, self._sparse = by_sum, sparse
         collectives.agree("the coordinator", _description(self))
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if collectives.rank_and_size()[1] > 1:
             with torch.no_grad():
                 for tensor in [*model.parameters(), *model.buffers()]:
                     if tensor not in sharded:
-                        collectives.broadcast(tensor, operation="the coordinator: values of rank 0")
+                        operation = "the coordinator: values of rank 0"
+                        collectives.broadcast(tensor, operation=operation)
         if max_grad_norm is not None:
             _check_clipping(self.tables, max_grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                named = [name_of[p] for p in group["params"] if p in sparse]
-                refused = why_refused(optimizer, group, True)
-                if named and refused is not None:
-                    raise InputError(f"table {named[0]!r}: {refused}")
-                named = [name_of[p] for p in group["params"] if p in watched]
-                if named and not moves_touched_rows_only(optimizer, group):
-                    moving = [
-                        f"{key}={group[key]}"
-                        for key in ("momentum", "weight_decay")
-                        if group.get(key)
-                    ]
-                    raise InputError(
-                        f"table {named[0]!r}: {type(optimizer).__name__} with"
-                        f" {' and '.join(moving) or 'sparse gradients'} moves rows that got no"
-                        " gradient, so every step would constrain all rows: use one of"
-                        " shardemb.optim (their weight_decay is of touched rows), or"
-                        " gradient='dense'"
-                    )
+                self._check_optimizer(optimizer, group)
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+        parameters = set(group["params"])
+        for table in self.tables:
+            if table.kernel != "sparse" or not parameters & set(table.parameters()):
+                continue
+            refused = why_refused(optimizer, group, True)
+            if refused is not None:
+                raise InputError(f"table {table.name!r}: {refused}")
+            if table._constrains_changed_only and not moves_touched_rows_only(optimizer, group):
+                options = ("momentum", "weight_decay")
+                moving = [f"{key}={group[key]}" for key in options if group.get(key)]
+                raise InputError(
+                    f"table {table.name!r}: {type(optimizer).__name__} with"
+                    f" {' and '.join(moving) or 'sparse gradients'} moves rows without a gradient,"
+                    " so every step would constrain all rows: use one of shardemb.optim (their"
+                    " weight_decay is of touched rows), or kernel='dense'"
+                )
 
     def backward(self, loss: torch.Tensor) -> bool:
-        """Run ``loss.backward()`` unless the loss of any rank is NaN or infinite.
+        """Run ``loss.backward()`` unless the loss of any rank is NaN or infinite. A collective.
 
-        What then, ``nonfinite`` says. A collective.
+        ``nonfinite`` says what happens then.
 
         Args:
             loss: of this rank, a number.
@@ -149,45 +145,39 @@ class Coordinator:
         Raises:
             FloatingPointError: the loss of a rank is NaN or infinite, and ``nonfinite`` is "error".
         """
-        bad = (
-            ""
-            if self.nonfinite is None or torch.isfinite(loss.detach()).all()
-            else f"the loss is {loss.item()}"
-        )
-        if not self._trains(bad):
-            return False
+        if self.nonfinite is not None:
+            fault = self._loss_fault(loss)
+            (bad,) = self._sum_flags([bool(fault)])
+            if bad and self._on_fault(fault):
+                self._end_step(skipped=True)
+                return False
         loss.backward()
         return True
 
-    def _trains(self, bad: str) -> bool:
-        """Return whether a step goes on, with what this rank has found to be bad.
+    def _sum_flags(self, flags: Sequence[float]) -> list[float]:
+        """Sum numbers over ranks. A collective."""
+        flat = torch.tensor(flags, dtype=torch.float32)
+        flat = flat.to(next(self.model.parameters(), flat).device)
+        collectives.all_reduce(flat, operation="the coordinator: flags")
+        return flat.tolist()
 
-        A collective if ``nonfinite`` is set.
-        """
-        if self.nonfinite is None:
-            return True
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        found = torch.tensor(int(bool(bad)))
-        if several:
-            found = found.to(next(self.model.parameters(), found).device)
-            collectives.all_reduce(found, collectives.MAX, operation="is all of it finite?")
-        if not found:
-            return True
-        told = collectives.gather(bad, operation="what is not finite?") if several else [bad]
-        text = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(told) if what)
-        text = f"step {self.steps + 1}: {text}"
-        if self.nonfinite == "error":
-            raise NonfiniteError(f"{text}: lower the learning rate, or go on with nonfinite='skip'")
-        if self.nonfinite == "warn":
-            warnings.warn(text, stacklevel=3)
-            return True
-        self.forget()
-        warnings.warn(f"{text}: step left out, {self.skipped} so far", stacklevel=3)
-        return False
+    def _loss_fault(self, loss: torch.Tensor) -> str:
+        """Describe a loss that is not finite, and rows that are not; "" for a finite one."""
+        if torch.isfinite(loss.detach()).all():
+            return ""
+        faults = [f"the loss is {loss.item()}"]
+        for table in self.tables:
+            rows = table.local_rows()
+            rows = torch.view_as_real(rows) if rows.is_complex() else rows
+            ids = table.plan.local_ids()[kernels.nonfinite_rows(rows).cpu()].tolist()
+            if ids:
+                what = f"{len(ids)} rows with NaN or infinite values: {few(ids)}"
+                faults.append(f"table {table.name!r} has {what}")
+        return ", ".join(faults)
 
-    def _bad_gradients(self) -> str:
+    def _gradient_fault(self) -> str:
         """Name the tables whose gradients are NaN or infinite, and the first rows of them."""
-        found = []
+        faults = []
         tables = {parameter: table for table in self.tables for parameter in table.parameters()}
         for name, parameter in self.model.named_parameters():
             grad = parameter.grad
@@ -199,18 +189,42 @@ class Coordinator:
             if not len(rows):
                 continue
             if parameter not in tables:
-                found.append(f"the gradient of {name!r} is NaN or infinite")
+                faults.append(f"the gradient of {name!r} is NaN or infinite")
                 continue
             rows = (grad._indices()[0, rows] if grad.is_sparse else rows).unique().cpu()
             ids = tables[parameter].plan.local_ids()[rows].tolist()
-            found.append(
+            faults.append(
                 f"table {tables[parameter].name!r}: the gradient of {len(ids)} rows is NaN or"
                 f" infinite: {few(ids)}"
             )
-        return "; ".join(found)
+        return "; ".join(faults)
 
-    def step(self) -> None:
-        """Do all five; see the class.
+    def _on_fault(self, fault: str) -> bool:
+        """Do what ``nonfinite`` says about a fault of some rank; return whether to skip the step.
+
+        A collective.
+
+        Args:
+            fault: of this rank, or "".
+        """
+        faults = collectives.gather(fault, operation="what is not finite?")
+        text = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(faults) if what)
+        text = f"step {self.steps + 1}: {text}"
+        if self.nonfinite == "error":
+            raise NonfiniteError(
+                f"{text}: lower the learning rate, or continue with nonfinite='skip'"
+            )
+        skips = self.nonfinite == "skip"
+        left_out = f": step left out, {self.skipped + 1} so far" if skips else ""
+        if collectives.rank_and_size()[0] == 0 or fault:
+            warnings.warn(f"{text}{left_out}", stacklevel=4)
+        return skips
+
+    def step(self) -> bool:
+        """Do all five parts; see the class.
+
+        Returns:
+            Whether it updated the parameters: not if ``nonfinite`` is "skip" and the step is bad.
 
         Raises:
             FloatingPointError: a gradient is NaN or infinite, on all ranks, if ``nonfinite`` is
@@ -218,68 +232,79 @@ class Coordinator:
         """
         if not self._reduced:
             self.reduce()
-        if self.nonfinite is not None and not self._trains(self._bad_gradients()):
-            return
+        if self.nonfinite is not None and not self._checked:
+            fault = self._gradient_fault()
+            (bad,) = self._sum_flags([bool(fault)])
+            self._skips = bool(bad) and self._on_fault(fault)
+        if self._skips:
+            self._end_step(skipped=True)
+            return False
         if self.max_grad_norm is not None:
             clip_grad_norm_(self.model, self.max_grad_norm)
         for optimizer in self.optimizers:
             if isinstance(optimizer, RowWiseOptimizer):
-                optimizer.step(
-                    constrain={
-                        key: f
-                        for table in self.tables
-                        for key, f in table.constrainer_in_step().items()
-                    }
-                )
+                in_step = [table._constrainer_in_step() for table in self._constrained]
+                optimizer.step(constrain={k: f for part in in_step for k, f in part.items()})
             else:
                 optimizer.step()
         for table in self.tables:
-            table.synchronize_replicas()
-        constrained = [table for table in self.tables if table.constrainer is not None]
-        for table in constrained:
-            table.update_once(True)  # PyKEEN's models hand the call on to their tables
-        try:
+            table._embeddings.synchronize_replicas()
+        with deferred_updates(
+            self._constrained
+        ):  # PyKEEN's models pass the call on to their tables
             for module in self._updated:
                 module.post_parameter_update()
-        finally:
-            for table in constrained:
-                table.update_once(False)
-        self._end_step()
+        for table in self._constrained:
+            table.post_parameter_update()
+        self._end_step(skipped=False)
+        return True
 
     def forget(self) -> None:
-        """Leave a step out, whose gradients are there already."""
-        self.skipped += 1
-        self._end_step()
+        """Leave a step out whose gradients are there already."""
+        self._end_step(skipped=True)
 
-    def _end_step(self) -> None:
-        self._reduced = False
+    def _end_step(self, skipped: bool) -> None:
+        self.skipped += skipped
+        self._reduced, self._skips, self._checked = False, False, False
         self.model.zero_grad()
         self.steps += 1
         watchdog.at_step(self.steps + 1)
 
     @torch.no_grad()
-    def reduce(self, flags: Sequence[float] = ()) -> list[float]:
-        """Do the first part of :meth:`step`, which leaves it out then.
+    def reduce(self, flags: Sequence[float] = (), loss: torch.Tensor | None = None) -> list[float]:
+        """Reduce the gradients now; the next :meth:`step` skips this part. A collective.
 
-        And add numbers up over ranks in the same message.
-
-        So a loop can agree on what to do with the step, to :meth:`forget` it for example, at no
-        cost. A collective.
+        The same all-reduce sums ``flags``, so a loop can agree on what to do at no cost, for
+        example to :meth:`forget` the step. With ``nonfinite`` and a ``loss``, it carries whether
+        that is finite, and the step's gradients are not checked.
 
         Args:
             flags: small whole numbers, as many on every rank.
+            loss: of this rank, a number.
 
         Returns:
-            Their sums over ranks.
+            The sums of ``flags`` over ranks.
+
+        Raises:
+            FloatingPointError: the loss of a rank is NaN or infinite, and ``nonfinite`` is "error".
         """
         self._reduced = True
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if loss is None or self.nonfinite is None:
+            return self._reduce(flags)
+        fault = self._loss_fault(loss)
+        *sums, bad = self._reduce([*flags, bool(fault)])
+        self._checked, self._skips = True, bad > 0 and self._on_fault(fault)
+        return sums
+
+    def _reduce(self, flags: Sequence[float]) -> list[float]:
+        world_size = collectives.rank_and_size()[1]
+        if world_size == 1:
             return list(flags)
-        told = torch.tensor(flags)
-        if not self._replicated and len(flags):
-            told = told.to(next(self.model.parameters(), told).device)
-            collectives.all_reduce(told, operation="the coordinator: flags")
-        for number, dtype in enumerate(sorted({p.dtype for p in self._replicated}, key=str)):
+        if not self._replicated:
+            return self._sum_flags(flags) if len(flags) else []
+        sums = torch.tensor(flags)
+        dtypes = sorted({p.dtype for p in self._replicated}, key=str)
+        for number, dtype in enumerate(dtypes):
             parameters = [p for p in self._replicated if p.dtype == dtype]
             # every rank sends every gradient, zeros where it has none, and whether it has one; of a
             # sparse one, which rows
@@ -287,42 +312,29 @@ class Coordinator:
             grads = [
                 torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters
             ]
-            extra = told.to(touched[0]) if number == 0 else touched[0][:0]
-            flat = torch.cat([part.reshape(-1) for part in (*touched, *grads, extra)])
-            collectives.all_reduce(
-                flat, operation="the coordinator: gradients of replicated parameters"
-            )
+            sent = [part.reshape(-1) for part in (*touched, *grads)]
             if number == 0:
-                told = flat[len(flat) - len(flags) :]
-            parts = flat[: len(flat) - len(extra)].split(
-                [part.numel() for part in (*touched, *grads)]
-            )
-            for parameter, mask, part in zip(
-                parameters, parts, parts[len(parameters) :], strict=False
-            ):
-                grad = part.reshape(parameter.shape) / (
-                    1 if parameter in self._by_sum else dist.get_world_size()
-                )
+                sent.append(sums.to(sent[0]))
+            flat = torch.cat(sent)
+            operation = "the coordinator: gradients of replicated parameters"
+            collectives.all_reduce(flat, operation=operation)
+            parts = flat.split([part.numel() for part in sent])
+            if number == 0:
+                sums = parts[-1]
+            masks, grads = parts[: len(parameters)], list(parts[len(parameters) :])
+            for parameter, mask, part in zip(parameters, masks, grads, strict=False):
                 if not mask[0]:
                     continue
+                grad = part.reshape(parameter.shape)
+                grad = grad / (1 if parameter in self._by_sum else world_size)
                 if parameter in self._sparse:
-                    rows = mask[1:].nonzero().squeeze(1)  # also those whose gradients add up to 0
-                    parameter.grad = torch.sparse_coo_tensor(
-                        rows[None],
-                        grad[rows],
-                        grad.shape,
-                        is_coalesced=True,
-                        check_invariants=False,
-                    )
-                else:
-                    parameter.grad = grad
-        return told.tolist()
+                    rows = mask[1:].nonzero().squeeze(1)  # also rows whose gradients sum to 0
+                    grad = _sparse_gradient(rows, grad[rows], grad.shape)
+                parameter.grad = grad
+        return sums.tolist()
 
     def _touched(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return whether there is a gradient.
-
-        And for each row of a sparse table whether it has one: ``(1,)``, ``(1 + R,)``.
-        """
+        """Return whether there is a gradient, and for each row of a sparse table: ``(1 + R,)``."""
         grad, rows = parameter.grad, len(parameter) if parameter in self._sparse else 0
         mask = torch.zeros(1 + rows, dtype=parameter.dtype, device=parameter.device)
         if grad is None:
@@ -333,15 +345,19 @@ class Coordinator:
         return mask
 
 
+def _sparse_gradient(rows: torch.Tensor, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return torch.sparse_coo_tensor(
+        rows[None], values, shape, is_coalesced=True, check_invariants=False
+    )
+
+
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
     """Scale all gradients of a model so that their common norm is at most ``max_norm``.
 
-    As torch.nn.utils.clip_grad_norm_.
-
-    The norm is that of the whole gradient: each row of a sharded table counts on the rank that owns
-    it, after duplicates are merged; what every rank holds whole (its gradients already reduced)
-    counts once. A collective.
+    As torch.nn.utils.clip_grad_norm_, with the norm of the whole gradient: each row of a sharded
+    table counts on the rank that owns it, after duplicates are merged; what every rank holds whole
+    (its gradients already reduced) counts once. A collective.
 
     Args:
         model: module that holds the tables.
@@ -358,7 +374,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     """
     tables = _tables_in(model)
     _check_clipping(tables, max_norm, norm_type)
-    mine = {p for table in tables if table.placement == "row_wise" for p in table.parameters()}
+    row_wise = [table for table in tables if table.sharding.placement == "row_wise"]
+    sharded_parameters = {p for table in row_wise for p in table.parameters()}
     sharded: list[torch.Tensor] = []
     whole: list[torch.Tensor] = []
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -369,29 +386,27 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         if grad.is_sparse:
             rows, values = merged_gradient(grad)
             values = values.reshape(len(rows), *grad.shape[1:])
-            grad = torch.sparse_coo_tensor(
-                rows[None], values, grad.shape, is_coalesced=True, check_invariants=False
-            )
-            parameter.grad = grad
+            parameter.grad = grad = _sparse_gradient(rows, values, grad.shape)
             grad = grad._values()
         if grad.numel():  # a norm of nothing may be none (inf), and this rank alone would raise
-            (sharded if parameter in mine else whole).append(grad)
-    norms = [
-        (
-            torch.stack(
-                [torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads]
-            )
-            if grads
-            else torch.zeros(1, dtype=torch.float64, device=device)
-        )
-        for grads in (sharded, whole)
-    ]
+            (sharded if parameter in sharded_parameters else whole).append(grad)
     infinite = norm_type == math.inf
-    parts = [n.max() if infinite else n.pow(norm_type).sum() for n in norms]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        how = collectives.MAX if infinite else collectives.SUM
-        collectives.all_reduce(parts[0], how, operation="norm of the gradients")
-    total = torch.maximum(*parts) if infinite else (parts[0] + parts[1]).pow(1 / norm_type)
+
+    def power(grads: list[torch.Tensor]) -> torch.Tensor:
+        """Return the sum of absolute values to the power ``norm_type``, or the largest."""
+        norms = [
+            torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads
+        ] or [torch.zeros((), dtype=torch.float64, device=device)]
+        stacked = torch.stack(norms)
+        return stacked.max() if infinite else stacked.pow(norm_type).sum()
+
+    of_shards, of_whole = power(sharded), power(whole)
+    operator = collectives.MAX if infinite else collectives.SUM
+    collectives.all_reduce(of_shards, operator, operation="norm of the gradients")
+    if infinite:
+        total = torch.maximum(of_shards, of_whole)
+    else:
+        total = (of_shards + of_whole).pow(1 / norm_type)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own guard
     for grad in sharded + whole:
         grad.mul_(scale.to(grad.dtype))
@@ -400,31 +415,25 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 
 def _description(coordinator: Coordinator) -> dict[str, object]:
     """Return what must be the same on all ranks."""
-    model, tables = (
-        coordinator.model,
-        {p: table for table in coordinator.tables for p in table.parameters()},
-    )
-    shapes = {
-        name: (
-            f"{list(p.shape) if p not in tables else [tables[p].max_id, *tables[p].shape]}"
-            f" {p.dtype} {p.requires_grad}"
-        )
-        for name, p in model.named_parameters()
-    }
+    tables = {p: table for table in coordinator.tables for p in table.parameters()}
+    shapes = {}
+    for name, p in coordinator.model.named_parameters():
+        shape = [tables[p].max_id, *tables[p].shape] if p in tables else list(p.shape)
+        shapes[name] = f"{shape} {p.dtype} {p.requires_grad}"
     plain = int | float | str | bool | tuple | None
     optimizers = [
         [
-            type(o).__name__,
-            [{k: v for k, v in group.items() if isinstance(v, plain)} for group in o.param_groups],
+            type(optimizer).__name__,
+            [{k: v for k, v in g.items() if isinstance(v, plain)} for g in optimizer.param_groups],
         ]
-        for o in coordinator.optimizers
+        for optimizer in coordinator.optimizers
     ]
-    options = [coordinator.max_grad_norm, coordinator.nonfinite]
     return {
         "parameters": shapes,
         "optimizers": optimizers,
-        "options": options,
-        "step": coordinator.steps,
+        "max_grad_norm": coordinator.max_grad_norm,
+        "nonfinite": coordinator.nonfinite,
+        "steps": coordinator.steps,
     }
 
 
@@ -443,10 +452,10 @@ def _check_clipping(tables: list[Embedding], max_norm: float, norm_type: float =
             " above 0"
         )
     for table in tables:
-        table.require_default_group("gradient clipping")
-        if table.gradient == "fused":
+        table._require_default_group("gradient clipping")
+        if table.kernel == "fused":
             raise InputError(
-                f"table {table.name!r}: gradient='fused' updates rows in backward, so there is no"
-                " gradient to clip: use gradient='sparse' with shardemb.optim.RowWiseAdagrad, the"
+                f"table {table.name!r}: kernel='fused' updates rows in backward, so there is no"
+                " gradient to clip: use kernel='sparse' with shardemb.optim.RowWiseAdagrad, the"
                 " same rule"
             )

@@ -8,6 +8,7 @@ Each class is also the built-in class that Python, PyTorch or PyKEEN would raise
     │   └── RanksDisagreeError               ranks were given different arguments
     ├── InputTypeError (TypeError)           an argument of a wrong type
     │   └── IdTypeError (RuntimeError)       ids that are not integers
+    ├── NotATensorError (AttributeError)     ids that are a list or an array
     ├── IdRangeError (IndexError)            an id out of range
     ├── UnknownNameError (KeyError)          no function, table or label has this name
     ├── UsageError (RuntimeError)            a call that this object cannot serve now
@@ -51,6 +52,10 @@ class InputTypeError(ShardembError, TypeError):
 
 class IdTypeError(InputTypeError, RuntimeError):
     """Ids that are not integers: PyKEEN raises RuntimeError there, Python TypeError."""
+
+
+class NotATensorError(ShardembError, AttributeError):
+    """Ids that are a list or an array, where PyKEEN raises AttributeError."""
 
 
 class IdRangeError(ShardembError, IndexError):

@@ -22,7 +22,7 @@ from torch.nn import init
 
 from shardemb import kernels
 from shardemb.exceptions import InputError, InputTypeError, OutOfMemoryError, UnknownNameError
-from shardemb.sharding.placement import RowPermutation, RowPlan
+from shardemb.sharding.placement import RowOrder, RowPlan
 from shardemb.utils.memory import free_bytes
 from shardemb.utils.progress import progress
 from shardemb.utils.types import Initializer, normalize_name
@@ -269,14 +269,11 @@ def fill_rows(
             low, high = max(start, first), min(stop, last)
             part = rows[low - start : high - start]
             part = part if scale == 1 else part * scale
-            if plan.spread is None:  # the block's slots, where their ids are
-                kernels.put(
-                    out,
-                    RowPermutation(total).ids(torch.arange(low, high)).to(out.device),
-                    part.to(out.device, out.dtype),
-                )
-            else:
+            if plan.order.permuted:
                 out[low - first : high - first] = part
+            else:  # the block's slots, where their ids are
+                ids = RowOrder(total, permuted=True).ids(torch.arange(low, high))
+                kernels.put(out, ids.to(out.device), part.to(out.device, out.dtype))
 
 
 def _cut(out: Tensor, rows: Tensor, plan: RowPlan) -> None:

@@ -5,8 +5,9 @@ A sharded table that is a ``pykeen.nn.Representation``.
 Hand :class:`ShardedEmbedding` to a model, a pipeline or an ``ERModel`` in the place of
 ``pykeen.nn.Embedding``; options of our own go through :meth:`ShardedEmbedding.with_options`::
 
-    table = ShardedEmbedding.with_options(seed=0) pipeline(dataset="nations", model="TransE",
-    model_kwargs=dict(entity_representations=table, relation_representations=table))
+    table = ShardedEmbedding.with_options(seed=0)
+    tables = dict(entity_representations=table, relation_representations=table)
+    pipeline(dataset="nations", model="TransE", model_kwargs=tables)
 
 PyKEEN's training loops are for one process. docs/from-pykeen.md has a loop for several.
 """
@@ -23,7 +24,7 @@ from pykeen.regularizers import regularizer_resolver
 from shardemb import optim
 from shardemb.embedding import Embedding
 from shardemb.exceptions import InputError, InputTypeError
-from shardemb.utils.types import Gradient
+from shardemb.sharding.options import Fused
 
 
 class ShardedEmbedding(Embedding, PyKEENRepresentation):
@@ -31,32 +32,32 @@ class ShardedEmbedding(Embedding, PyKEENRepresentation):
 
     Its arguments, with dense gradients unless told otherwise.
 
-    PyKEEN's default optimizer, Adam, takes no sparse gradients. With ``gradient="sparse"`` choose
+    PyKEEN's default optimizer, Adam, takes no sparse gradients. With ``kernel="sparse"`` choose
     "SGD", "Adagrad", "SparseAdam", or one of :mod:`shardemb.optim`, by name too: "RowWiseAdagrad".
     The string "ShardedEmbedding" names this class wherever PyKEEN takes one.
 
     Raises:
-        ValueError: ``gradient="fused"``: PyKEEN's loops look entities up several times a step, and
+        ValueError: ``kernel="fused"``: PyKEEN's loops look entities up several times a step, and
             run backward without a step to find the batch size, which would train.
     """
 
     def __init__(
         self,
         *args: Any,
-        gradient: Gradient = "dense",
+        kernel: Any = "dense",
         regularizer: Any = None,
         regularizer_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if gradient == "fused":
+        if kernel == "fused" or isinstance(kernel, Fused):
             raise InputError(
-                "got gradient='fused' in a PyKEEN model, whose loops look entities up several times"
-                " a step and run backward without a step: use gradient='sparse' with e.g."
+                "got kernel='fused' in a PyKEEN model, whose loops look entities up several times"
+                " a step and run backward without a step: use kernel='sparse' with e.g."
                 " optimizer='Adagrad', or 'dense'"
             )
         # models collect the terms of PyKEEN's own regularizers alone
         regularizer = regularizer_resolver.make_safe(regularizer, regularizer_kwargs)
-        super().__init__(*args, gradient=gradient, regularizer=regularizer, **kwargs)
+        super().__init__(*args, kernel=kernel, regularizer=regularizer, **kwargs)
 
     @classmethod
     def with_options(cls, **options: Any) -> type["ShardedEmbedding"]:

@@ -18,7 +18,7 @@ class Model(torch.nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.user = Embedding(501, shape=6, seed=seed, name="user")
-        self.item = Embedding(71, shape=3, seed=seed + 1, name="item", gradient="fused")
+        self.item = Embedding(71, shape=3, seed=seed + 1, name="item", kernel="fused")
 
 
 def save_two(rank: int, world_size: int, folder: Path) -> None:
@@ -149,7 +149,7 @@ def damage(
             ):
                 faults.append(f"{what}: the model was changed")
                 for table, rows in zip(model.children(), before, strict=True):
-                    table.load_stored_rows({"weight": rows})
+                    table._load_stored_rows({"weight": rows})
         shutil.rmtree(whole)
         whole.mkdir()
         for name, content in original.items():

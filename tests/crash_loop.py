@@ -149,7 +149,7 @@ def _load_overwritten(folder: Path, model: Any) -> int:
         stored = np.memmap(
             folder / f"{table.name}.npy", dtype=np.float32, mode="r", shape=(table.max_id, DIM)
         )
-        table.load_stored_rows(
+        table._load_stored_rows(
             {"weight": torch.from_numpy(stored[table.plan.local_ids().numpy()].copy())}
         )
     return step

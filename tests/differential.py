@@ -456,6 +456,11 @@ def differences(
     )
 
 
+def built_in(error: type[Exception]) -> type:
+    """Return the built-in class that one of ours stands for."""
+    return next(base for base in error.__mro__ if base.__module__ == "builtins")
+
+
 def _compare(ours: Record, theirs: Record) -> list[str]:
     found: list[str] = []
     for mine, other in zip(ours.stages, theirs.stages, strict=False):
@@ -463,7 +468,7 @@ def _compare(ours: Record, theirs: Record) -> list[str]:
         related = (
             error is not None
             and other[3] is not None
-            and (issubclass(other[3], error) or issubclass(error, other[3]))
+            and (issubclass(other[3], built_in(error)) or issubclass(error, other[3]))
         )
         same = related or error is other[3]
         if categories != other[2] or not same:

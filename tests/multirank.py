@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb import Coordinator, Embedding, FusedOptimizer
+from shardemb import Coordinator, Embedding, Fused, FusedOptimizer, Sharding
 from shardemb.kernels import rows as native
 from shardemb.sharding.fused_table import FusedTable
 from shardemb.sharding.table import ParameterTable, Table
@@ -162,16 +162,17 @@ def loss_of(table: Any, ids: list[torch.Tensor], zeros: bool) -> torch.Tensor:
 
 
 def make_table(job: dict[str, Any]) -> Embedding:
-    fused = (
-        FusedOptimizer(job["optimizer"], **job["options"]) if job["gradient"] == "fused" else None
-    )
+    kernel = job["gradient"]
+    if kernel == "fused":
+        kernel = Fused(FusedOptimizer(job["optimizer"], **job["options"]))
     table = Embedding(
         **common(job),
-        gradient=job["gradient"],
-        optimizer=fused,
-        gradient_reduction=job["reduction"],
-        placement=job["placement"],
-        deduplicate=job["deduplicate"],
+        kernel=kernel,
+        sharding=Sharding(
+            placement=job["placement"],
+            gradient_reduction=job["reduction"],
+            deduplicate=job["deduplicate"],
+        ),
         seed=job["seed"],
         name="table",
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardemb import Coordinator, Embedding, clip_grad_norm_, optim
+from shardemb import Coordinator, Embedding, Sharding, clip_grad_norm_, optim
 
 
 class Model(nn.Module):
@@ -15,10 +15,14 @@ class Model(nn.Module):
 
     def __init__(self, reduction: str) -> None:
         super().__init__()
-        common = {"shape": 6, "gradient_reduction": reduction, "dtype": torch.float64}
-        self.entity = Embedding(501, seed=1, name="entity", **common)
+        common = {"shape": 6, "dtype": torch.float64}
+        sharded, replicated = (
+            Sharding(placement, gradient_reduction=reduction)
+            for placement in ("row_wise", "replicated")
+        )
+        self.entity = Embedding(501, seed=1, name="entity", sharding=sharded, **common)
         self.relation = Embedding(
-            5, placement="replicated", seed=2, constrainer="normalize", name="relation", **common
+            5, seed=2, constrainer="normalize", name="relation", sharding=replicated, **common
         )
         self.layer = nn.Linear(6, 1, dtype=torch.float64)
 
@@ -70,10 +74,14 @@ def _replicas(rank: int, world_size: int) -> list[torch.Tensor]:
     model = nn.ModuleDict(
         {
             "table": Embedding(
-                500, shape=4, placement="replicated", constrainer="normalize", seed=1, name="table"
+                500, shape=4, constrainer="normalize", seed=1, name="table", sharding="replicated"
             ),
             "adam": Embedding(
-                500, shape=4, placement="replicated", gradient_reduction="sum", seed=2, name="adam"
+                500,
+                shape=4,
+                seed=2,
+                name="adam",
+                sharding=Sharding(placement="replicated", gradient_reduction="sum"),
             ),
             "unused": nn.Linear(2, 2).double(),
             "frozen": nn.Linear(2, 2).requires_grad_(False),
@@ -111,7 +119,7 @@ def _own_group(rank: int, world_size: int, folder: str) -> None:
     from shardemb import checkpoint
 
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
-    table = Embedding(7, shape=2, process_group=groups[rank // 2], seed=0)
+    table = Embedding(7, shape=2, seed=0, sharding=Sharding(process_group=groups[rank // 2]))
     assert table.plan.world_size == (2 if rank < 2 else 1)
     assert table(torch.tensor([6])).shape == (1, 2)
     with pytest.raises(ValueError, match="process group of its own, the coordinator takes"):
@@ -128,7 +136,7 @@ def test_optimizers_that_move_untouched_rows_are_refused() -> None:
     table = Embedding(10, shape=2, constrainer="normalize", name="people")
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(
-        ValueError, match=r"table 'people': SGD with momentum=0.9 moves rows .* gradient='dense'"
+        ValueError, match=r"table 'people': SGD with momentum=0.9 moves rows .* kernel='dense'"
     ):
         Coordinator(table, optimizer)
     with pytest.raises(
@@ -137,14 +145,14 @@ def test_optimizers_that_move_untouched_rows_are_refused() -> None:
     ):
         Coordinator(table, torch.optim.Adam(table.parameters()))
     replicated = Embedding(
-        10, shape=2, constrainer="normalize", placement="replicated"
+        10, shape=2, constrainer="normalize", sharding="replicated"
     )  # all of whose rows are constrained
     Coordinator(replicated, torch.optim.SGD(replicated.parameters(), lr=0.1, momentum=0.9))
     for function in (Coordinator, clip_grad_norm_):
         with pytest.raises(TypeError, match=r"got generator, expected the torch.nn.Module"):
             function(table.parameters(), 1.0)
     Coordinator(table, optim.LazyAdam(table.parameters(), weight_decay=0.1))
-    dense = Embedding(10, shape=2, constrainer="normalize", gradient="dense")
+    dense = Embedding(10, shape=2, constrainer="normalize", kernel="dense")
     Coordinator(dense, torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9))
 
 
@@ -204,10 +212,9 @@ def _told(
         7,
         shape=2,
         seed=1,
-        placement=placement,
         initialize=True,
-        gradient_reduction="sum",
         dtype=torch.float64,
+        sharding=Sharding(placement=placement, gradient_reduction="sum"),
     )
     coordinator = Coordinator(table, optim.SparseSGD(table.parameters(), lr=1.0))
     found = []
@@ -240,17 +247,23 @@ def _clip(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     model = nn.ModuleDict(
         {
-            "sparse": Embedding(501, shape=6, seed=1, gradient_reduction="sum", name="sparse"),
+            "sparse": Embedding(
+                501, shape=6, seed=1, name="sparse", sharding=Sharding(gradient_reduction="sum")
+            ),
             "dense": Embedding(
-                101, shape=6, seed=2, gradient_reduction="sum", gradient="dense", name="dense"
+                101,
+                shape=6,
+                seed=2,
+                kernel="dense",
+                name="dense",
+                sharding=Sharding(gradient_reduction="sum"),
             ),
             "relation": Embedding(
                 5,
                 shape=6,
                 seed=3,
-                gradient_reduction="sum",
-                placement="replicated",
                 name="relation",
+                sharding=Sharding(gradient_reduction="sum", placement="replicated"),
             ),
         }
     )
@@ -296,10 +309,9 @@ def test_clipping_what_cannot_be_clipped() -> None:
         with pytest.raises(ValueError, match="gradient clipping: got max_norm"):
             clip_grad_norm_(table, *arguments)
     assert clip_grad_norm_(table, 1.0).item() == 0  # no gradient yet
-    fused = Embedding(10, shape=4, gradient="fused", name="people")
+    fused = Embedding(10, shape=4, kernel="fused", name="people")
     with pytest.raises(
-        ValueError,
-        match=r"table 'people': gradient='fused' updates rows in backward.*RowWiseAdagrad",
+        ValueError, match=r"table 'people': kernel='fused' updates rows in backward.*RowWiseAdagrad"
     ):
         Coordinator(fused, max_grad_norm=1.0)
     complex_layer = nn.Linear(2, 2, dtype=torch.complex64)
@@ -323,7 +335,9 @@ def _zero_gradients(rank: int, world_size: int, placement: str) -> list[torch.Te
         (optim.SparseSGD, {"lr": 0.1, "weight_decay": 1.0}),
         (optim.RowWiseAdagrad, {"lr": 0.1, "weight_decay": 1.0}),
     ):
-        table = Embedding(4, shape=2, seed=0, placement=placement, initializer="ones")
+        table = Embedding(
+            4, shape=2, seed=0, initializer="ones", sharding=Sharding(placement=placement)
+        )
         table.reset_parameters()
         coordinator = Coordinator(table, cls(table.parameters(), **options))
         coordinator.step()  # no rank has a gradient: no step
@@ -356,7 +370,7 @@ class Delegating(nn.Module):
 
 
 def test_a_table_is_constrained_once_a_step() -> None:
-    table = Embedding(4, shape=2, initializer="ones", constrainer=lambda x: x / 2, gradient="dense")
+    table = Embedding(4, shape=2, initializer="ones", constrainer=lambda x: x / 2, kernel="dense")
     table.reset_parameters()
     model = Delegating(Delegating(table))  # type: ignore[arg-type]
     Coordinator(model, torch.optim.SGD(model.parameters(), lr=0.0)).step()

@@ -102,7 +102,7 @@ def _steps(
     """Train two steps of three lookups, then look at a third."""
     with nullcontext() if c_loops else without_c_loops():
         gradient = "fused" if name == "fused" else "sparse"
-        table = Embedding(ROWS, shape=4, gradient=gradient, constrainer=constrainer, seed=0)
+        table = Embedding(ROWS, shape=4, kernel=gradient, constrainer=constrainer, seed=0)
         coordinator = Coordinator(
             table, OPTIMIZERS[name](table.parameters(), lr=0.1) if name in OPTIMIZERS else ()
         )
@@ -148,7 +148,7 @@ def test_on_several_ranks_too(run_ranks, name: str) -> None:
 
 def test_what_goes_over_all_rows_is_found() -> None:
     """The test of the test: a dense gradient costs all rows, and the first constraint does."""
-    table = Embedding(ROWS, shape=4, gradient="dense", seed=0)
+    table = Embedding(ROWS, shape=4, kernel="dense", seed=0)
     with WholeTables(ROWS) as watch:
         table(torch.tensor([1])).sum().backward()
     assert watch.found

@@ -13,7 +13,7 @@ from shardemb import Embedding
 
 pykeen_nn = pytest.importorskip("pykeen.nn")
 
-dense = partial(Embedding, gradient="dense")
+dense = partial(Embedding, kernel="dense")
 logging.getLogger("pykeen").setLevel(logging.WARNING)
 
 

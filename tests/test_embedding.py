@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad
+from shardemb import Coordinator, Embedding, Fused, FusedOptimizer, RowWiseAdagrad, Sharding
 
 ROWS, STEPS = 501, 5
 OPTIMIZERS = {
@@ -53,21 +53,18 @@ def _train(
 
     Returns the whole table.
     """
-    fused = (
-        FusedOptimizer(optimizer, lr={"sgd": 0.5}.get(optimizer, 0.3))
-        if gradient == "fused"
-        else None
-    )
+    kernel = gradient
+    if gradient == "fused":
+        kernel = Fused(FusedOptimizer(optimizer, lr={"sgd": 0.5}.get(optimizer, 0.3)))
     table = Embedding(
         ROWS,
         shape=dim,
         constrainer=constrainer,
-        gradient=gradient,
-        optimizer=fused,
+        kernel=kernel,
         seed=4,
-        gradient_reduction="sum",
+        sharding=Sharding(gradient_reduction="sum"),
     )
-    outer = OPTIMIZERS[optimizer](table.parameters()) if fused is None else None
+    outer = OPTIMIZERS[optimizer](table.parameters()) if gradient != "fused" else None
     for step in range(STEPS):
         ids = step_ids(step, world_size, rank)
         if gradient == "fused":
@@ -213,7 +210,7 @@ def test_monte_carlo_dropout() -> None:
 
 @pytest.mark.parametrize("gradient", ["dense", "sparse", "fused"])
 def test_inference_mode_strided_and_int32_ids(gradient: str) -> None:
-    table = Embedding(20, shape=6, gradient=gradient)
+    table = Embedding(20, shape=6, kernel=gradient)
     ids = torch.randint(20, (7, 3))
     with torch.inference_mode():
         assert torch.equal(table(ids[:, 0]), table(ids)[:, 0])
@@ -223,7 +220,7 @@ def test_inference_mode_strided_and_int32_ids(gradient: str) -> None:
 
 @pytest.mark.parametrize("gradient", ["sparse", "fused"])
 def test_int32_ids_train_and_rows_are_contiguous(gradient: str) -> None:
-    table = Embedding(20, shape=6, gradient=gradient, constrainer="normalize")
+    table = Embedding(20, shape=6, kernel=gradient, constrainer="normalize")
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1) if gradient == "sparse" else None
     for _ in range(2):
         out = table(torch.randint(20, (3, 2), dtype=torch.int32)[:, 0])
@@ -243,7 +240,7 @@ def test_rows_whose_update_comes_late_are_constrained(momentum: float) -> None:
     Which moves other rows too.
     """
     table, other = (
-        Embedding(50, shape=4, constrainer="normalize", seed=1, gradient=g)
+        Embedding(50, shape=4, constrainer="normalize", seed=1, kernel=g)
         for g in ("sparse", "dense")
     )
     optimizers = [
@@ -280,12 +277,18 @@ def test_a_forgotten_process_group_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_own_options_are_checked() -> None:
     with pytest.raises(ValueError, match="would update each rank's copy by its own"):
-        Embedding(3, shape=2, placement="replicated", gradient="fused")
-    for kwargs in ({"gradient": "nope"}, {"placement": "nope"}, {"gradient_reduction": "nope"}):
-        with pytest.raises(ValueError, match=r"table 'people': got .*'nope', expected one of"):
-            Embedding(3, shape=2, name="people", **kwargs)
-    with pytest.raises(ValueError, match="needs gradient='fused'"):
-        Embedding(3, shape=2, optimizer=FusedOptimizer())
+        Embedding(3, shape=2, kernel="fused", sharding="replicated")
+    with pytest.raises(ValueError, match=r"table 'people': got kernel='nope', expected one of"):
+        Embedding(3, shape=2, name="people", kernel="nope")
+    with pytest.raises(TypeError, match=r"table 'people': got kernel=3, expected 'dense'"):
+        Embedding(3, shape=2, name="people", kernel=3)
+    with pytest.raises(TypeError, match=r"table 'people': got sharding=3, expected Sharding"):
+        Embedding(3, shape=2, name="people", sharding=3)
+    for key in ("placement", "gradient_reduction", "wire_dtype"):
+        with pytest.raises(ValueError, match=f"got {key}='nope', expected one of"):
+            Sharding(**{key: "nope"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gradient'"):
+        Embedding(3, shape=2, gradient="sparse")
     with pytest.raises(RuntimeError, match="not fused"):
         Embedding(3, shape=2).set_learning_rate(0.1)
     assert "3 rows on rank 0 of 1" in repr(Embedding(3, shape=2))
@@ -293,12 +296,8 @@ def test_own_options_are_checked() -> None:
 
 def _states(rank: int, world_size: int, gradient: str) -> dict[str, torch.Tensor]:
     """Save and load this rank's rows; load a whole table; give the whole table back."""
-    table = Embedding(
-        501, shape=6, gradient=gradient, constrainer="normalize", seed=1, name="people"
-    )
-    other = Embedding(
-        501, shape=6, gradient=gradient, constrainer="normalize", seed=2, name="people"
-    )
+    table = Embedding(501, shape=6, kernel=gradient, constrainer="normalize", seed=1, name="people")
+    other = Embedding(501, shape=6, kernel=gradient, constrainer="normalize", seed=2, name="people")
     other.post_parameter_update()
     state = table.state_dict()
     assert ("_embeddings.rows" in state) == (world_size > 1)
@@ -358,8 +357,7 @@ def test_state_dicts_of_shards_and_of_whole_tables(
 
 def test_fbgemms_rows_are_copied_into_also_when_they_shall_be_assigned() -> None:
     table, other = (
-        Embedding(5, shape=6, gradient="fused", optimizer=FusedOptimizer("sgd", lr=1.0))
-        for _ in range(2)
+        Embedding(5, shape=6, kernel=Fused(FusedOptimizer("sgd", lr=1.0))) for _ in range(2)
     )
     other.load_state_dict(table.state_dict(), assign=True)
     other(torch.tensor([3])).sum().backward()
@@ -380,7 +378,7 @@ def test_copies_train_on_their_own(kind: str, copied) -> None:
 
     With its optimizer state, if that is the table's, and its constrainer.
     """
-    table = Embedding(50, shape=6, gradient=kind, constrainer="normalize", dropout=0.0, seed=1)
+    table = Embedding(50, shape=6, kernel=kind, constrainer="normalize", dropout=0.0, seed=1)
     if kind == "fused":
         table.set_learning_rate(0.7)
 
@@ -406,7 +404,9 @@ def test_copies_train_on_their_own(kind: str, copied) -> None:
 def _pickled(rank: int, world_size: int) -> bytes:
     import torch.distributed as dist
 
-    own = Embedding(7, shape=2, process_group=dist.new_group([0, 1]), seed=0, name="people")
+    own = Embedding(
+        7, shape=2, seed=0, name="people", sharding=Sharding(process_group=dist.new_group([0, 1]))
+    )
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(
             RuntimeError, match="process group of its own, so it cannot be copied or pickled"
@@ -432,7 +432,7 @@ def test_all_rows_alias_the_weight_only_without_gradients() -> None:
     up.
     """
     dense, sparse = (
-        Embedding(5, shape=(2, 3), gradient="dense", constrainer="normalize"),
+        Embedding(5, shape=(2, 3), kernel="dense", constrainer="normalize"),
         Embedding(5, shape=(2, 3)),
     )
     assert sparse(None).data_ptr() != sparse._embeddings.weight.data_ptr()
@@ -446,7 +446,7 @@ def test_all_rows_alias_the_weight_only_without_gradients() -> None:
         assert sparse(None).data_ptr() == sparse._embeddings.weight.data_ptr()
     sparse(None).sum().backward()
     assert sparse._embeddings.weight.grad.is_sparse
-    fused = Embedding(5, shape=3, gradient="fused")  # padded to 4 columns
+    fused = Embedding(5, shape=3, kernel="fused")  # padded to 4 columns
     with torch.no_grad():
         assert fused(None).is_contiguous()
 
@@ -491,7 +491,7 @@ def test_rows_of_a_gradient_that_outlives_its_step_are_constrained(optimizer: st
 def test_torch_optimizers_that_cannot_say_so_with_a_way_out() -> None:
     sparse, dense = (
         Embedding(5, shape=2, name="people"),
-        Embedding(5, shape=2, gradient="dense", name="people"),
+        Embedding(5, shape=2, kernel="dense", name="people"),
     )
     for table, optimizer, message in (
         (
@@ -521,7 +521,7 @@ def test_torch_optimizers_that_cannot_say_so_with_a_way_out() -> None:
 
 
 def _disagree(rank: int, world_size: int, options: list[dict]) -> None:
-    with pytest.raises(ValueError, match=r"ranks make different tables: rank 0 .* rank 1 "):
+    with pytest.raises(ValueError, match=r"table 'embedding': ranks disagree in "):
         Embedding(6, shape=3, seed=0, **options[rank])
     agreed = Embedding(
         6,
@@ -555,7 +555,7 @@ def test_mistakes_that_are_easily_made() -> None:
     with pytest.raises(ValueError, match="the size of a row is embedding_dim= or shape="):
         Embedding(100, 8)
     with pytest.raises(TypeError, match=r"expected a shardemb.FusedOptimizer"):
-        Embedding(5, shape=2, gradient="fused", optimizer="adagrad")
+        Embedding(5, shape=2, kernel=Fused("adagrad"))
     with pytest.raises(TypeError, match=r"use Embedding.from_pretrained"):
         Embedding(5, shape=2, initializer=torch.ones(5, 2))
     with pytest.raises(ValueError, match="expected 'pykeen' or 'torch'"):
@@ -574,13 +574,7 @@ SUMS = [3.798292636871338, 2.9902029037475586, 3.568427085876465, 2.947432041168
 
 
 def _initialized(rank: int, world_size: int, gradient: str) -> None:
-    options = {
-        "max_id": 9001,
-        "shape": 6,
-        "initializer": "uniform",
-        "seed": 3,
-        "gradient": gradient,
-    }
+    options = {"max_id": 9001, "shape": 6, "initializer": "uniform", "seed": 3, "kernel": gradient}
     at_once, later = Embedding(**options, initialize=True), Embedding(**options)
     assert not at_once.local_rows().equal(later.local_rows())
     later.reset_parameters()

@@ -254,10 +254,10 @@ def test_errors() -> None:
         optim.LazyAdam(weight, betas=(0.9, 1.0))
     with pytest.raises(ValueError, match="FusedOptimizer: got lr=-1"):
         FusedOptimizer(lr=-1)
-    with pytest.raises(ValueError, match="use gradient='sparse'"):
+    with pytest.raises(ValueError, match="use kernel='sparse'"):
         FusedOptimizer("adam")
     with pytest.raises(
-        ValueError, match=r"weight_decay=0.1 .* FBGEMM would silently ignore: use gradient='sparse'"
+        ValueError, match=r"weight_decay=0.1 .* FBGEMM would silently ignore: use kernel='sparse'"
     ):
         FusedOptimizer(weight_decay=0.1)
 

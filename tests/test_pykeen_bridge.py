@@ -138,7 +138,7 @@ def test_sparse_gradients_train_the_same(optimizer: str, loop: str) -> None:
     """TransE constrains its entities: touched rows alone must do."""
     weights = []
     start = copy.deepcopy(build("TransE", options())[1].reset_parameters_().state_dict())
-    for table in (options(gradient="sparse"), None):
+    for table in (options(kernel="sparse"), None):
         data, model = build("TransE", table)
         train(
             data, model, loop, getattr(torch.optim, optimizer)(model.parameters(), lr=0.05), start
@@ -196,7 +196,7 @@ def test_batch_size_search_changes_nothing() -> None:
     """Automatic memory optimization runs forward and backward without a step."""
     from pykeen.training import SLCWATrainingLoop
 
-    data, model = build("TransE", options(gradient="sparse"))
+    data, model = build("TransE", options(kernel="sparse"))
     model.reset_parameters_()
     before = copy.deepcopy(model.state_dict())
     loop = SLCWATrainingLoop(
@@ -221,12 +221,12 @@ def test_copies_pickles_and_files(gradient: str, tmp_path: Path) -> None:
 
     from shardemb.pykeen import ShardedEmbedding
 
-    data, model = build("TransE", options(gradient=gradient))
+    data, model = build("TransE", options(kernel=gradient))
     train(data, model, "slcwa", torch.optim.SGD(model.parameters(), lr=0.1))
     batch = data.testing.mapped_triples
     expected = model.predict_hrt(batch)
     model.save_state(tmp_path / "model.pkl")
-    loaded = build("TransE", options(gradient=gradient))[1]
+    loaded = build("TransE", options(kernel=gradient))[1]
     loaded.load_state(tmp_path / "model.pkl")
     theirs = build("TransE", Embedding)[1]
     theirs.load_state(tmp_path / "model.pkl")
@@ -249,7 +249,7 @@ def test_by_name_with_an_optimizer_of_ours_and_a_regularizer() -> None:
         dataset="nations",
         model="DistMult",
         model_kwargs={
-            "entity_representations": options(gradient="sparse", placement="replicated"),
+            "entity_representations": options(kernel="sparse", sharding="replicated"),
             "relation_representations": "ShardedEmbedding",
             "regularizer": "lp",
             "regularizer_kwargs": {"weight": 0.1},
@@ -294,11 +294,11 @@ def test_an_er_model_with_monte_carlo_dropout() -> None:
 def test_our_checkpoints_take_the_model(tmp_path: Path) -> None:
     from shardemb import checkpoint
 
-    data, model = build("ComplEx", options(gradient="sparse"))
+    data, model = build("ComplEx", options(kernel="sparse"))
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
     train(data, model, "slcwa", optimizer)
     path = checkpoint.save(tmp_path, 1, model)
-    other = build("ComplEx", options(gradient="sparse"))[1]
+    other = build("ComplEx", options(kernel="sparse"))[1]
     checkpoint.load(path, other)
     batch = data.testing.mapped_triples
     assert torch.equal(other.predict_hrt(batch), model.predict_hrt(batch))
@@ -326,23 +326,23 @@ def test_pykeen_finds_our_optimizers_and_can_still_be_imported() -> None:
 def test_options() -> None:
     from shardemb.pykeen import ShardedEmbedding
 
-    chosen = ShardedEmbedding.with_options(gradient="sparse", name="people").with_options(
+    chosen = ShardedEmbedding.with_options(kernel="sparse", name="people").with_options(
         name="entity"
     )
     assert issubclass(chosen, ShardedEmbedding)
     table = chosen(max_id=5, shape=3)
     assert type(table) is ShardedEmbedding
-    assert (table.gradient, table.name, table.unique) == ("sparse", "entity", False)
+    assert (table.kernel, table.name, table.unique) == ("sparse", "entity", False)
     assert chosen(max_id=5, shape=3, name="given").name == "given"
     mine = type("Mine", (chosen,), {"twice": lambda self, ids: 2 * self(ids)})(max_id=5, shape=3)
-    assert (mine.gradient, mine.twice(torch.tensor([1])).shape) == (
+    assert (mine.kernel, mine.twice(torch.tensor([1])).shape) == (
         "sparse",
         (1, 3),
     )  # a subclass stays one
     frozen = chosen.from_pretrained(torch.ones(5, 3))
-    assert (frozen.gradient, frozen.max_id) == ("sparse", 5)
-    assert ShardedEmbedding(max_id=5, shape=3).gradient == "dense"
+    assert (frozen.kernel, frozen.max_id) == ("sparse", 5)
+    assert ShardedEmbedding(max_id=5, shape=3).kernel == "dense"
     with pytest.raises(TypeError, match="unexpected keyword argument 'gradients'"):
         ShardedEmbedding.with_options(gradients="sparse")
-    with pytest.raises(ValueError, match="use gradient='sparse' with"):
-        ShardedEmbedding(max_id=5, shape=3, gradient="fused")
+    with pytest.raises(ValueError, match="use kernel='sparse' with"):
+        ShardedEmbedding(max_id=5, shape=3, kernel="fused")

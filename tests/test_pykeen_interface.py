@@ -6,8 +6,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from differential import built_in
 
-import shardemb.transforms
+import shardemb.regularizers
 from shardemb import Embedding
 
 pykeen_nn = pytest.importorskip("pykeen.nn")
@@ -16,9 +17,9 @@ pykeen_nn = pytest.importorskip("pykeen.nn")
 def pair(**kwargs):
     """Make PyKEEN's table and ours with the same rows."""
     theirs = pykeen_nn.Embedding(**kwargs)
-    ours = Embedding(**kwargs, gradient="dense")
+    ours = Embedding(kernel="dense", **kwargs)
     theirs.reset_parameters()
-    ours.load_stored_rows({"weight": theirs._embeddings.weight.detach()})
+    ours._load_stored_rows({"weight": theirs._embeddings.weight.detach()})
     return ours, theirs
 
 
@@ -40,7 +41,7 @@ def test_regularizers_by_class_and_instance() -> None:
     for regularizer in (
         LpRegularizer,
         LpRegularizer(weight=1.0),
-        shardemb.transforms.LpRegularizer,
+        shardemb.regularizers.LpRegularizer,
         "lp",
     ):
         ours = Embedding(11, shape=4, regularizer=regularizer)
@@ -181,6 +182,6 @@ def test_errors_and_warnings_are_pykeens(kwargs: dict) -> None:
                 make(**kwargs)
                 error = None
             except Exception as raised:
-                error = type(raised)
+                error = built_in(type(raised))
         outcomes.append((error, {w.category for w in caught if "max_id" in str(w.message)}))
     assert outcomes[0] == outcomes[1]

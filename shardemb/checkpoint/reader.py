@@ -18,7 +18,7 @@ from shardemb.checkpoint.storage import Location
 from shardemb.comm import collectives
 from shardemb.embedding import Embedding
 from shardemb.exceptions import CheckpointError
-from shardemb.sharding.placement import RowPermutation
+from shardemb.sharding.placement import RowOrder
 
 #: rows that are read at a time where their order changes
 _READ_ROWS = 1 << 16
@@ -201,7 +201,7 @@ class _Load:
                 f"{self.path}: has no table {saved!r}, expected by the model; it has"
                 f" {self._described()}"
             )
-        got, expected = told["optimizer"], table.fused_hyperparameters()
+        got, expected = told["optimizer"], table._fused_hyperparameters()
         same = (got and got["name"]) == (expected and expected["name"])
         if self.optimizer_state and not same:
             raise CheckpointError(
@@ -336,7 +336,7 @@ class _Load:
         """Let tables and optimizers know what was read."""
         tables, values = tables_of(self.model), self.manifest.values
         for name, rows in self.rows.items():
-            tables[name].load_stored_rows(rows)
+            tables[name]._load_stored_rows(rows)
         for optimizer, parameter, new in self.states:
             optimizer.state.pop(parameter, None)
             if new:
@@ -406,7 +406,7 @@ def _read_in_another_order(
         stop = min(start + _READ_ROWS, part.length)
         ids = torch.arange(part.first + start, part.first + stop)
         if part.sharded:
-            ids = RowPermutation(part.total).ids(ids)
+            ids = RowOrder(part.total, True).ids(ids)
         places = piece.places(ids)
         here = ((places >= 0) & (places < len(piece.tensor))).nonzero().squeeze(1)
         if len(here):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
 from shardemb.exceptions import InputError
-from shardemb.sharding.placement import RowPermutation
+from shardemb.sharding.placement import RowOrder
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,11 @@ class LocalShard:
 
     def places(self, ids: Tensor) -> Tensor:
         """Return where rows of these ids ``(n,)`` are in the tensor, if they are."""
-        return (RowPermutation(self.total).slots(ids) if self.sharded else ids) - self.first
+        return (RowOrder(self.total, self.sharded).slots(ids)) - self.first
 
     def ids(self, places: Tensor) -> Tensor:
         """Return the ids of rows of the tensor."""
-        return (
-            RowPermutation(self.total).ids(places + self.first)
-            if self.sharded
-            else places + self.first
-        )
+        return RowOrder(self.total, self.sharded).ids(places + self.first)
 
     @property
     def nbytes(self) -> int:
@@ -97,9 +93,9 @@ def model_pieces(
     inside: set[Tensor] = set()
     stored: dict[str, dict[str, Tensor]] = {}
     for prefix, table in tables_of(model).items():
-        stored[prefix] = table.stored_rows()
+        stored[prefix] = table._stored_rows()
         for key, tensor in stored[prefix].items():
-            sharded, copy = table.plan.world_size > 1, not table.holds_first_copy
+            sharded, copy = table.plan.world_size > 1, not table._holds_first_copy
             pieces[dotted(prefix, key)] = LocalShard(
                 tensor, table.plan.first, table.max_id, sharded, copy, table.name
             )

@@ -140,7 +140,7 @@ def _snapshot(
     rank, world_size = collectives.rank_and_size()
     tables = tables_of(model)
     for table in tables.values():
-        table.require_default_group("a checkpoint")
+        table._require_default_group("a checkpoint")
     pieces, names, stored = model_pieces(model)
     pieces |= optimizer_pieces(optimizers, pieces, names)
     # what every rank holds whole, the first one writes
@@ -195,8 +195,8 @@ def _describe(table: Embedding) -> dict[str, Any]:
         "complex": table.is_complex,
         "normalizer": to_json(table.normalizer),
         "constrainer": to_json(table.constrainer),
-        "gradient": table.gradient,
-        "optimizer": table.fused_hyperparameters(),
+        "gradient": table.kernel,
+        "optimizer": table._fused_hyperparameters(),
     }
 
 

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardemb import exceptions
 from shardemb.comm import shared_memory
 from shardemb.comm.shared_memory import HostRanks, Message, meet
 from shardemb.comm.watchdog import PeerWatchdog, watch
-from shardemb.exceptions import InputError
+from shardemb.exceptions import RanksDisagreeError, ShardembError
 
 MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
 
@@ -181,19 +182,48 @@ def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
     ]
 
 
-def agree(what: str, values: Mapping[str, Any], *, group: Any = None) -> None:
-    """Check that all ranks have the same values; JSON must be able to hold them.
+def raise_together(error: ShardembError | None, *, group: Any = None, operation: str) -> None:
+    """Raise on all ranks the error that any rank has; return if none has one. A collective.
+
+    Args:
+        error: of this rank. Its class is one of :mod:`shardemb.exceptions`.
+        group: process group; None for the default one.
+        operation: for errors.
 
     Raises:
-        ValueError: they have not, on all ranks; names what differs, and rank and value of both.
+        ShardembError: of the class of the first rank's error, with the messages of all.
     """
-    told = gather(dict(values), group=group, operation=f"{what}: do all ranks agree?")
-    for rank, other in enumerate(told):
-        differ = [key for key in {**told[0], **other} if told[0].get(key) != other.get(key)]
+    entry = None if error is None else (type(error).__name__, str(error))
+    entries = [e for e in gather(entry, group=group, operation=operation) if e is not None]
+    if entries:
+        texts = dict.fromkeys(text for _, text in entries)
+        raise getattr(exceptions, entries[0][0])("; ".join(texts))
+
+
+def agree(what: str, values: Mapping[str, Any], *, group: Any = None, share: Any = None) -> Any:
+    """Check that all ranks have the same values; JSON must be able to hold them. A collective.
+
+    Args:
+        what: the ranks make, for errors.
+        values: by the name that the user knows them by.
+        group: process group; None for the default one.
+        share: a value of this rank.
+
+    Returns:
+        ``share`` of rank 0.
+
+    Raises:
+        RanksDisagreeError: they differ, on all ranks; names the keys, and both ranks' values.
+    """
+    entries = gather((dict(values), share), group=group, operation=f"{what}: do all ranks agree?")
+    first = entries[0][0]
+    for rank, (other, _) in enumerate(entries):
+        differ = [key for key in {**first, **other} if first.get(key) != other.get(key)]
         if differ:
             key = differ[0]
-            raise InputError(
-                f"{what}: ranks disagree in {', '.join(differ)}: got {key} {told[0].get(key)!r} on"
-                f" rank 0 and {other.get(key)!r} on rank {rank}, expected the same: give all ranks"
-                " the same configuration"
+            raise RanksDisagreeError(
+                f"{what}: ranks disagree in {', '.join(differ)}: got {key} {first.get(key)!r} on"
+                f" rank 0 and {other.get(key)!r} on rank {rank}, expected the same: pass the same"
+                " arguments on every rank"
             )
+    return entries[0][1]

@@ -46,10 +46,16 @@ RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "rowwise_adam"
 
 _log = logging.getLogger("shardemb")
 
-# glibc maps each block larger than any that was freed before anew, and gives back what is free
-# beyond twice that size (mallopt(3), M_MMAP_THRESHOLD); it learns from up to 32 MiB. Page faults
-# were half of the time of a step of 4096 x 128.
-torch.empty(31 << 20, dtype=torch.uint8)
+
+@cache
+def keep_freed_blocks() -> None:
+    """Let glibc keep freed blocks of up to 32 MiB instead of giving them back; once a process.
+
+    It maps each block larger than any that was freed before anew, and gives back what is free
+    beyond twice that size (mallopt(3), M_MMAP_THRESHOLD). Page faults were half of the time of a
+    step of 4096 x 128.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

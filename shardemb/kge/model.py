@@ -13,6 +13,7 @@ from shardemb.kge.losses import LossConfig, lp
 from shardemb.kge.sampling import Batch, Queries, Side
 from shardemb.kge.scorers import SCORERS
 from shardemb.kge.vs_all import gather_queries, mine, vs_all
+from shardemb.sharding.options import Sharding
 from shardemb.transforms import probe_constrainer, resolve_constrainer
 from shardemb.utils.validation import at_least, one_of, within
 
@@ -94,11 +95,11 @@ class KnowledgeGraphModel(nn.Module):
         self.config, self.loss_config = config, loss or LossConfig()
         self.num_relations = num_relations
         self.scorer = SCORERS[config.scorer]()
+        # gradients are summed: the loss is already divided by the global batch
         common: dict[str, Any] = {
             "embedding_dim": config.dim,
             "initializer": "normal",
             "initializer_kwargs": {"std": config.init_std},
-            "gradient_reduction": "sum",  # the loss is already divided by the global batch
             "device": device,
             "initialize": True,
         }
@@ -106,7 +107,8 @@ class KnowledgeGraphModel(nn.Module):
             num_entities,
             constrainer=config.constrainer or None,
             constrainer_kwargs=config.constrainer_kwargs,
-            gradient="dense" if dense else "sparse",
+            kernel="dense" if dense else "sparse",
+            sharding=Sharding(gradient_reduction="sum"),
             dropout=config.entity_dropout or None,
             seed=2 * seed,
             name="entity",
@@ -115,8 +117,8 @@ class KnowledgeGraphModel(nn.Module):
         self.relation = Embedding(
             num_relations * (1 + config.reciprocal),
             normalizer=self.scorer.relation_normalizer,
-            gradient="dense",
-            placement="replicated",
+            kernel="dense",
+            sharding=Sharding("replicated", gradient_reduction="sum"),
             dropout=config.relation_dropout or None,
             seed=2 * seed + 1,
             name="relation",

@@ -490,7 +490,9 @@ class _Job:
             self._save(self.best_saver)
         else:
             tables = (self.model.entity, self.model.relation)
-            self.best_rows = [{"weight": table.stored_rows()["weight"].clone()} for table in tables]
+            self.best_rows = [
+                {"weight": table._stored_rows()["weight"].clone()} for table in tables
+            ]
 
     def take_best(self) -> None:
         """Go back to the rows of the best validation, with ``patience``. A collective."""
@@ -504,7 +506,7 @@ class _Job:
             for table, rows in zip(
                 (self.model.entity, self.model.relation), self.best_rows, strict=True
             ):
-                table.load_stored_rows(rows)
+                table._load_stored_rows(rows)
 
     def _end(self) -> None:
         step = self.done

@@ -29,7 +29,7 @@ from shardemb.exceptions import CheckpointError, InputError, ShardBusyError, Sha
 from shardemb.launch.ray import load_ray
 from shardemb.serving.read_table import Metric, Table, Tables, best_of, scores_of
 from shardemb.serving.store import Store, open_store
-from shardemb.sharding.placement import RowPermutation
+from shardemb.sharding.placement import RowOrder
 from shardemb.utils.types import RowFunction
 
 NAMESPACE = "shardemb"
@@ -296,7 +296,7 @@ class ServedTable(Table):
 
     def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
         # numpy: torch's threads would wait for cores that the shards of this node have
-        order = (RowPermutation(self.max_id).slots(ids) if self._info.sharded else ids).numpy()
+        order = (RowOrder(self.max_id, self._info.sharded).slots(ids)).numpy()
         owner = np.searchsorted(self._ends, order, side="right")
         owned, sent = (
             [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)],

@@ -21,7 +21,7 @@ from shardemb.checkpoint.safetensors_io import Layout
 from shardemb.checkpoint.storage import Location, is_remote
 from shardemb.exceptions import CheckpointError, InputError
 from shardemb.serving.read_table import Metric, Nearest, Table, Tables, best_of, scores_of
-from shardemb.sharding.placement import RowPermutation
+from shardemb.sharding.placement import RowOrder
 from shardemb.transforms import resolve_normalizer
 from shardemb.utils.progress import progress
 from shardemb.utils.types import RowFunction
@@ -212,7 +212,7 @@ class StoredTable(Table):
 
     def places(self, ids: Tensor) -> Tensor:
         """Return where the rows of ids ``(n,)`` lie in the order of the files."""
-        return RowPermutation(self.max_id).slots(ids) if self.sharded else ids
+        return RowOrder(self.max_id, self.sharded).slots(ids)
 
     def stored(self, ids: Tensor) -> Tensor:
         """Return rows ``(n, D)`` as they are stored, for ids ``(n,)`` in range."""
@@ -303,7 +303,7 @@ class StoredTable(Table):
             for start in range(max(first - begin, 0), end, step):
                 chunk = rows[start : min(start + step, end)]
                 ids = torch.arange(begin + start, begin + start + len(chunk))
-                ids = RowPermutation(self.max_id).ids(ids) if self.sharded else ids
+                ids = RowOrder(self.max_id, self.sharded).ids(ids)
                 new = scores(self._as_seen(chunk)).float()
                 if exclude is not None:
                     new = new.masked_fill(ids == exclude.unsqueeze(1), -torch.inf)

@@ -24,9 +24,9 @@ class _Pending:
 class FusedTable(Table):
     """A shard in FBGEMM's table-batched embeddings, which update the rows in backward.
 
-    On CPU the lookup is a bag of one id each under PoolingMode.SUM: the same rows and gradients as
-    PoolingMode.NONE at 0.1 to 0.7 of its time. FBGEMM wants columns in multiples of 4; the padding
-    stays inside this class.
+    On CPUs a lookup is a bag of one id each under PoolingMode.SUM: the same rows and gradients as
+    PoolingMode.NONE at 0.1 to 0.7 of its time. FBGEMM requires columns in multiples of 4; this
+    class pads them.
     """
 
     _tbe: Any
@@ -44,14 +44,13 @@ class FusedTable(Table):
         super().__init__(plan, track)
         if dtype not in (torch.float32, torch.float16):
             raise InputError(
-                f"table {plan.table!r}: got dtype {dtype} with gradient='fused', FBGEMM trains"
-                " float32 and float16: use one of these, or gradient='sparse'"
+                f"table {plan.table!r}: got dtype {dtype} with kernel='fused', FBGEMM trains"
+                " float32 and float16: use one of these, or kernel='sparse'"
             )
         self.optimizer, self.trainable = optimizer, trainable
         #: of the next backward
         self.learning_rate = optimizer.lr
-        #: whether a second lookup before the backward of the first gives another result than the
-        #: sum of both gradients
+        #: a second lookup before the first one's backward would not give the sum of both gradients
         self._one_lookup = optimizer.name != "sgd"
         self._build(dtype, device)
 
@@ -59,39 +58,29 @@ class FusedTable(Table):
         """Make FBGEMM's module, and :attr:`weight`, which is a view of its rows."""
         plan = self.plan
         columns = max(4, -(-plan.dim // 4) * 4)
-        # FBGEMM's row-wise mean runs over the padding too: a smaller rate and eps give the rule for
-        # the real columns.
-        self._mean_share = (
-            plan.dim / columns if self.optimizer.name == "rowwise_adagrad" and plan.dim else 1.0
-        )
-        tbe = self._make_tbe(columns, dtype, device)
-        self.__dict__["_tbe"] = (
-            tbe  # no submodule: its parameters are not for an optimizer, nor for the state dict
-        )
-        self.register_buffer(
-            "weight", tbe.split_embedding_weights()[0][: plan.num_local, : plan.dim]
-        )
+        # FBGEMM's row-wise mean includes the padding: a smaller rate and eps correct it
+        row_wise = self.optimizer.name == "rowwise_adagrad"
+        self._mean_share = plan.dim / columns if row_wise and plan.dim else 1.0
+        # no submodule: its parameters are neither for an optimizer nor for the state dict
+        tbe = self.__dict__["_tbe"] = self._make_tbe(columns, dtype, device)
+        rows = tbe.split_embedding_weights()[0]
+        self.register_buffer("weight", rows[: plan.num_local, : plan.dim])
         self._offsets = torch.arange(1, device=device)
         self._pending: weakref.ref[_Pending] | None = None
 
     def _engine_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Say what FBGEMM's module shall do, whoever makes it."""
+        """Return the options of FBGEMM's module that do not depend on who makes it."""
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 
         return {
-            "optimizer": {
-                "sgd": EmbOptimType.EXACT_SGD,
-                "adagrad": EmbOptimType.EXACT_ADAGRAD,
-                "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-            }[self.optimizer.name],
+            "optimizer": getattr(EmbOptimType, f"EXACT_{self.optimizer.name.upper()}"),
             "learning_rate": self.learning_rate * math.sqrt(self._mean_share),
             "eps": self.optimizer.eps * math.sqrt(self._mean_share),
             "output_dtype": SparseType.from_dtype(dtype),
             "stochastic_rounding": False,
-            "bounds_check_mode": (
-                BoundsCheckMode.NONE
-            ),  # it would set bad ids to 0; the exchange has checked them
+            # the lookup has checked the ids; FBGEMM would set bad ones to 0
+            "bounds_check_mode": BoundsCheckMode.NONE,
         }
 
     def _make_tbe(self, columns: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -109,38 +98,28 @@ class FusedTable(Table):
         state = self.optimizer.state_columns
         self.plan.check_fits(dtype.itemsize, device, 4 * (columns if state is None else state))
         cuda = device.type == "cuda"
+        place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
+        compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
+        num_rows = max(self.plan.num_local, 1)  # FBGEMM's forward fails without a row
         tbe = SplitTableBatchedEmbeddingBagsCodegen(
-            embedding_specs=[
-                (
-                    max(self.plan.num_local, 1),  # without a row it would fail in forward
-                    columns,
-                    EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST,
-                    ComputeDevice.CUDA if cuda else ComputeDevice.CPU,
-                )
-            ],
+            embedding_specs=[(num_rows, columns, place, compute)],
             weights_precision=SparseType.from_dtype(dtype),
             pooling_mode=PoolingMode.NONE if cuda else PoolingMode.SUM,
             device=device,
             **self._engine_options(dtype),
         )
-        if not cuda:
+        if not cuda:  # free the memory, then take the same in large pages
             shape = tbe.weights_host.shape
-            tbe.weights_host.data = tbe.weights_host.new_empty(
-                0
-            )  # freed before the same comes in large pages
+            tbe.weights_host.data = tbe.weights_host.new_empty(0)
             tbe.weights_host.data = kernels.empty(shape, dtype, device).zero_()
         return tbe
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy rows and optimizer state; FBGEMM's module is made anew by whoever takes them."""
-        state = {
-            key: value for key, value in self.__dict__.items() if key not in ("_tbe", "_pending")
-        }
-        state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "weight"}
-        return state | {
-            "_rows": self.weight.detach().clone(),
-            "_optimizer_state": self.optimizer_state(),
-        }
+        """Copy rows and optimizer state; :meth:`__setstate__` makes FBGEMM's module anew."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_tbe", "_pending")}
+        state["_buffers"] = {k: v for k, v in self._buffers.items() if k != "weight"}
+        rows = self.weight.detach().clone()
+        return state | {"_rows": rows, "_optimizer_state": self.optimizer_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rows, optimizer_state = state.pop("_rows"), state.pop("_optimizer_state")
@@ -154,38 +133,33 @@ class FusedTable(Table):
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
     ) -> None:
         # FBGEMM owns the memory: rows are copied into it, also with load_state_dict(assign=True)
-        super()._load_from_state_dict(
-            state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args
-        )
+        copied = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, copied, *args)
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; backward updates the rows.
 
         Raises:
-            RuntimeError: a second lookup before the backward of the first, when that gives another
-                result than the sum of both gradients (any optimizer but SGD).
+            RuntimeError: a second lookup before the backward of the first, unless the optimizer is
+                SGD: it would not give the sum of both gradients.
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return kernels.take(self.weight, rows)
-        return self._await_backward(
-            self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows))))
-        )
+        out = self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows))))
+        return self._await_backward(out)
 
     @property
     def _waits_for_backward(self) -> bool:
-        waiting = self._pending() if self._pending is not None else None
-        return waiting is not None and not waiting.done
+        pending = self._pending() if self._pending is not None else None
+        return pending is not None and not pending.done
 
     def _trained(self, rows: Tensor, engine: Callable[[], Tensor]) -> Tensor:
-        """Return :meth:`lookup`'s rows from ``engine``, which gives ``(n, columns)``.
-
-        Padding included.
-        """
+        """Return the rows ``(n, D)`` that ``engine`` looks up, padding included."""
         if self._one_lookup and self._waits_for_backward:
             raise UsageError(
                 f"table {self.plan.table!r}: a second lookup before the backward of the first would"
                 f" make two {self.optimizer.name} updates of a row in one step: look all ids up at"
-                " once (torch.cat), use gradient='sparse', or take rows that are not trained under"
+                " once (torch.cat), use kernel='sparse', or look up rows that are not trained under"
                 " torch.no_grad()"
             )
         if len(rows):
@@ -224,15 +198,15 @@ class FusedTable(Table):
 
     @torch.no_grad()
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`optimizer_state` gave."""
+        """Take what :meth:`optimizer_state` returned."""
         if self.optimizer.name != "sgd":
             total = self._accumulator()
             if total.dim() == 1:
                 torch.mul(state["sum"], self._mean_share, out=total)
             else:
-                mine = total[:, : self.plan.dim]
-                if mine.data_ptr() != state["sum"].data_ptr():  # otherwise it was filled in place
-                    mine.copy_(state["sum"])
+                sums = total[:, : self.plan.dim]
+                if sums.data_ptr() != state["sum"].data_ptr():  # otherwise it was filled in place
+                    sums.copy_(state["sum"])
 
     @torch.no_grad()
     def reset_optimizer_state(self) -> None:
@@ -249,7 +223,7 @@ class FusedTable(Table):
         if self.weight.data_ptr() != before.data_ptr() or self.weight.dtype != before.dtype:
             self.weight = before
             raise UsageError(
-                f"table {self.plan.table!r}: FBGEMM's rows cannot be moved or converted: make the"
-                " Embedding with the device and dtype it shall have"
+                f"table {self.plan.table!r}: FBGEMM's rows cannot be moved or converted: give"
+                " Embedding the device and dtype when you make it"
             )
         return self

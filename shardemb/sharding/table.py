@@ -1,11 +1,12 @@
 """The rows of one table on this rank: their memory, their gradient, and which of them changed.
 
-This room knows nothing of other ranks: it looks up row numbers of its own shard.
+Nothing here knows of other ranks: a lookup takes row numbers of this shard.
 """
 
+import logging
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ from shardemb.optim import moves_touched_rows_only, why_refused
 from shardemb.sharding.placement import RowPlan
 from shardemb.utils.types import RowFunction
 
+_log = logging.getLogger(__name__)
 
-class _RowSet:
-    """Row numbers of a shard, collected batch by batch.
 
-    All rows once there are as many, when a pass over all is no dearer.
+class RowSet:
+    """Row numbers of a shard, added in batches.
+
+    Once there are as many as the shard has rows, it stands for all rows: a pass over all costs
+    less.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -34,10 +38,12 @@ class _RowSet:
         self.clear()
 
     def clear(self) -> None:
+        """Remove all rows."""
         self._batches: list[Tensor] | None = []
         self._count = 0
 
     def add(self, rows: Tensor) -> None:
+        """Add rows ``(n,)``."""
         self._count += rows.shape[0]
         if self._count > self._num_rows:
             self._batches = None
@@ -45,32 +51,30 @@ class _RowSet:
             self._batches.append(rows)
 
     def add_all(self) -> None:
+        """Add every row of the shard."""
         self._batches, self._count = None, self._num_rows
 
     def __bool__(self) -> bool:
         return self._count > 0
 
-    def merge(self, other: "_RowSet") -> None:
+    def merge(self, other: "RowSet") -> None:
+        """Add the rows of another set."""
         if other._batches is None:
             self.add_all()
         else:
             for rows in other._batches:
                 self.add(rows)
 
-    def unique(self) -> Tensor | None:
-        """Return the rows ``(n,)``, each once; None for all."""
-        if self._batches is None:
-            return None
-        if not self._batches:
-            return torch.empty(0, dtype=torch.int64)
-        rows = self._batches[0] if len(self._batches) == 1 else torch.cat(self._batches)
-        return kernels.merge(rows, self._num_rows).unique
-
     def take(self) -> Tensor | None:
-        """Return the rows as :meth:`unique` does, and collect anew."""
-        rows = self.unique()
+        """Return the rows ``(n,)``, each once, None for all; and clear the set."""
+        batches = self._batches
         self.clear()
-        return rows
+        if batches is None:
+            return None
+        if not batches:
+            return torch.empty(0, dtype=torch.int64)
+        rows = batches[0] if len(batches) == 1 else torch.cat(batches)
+        return kernels.merge(rows, self._num_rows).unique
 
 
 class Table(nn.Module):
@@ -85,12 +89,14 @@ class Table(nn.Module):
 
     def __init__(self, plan: RowPlan, track: bool) -> None:
         super().__init__()
+        kernels.keep_freed_blocks()
         self.plan = plan
         if plan.world_size > 1:
-            #: which rows the weight is, see :meth:`_here`; for the state dict
-            self.register_buffer("rows", torch.tensor(self._here()))
+            #: which rows the weight has, see :meth:`_row_range`; for the state dict
+            self.register_buffer("rows", torch.tensor(self._row_range()))
         self._track = track
-        self._changed = _RowSet(plan.num_local)
+        self._changed = RowSet(plan.num_local)
+        self._passes_over_all = 0
         self.touch_all()
 
     @property
@@ -98,20 +104,14 @@ class Table(nn.Module):
         """Where the rows are."""
         return self.weight.device
 
-    def _here(self) -> tuple[int, ...]:
-        """Return the first slot, one past the last, how many the whole table has.
-
-        And the order of the slots.
-        """
+    def _row_range(self) -> tuple[int, ...]:
+        """Return first slot, one past the last, rows of the whole table, and the order."""
         plan = self.plan
-        order = (plan.spread.multiplier, plan.spread.offset) if plan.spread is not None else ()
-        return (plan.first, plan.first + plan.num_local, plan.num_rows, *order)
+        last = plan.first + plan.num_local
+        return (plan.first, last, plan.num_rows, *plan.order.parameters)
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """Return ``(n, D)`` for row numbers ``(n,)`` of this shard.
-
-        Which the caller has checked.
-        """
+        """Return ``(n, D)`` for row numbers ``(n,)`` of this shard; the caller has checked them."""
         raise NotImplementedError
 
     def set_learning_rate(self, lr: float) -> None:
@@ -121,25 +121,25 @@ class Table(nn.Module):
         )
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return what backward's optimizer keeps for each row, ``(R, ...)`` by name.
-
-        Loading takes the same.
-        """
+        """Return what backward's optimizer keeps, ``(R, ...)`` by name; loading takes the same."""
         return {}
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`optimizer_state` gave."""
+        """Take what :meth:`optimizer_state` returned."""
 
     def reset_optimizer_state(self) -> None:
-        """Forget what backward's optimizer keeps, in place."""
+        """Clear what backward's optimizer keeps, in place."""
+
+    def synchronize_replicas(self) -> None:
+        """Average the rows that moved over the ranks that hold replicas. A collective."""
 
     @property
     def any_changed(self) -> bool:
-        """Whether rows changed that no :meth:`constrain_` has seen."""
+        """Whether rows changed since the last :meth:`constrain_`."""
         return bool(self._changed)
 
     def touch_all(self) -> None:
-        """Take every row as changed."""
+        """Count every row as changed."""
         self._changed.add_all()
 
     def _load_from_state_dict(
@@ -153,28 +153,26 @@ class Table(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take this rank's rows as they were saved here, or its part of a whole table."""
-        plan, key, here = self.plan, f"{prefix}rows", self._here()
+        plan, key, expected = self.plan, f"{prefix}rows", self._row_range()
         weight = state_dict.get(f"{prefix}weight")
         if key in state_dict:
-            saved = tuple(state_dict[key].tolist())
-            if saved != here:
+            got = tuple(state_dict[key].tolist())
+            if got != expected:
                 error_msgs.append(
-                    f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got rows"
-                    f" {saved[0]} to {saved[1]} of {saved[2]}, expected {here[0]} to {here[1]} of"
-                    f" {here[2]}: to load at another number of ranks use shardemb.checkpoint, or"
-                    " save Embedding.full_state_dict()"
+                    f"{plan.where}: got rows {got[0]} to {got[1]} of {got[2]}, expected"
+                    f" {expected[0]} to {expected[1]} of {expected[2]}: to load at another number"
+                    " of ranks use shardemb.checkpoint, or save Embedding.full_state_dict()"
                 )
                 return
-        elif isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == plan.num_rows:
-            if plan.world_size > 1:
-                state_dict[f"{prefix}weight"] = weight[plan.local_ids().to(weight.device)]
-                state_dict[key] = self.rows
         elif isinstance(weight, Tensor) and plan.world_size > 1:
-            error_msgs.append(
-                f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: got a whole table of"
-                f" shape {tuple(weight.shape)}, expected {(plan.num_rows, plan.dim)}"
-            )
-            return
+            if weight.dim() != 2 or len(weight) != plan.num_rows:
+                error_msgs.append(
+                    f"{plan.where}: got a whole table of shape {tuple(weight.shape)}, expected"
+                    f" {(plan.num_rows, plan.dim)}"
+                )
+                return
+            state_dict[f"{prefix}weight"] = weight[plan.local_ids().to(weight.device)]
+            state_dict[key] = self.rows
         if plan.world_size == 1:
             state_dict.pop(key, None)
         super()._load_from_state_dict(
@@ -192,9 +190,7 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def constrain_(self, function: RowFunction, changed_only: bool) -> int:
-        """Apply ``function`` on ``(n, D)`` in place.
-
-        To all rows or to those that changed since the last call.
+        """Apply ``function`` on ``(n, D)`` in place, to all rows or to those that changed since.
 
         Returns:
             The number of rows that it was applied to.
@@ -205,23 +201,24 @@ class Table(nn.Module):
             if rows.shape[0]:
                 kernels.constrain(weight, rows.to(weight.device), function)
             return rows.shape[0]
+        self._passes_over_all += 1
+        if self._passes_over_all == 2:  # the first pass is due: no row was constrained before
+            _log.info(
+                "table %r: the constrainer runs over all %d rows of this rank's shard",
+                self.plan.table,
+                len(weight),
+            )
         for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
             chunk.copy_(function(chunk))
         return len(weight)
 
     def _take_changed(self) -> Tensor | None:
-        """Return the rows ``(n,)`` that changed since the last call, each once.
-
-        None for all rows.
-        """
+        """Return the rows ``(n,)`` that changed since the last call, each once; None for all."""
         return self._changed.take()
 
 
 class ParameterTable(Table):
-    """A shard whose ``weight`` is an ordinary Parameter.
-
-    With a dense or a sparse (COO) gradient.
-    """
+    """A shard whose ``weight`` is an ordinary Parameter with a dense or sparse (COO) gradient."""
 
     def __init__(
         self,
@@ -238,21 +235,19 @@ class ParameterTable(Table):
         self.sparse = sparse
         weight = kernels.empty((plan.num_local, plan.dim), dtype, device)
         self.weight = nn.Parameter(weight, requires_grad=trainable)
-        #: rows whose gradient came, and which no optimizer has updated yet as far as is known
-        self._waiting = _RowSet(plan.num_local)
-        _TABLES.add(self)
+        #: rows that have a gradient, and that no optimizer has updated since, as far as is known
+        self._waiting = RowSet(plan.num_local)
+        _OptimizerHooks.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _TABLES.add(self)
+        _OptimizerHooks.add(self)
 
     def _got_gradient(self, rows: Tensor) -> None:
         self._waiting.add(rows)
 
     def after_step(self, moved_others: bool, constrained: bool) -> None:
-        """Take the rows that an optimizer has updated as changed.
-
-        Those in the gradient, however they came there.
+        """Count the rows that an optimizer has updated as changed: those in the gradient.
 
         Args:
             moved_others: the optimizer changed other rows too.
@@ -262,16 +257,14 @@ class ParameterTable(Table):
             return
         grad = self.weight.grad
         self._waiting.clear()
-        if moved_others or (
-            grad is not None and not grad.is_sparse
-        ):  # dense: from a loss on the weight itself
+        if moved_others or (grad is not None and not grad.is_sparse):  # a loss on the weight itself
             self.touch_all()
         elif grad is not None and not constrained:
             self._changed.add(grad._indices()[0])
 
     def _take_changed(self) -> Tensor | None:
-        # rows that still wait stay so: their update may come after this call, or came from no
-        # torch.optim optimizer
+        # rows that wait keep waiting: their update may follow this call, or no torch.optim
+        # optimizer made it
         self._changed.merge(self._waiting)
         return super()._take_changed()
 
@@ -299,43 +292,61 @@ class _SparseLookup(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return (
-            torch.sparse_coo_tensor(
-                rows[None], kernels.contiguous(grad), ctx.shape, check_invariants=False
-            ),
-            None,
-        )
+        values = kernels.contiguous(grad)
+        return torch.sparse_coo_tensor(rows[None], values, ctx.shape, check_invariants=False), None
 
 
-_TABLES: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
+class _OptimizerHooks:
+    """Hooks on optimizers' steps, there only while a ParameterTable lives.
 
+    Before a step they refuse an optimizer that cannot take a table's gradient, with a way out that
+    torch's own message lacks. After it they tell the tables which rows the optimizer has moved:
+    ``post_parameter_update`` alone cannot know whether a step came before it.
+    """
 
-def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
-    # none in most programs that import this package, whose optimizers pay nothing then
-    by_id = {id(table._parameters["weight"]): table for table in _TABLES}
-    for group in optimizer.param_groups if by_id else ():
-        for parameter in group["params"]:
-            table = by_id.get(id(parameter))
-            if table is not None:
-                yield table, group
+    _tables: ClassVar[weakref.WeakSet[ParameterTable]] = weakref.WeakSet()
+    _handles: ClassVar[tuple[Any, ...]] = ()
 
+    @classmethod
+    def add(cls, table: ParameterTable) -> None:
+        if not cls._handles:
+            cls._handles = (
+                register_optimizer_step_pre_hook(cls._before_step),
+                register_optimizer_step_post_hook(cls._after_step),
+            )
+        # callbacks run newest first: this one when the set has dropped the table
+        weakref.finalize(table, cls._remove_if_unused).atexit = False
+        cls._tables.add(table)
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for table, group in _tables_of(optimizer):
-        grad = table.weight.grad
-        why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
-        if why is not None:
-            raise UsageError(f"table {table.plan.table!r}: {why}")
+    @classmethod
+    def _remove_if_unused(cls) -> None:
+        if not cls._tables:
+            for handle in cls._handles:
+                handle.remove()
+            cls._handles = ()
 
+    @classmethod
+    def _of(
+        cls, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
+        by_id = {id(table._parameters["weight"]): table for table in cls._tables}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                table = by_id.get(id(parameter))
+                if table is not None:
+                    yield table, group
 
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    constrained = kwargs.get("constrain") or {}
-    for table, group in _tables_of(optimizer):
-        table.after_step(not moves_touched_rows_only(optimizer, group), table.weight in constrained)
+    @classmethod
+    def _before_step(cls, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for table, group in cls._of(optimizer):
+            grad = table.weight.grad
+            why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
+            if why is not None:
+                raise UsageError(f"table {table.plan.table!r}: {why}")
 
-
-# torch's own messages name neither the table nor a way out
-register_optimizer_step_pre_hook(_before_step)
-# each optimizer's step tells the tables: post_parameter_update alone cannot know whether rows were
-# updated before it
-register_optimizer_step_post_hook(_after_step)
+    @classmethod
+    def _after_step(cls, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        constrained = kwargs.get("constrain") or {}
+        for table, group in cls._of(optimizer):
+            moved_others = not moves_touched_rows_only(optimizer, group)
+            table.after_step(moved_others, table.weight in constrained)

@@ -1,22 +1,17 @@
-"""The second backend.
+"""A table inside TorchRec's ShardedEmbeddingCollection, placed by TorchRec's planner.
 
-One table as TorchRec's ShardedEmbeddingCollection, placed by TorchRec's planner.
-
-TorchRec exchanges ids and rows; what it gets wrong by itself is put right here: it sees checked ids
-only, rows are padded to equal blocks (it trains wrong rows with others), and its division of
-gradients, a global of the process, is undone or done so that the table's own reduction holds. The
-update is FBGEMM's, as in :class:`~shardemb.sharding.fused_table.FusedTable`.
+TorchRec exchanges ids and rows, FBGEMM updates them. This file corrects what TorchRec gets wrong:
+it gets checked ids only; shards are padded to equal blocks, with others it trains wrong rows; and
+its division of gradients, a global of the process, is undone or made up for.
 
 With several replicas (2D parallelism) each group of ranks holds all rows and trains on its own
-batches, and :meth:`TorchRecTable.synchronize_replicas` averages the rows that moved, and their
-optimizer state.
+batches; :meth:`TorchRecTable.synchronize_replicas` averages the rows that moved.
 
-A program that uses PyKEEN too imports it first: PyKEEN collects all classes of optimizers by name
-when it is imported, and fails on two of TorchRec's that have the same one.
+A program that uses PyKEEN imports it before this: PyKEEN collects all optimizer classes by name
+when it is imported, and fails on two of TorchRec's with the same name.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,66 +22,19 @@ from torch.nn import functional as F
 
 from shardemb import kernels
 from shardemb.comm import collectives, watchdog
-from shardemb.exceptions import InputError, OutOfMemoryError, UsageError
+from shardemb.exceptions import InputError, OutOfMemoryError, ShardembError, UsageError
 from shardemb.kernels import Merged
-from shardemb.sharding.exchange import Exchange
+from shardemb.sharding.exchange import id_error
 from shardemb.sharding.fused_table import FusedTable
+from shardemb.sharding.options import Sharding, TorchRec
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import _RowSet
+from shardemb.sharding.table import RowSet
 from shardemb.utils.memory import free_bytes
-from shardemb.utils.types import GradientReduction
 
-_KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
-#: Name of the table's one feature.
+#: name of the table's one feature
 _IDS = "ids"
-#: Rows that replicas average at a time.
+#: rows that replicas average at a time
 _SYNC_ROWS = 65536
-
-
-@dataclass(frozen=True)
-class TorchRecOptions:
-    """What TorchRec does with a table, with ``Embedding(backend="torchrec", torchrec=...)``."""
-
-    #: "fused": rows on the device; on CUDA also "fused_uvm": rows in host memory that the device
-    #: reads, and "fused_uvm_caching": the same with a cache on the device, which every constrainer
-    #: step and every read writes back
-    compute_kernel: str = "fused"
-    #: part of the rows that fit the cache, with "fused_uvm_caching"; None for TorchRec's 0.2
-    cache_load_factor: float | None = None
-    #: bytes a rank that the planner may use for the rows and their optimizer state, where they lie;
-    #: None for what is free
-    memory_bytes: int | None = None
-    #: ranks that share the rows; the others hold replicas of them (2D parallelism); None for all
-    #: ranks
-    sharding_group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.compute_kernel not in _KERNELS:
-            raise InputError(
-                f"TorchRecOptions: got compute_kernel={self.compute_kernel!r}, expected one of"
-                f" {_KERNELS}"
-            )
-        if self.cache_load_factor is not None:
-            if not 0 < self.cache_load_factor <= 1:
-                raise InputError(
-                    f"TorchRecOptions: got cache_load_factor={self.cache_load_factor}, expected 0 <"
-                    " x <= 1"
-                )
-            if self.compute_kernel != "fused_uvm_caching":
-                raise InputError(
-                    f"TorchRecOptions: got cache_load_factor={self.cache_load_factor} with"
-                    f" compute_kernel={self.compute_kernel!r}, which has no cache: use"
-                    " 'fused_uvm_caching'"
-                )
-        if self.memory_bytes is not None and self.memory_bytes <= 0:
-            raise InputError(
-                f"TorchRecOptions: got memory_bytes={self.memory_bytes}, expected a number above 0"
-            )
-        if self.sharding_group_size is not None and self.sharding_group_size < 1:
-            raise InputError(
-                f"TorchRecOptions: got sharding_group_size={self.sharding_group_size}, expected at"
-                " least 1"
-            )
 
 
 @dataclass(frozen=True)
@@ -104,7 +52,7 @@ class Groups:
 
     @property
     def num_replicas(self) -> int:
-        """How many ranks hold each row."""
+        """Number of ranks that hold each row."""
         return 1 if self.replica is None else dist.get_world_size(self.replica)
 
     @property
@@ -113,50 +61,46 @@ class Groups:
         return self.replica is None or dist.get_rank(self.replica) == 0
 
 
-def make_groups(table: str, group: Any, options: TorchRecOptions, device: torch.device) -> Groups:
-    """Make the groups of a table over ``group`` (None: the default group).
-
-    A collective of all ranks with replicas.
+def make_groups(table: str, group: Any, options: TorchRec, device: torch.device) -> Groups:
+    """Make the groups of a table over ``group``, None for the default one. A collective.
 
     Raises:
         RuntimeError: no process group.
         ValueError: a sharding group size that does not divide the number of ranks, or that comes
-            with a group of one's own.
+            with a process group of the table's own.
     """
     if not dist.is_initialized():
         raise UsageError(
-            f"table {table!r}: backend='torchrec' needs a process group, got none: call"
+            f"table {table!r}: engine=TorchRec() needs a process group, got none: call"
             " torch.distributed.init_process_group first (also with one process), or use"
-            " backend='fbgemm'"
+            " engine='fbgemm'"
         )
     everyone: Any = dist.group.WORLD if group is None else group
     size, world_size = options.sharding_group_size, dist.get_world_size(everyone)
     if size is None or size == world_size:
         return Groups(everyone, everyone)
     if group is not None or world_size % size:
+        over = "the default group" if group is None else "a process group of its own"
         raise InputError(
-            f"table {table!r}: got sharding_group_size={size} over {world_size} ranks of"
-            f" {'the default group' if group is None else 'a process group of its own'}, expected a"
-            " divisor of the number of ranks, and the default group"
+            f"table {table!r}: got sharding_group_size={size} over {world_size} ranks of {over},"
+            " expected a divisor of the number of ranks, and the default group"
         )
     from torch.distributed.device_mesh import DeviceMesh
 
-    # the layout of TorchRec's DMPCollection: replicas lie side by side, so that they tend to share
-    # a machine
+    # the layout of TorchRec's DMPCollection: replicas lie side by side, mostly on one machine
     ranks = torch.arange(world_size).reshape(size, world_size // size).T.contiguous()
     mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "shard"))
     groups = Groups(everyone, mesh.get_group("shard"), mesh.get_group("replicate"), mesh)
-    timeout = everyone._get_backend(
-        device
-    ).options._timeout  # a mesh's groups would wait for 30 minutes
-    for made in (groups.shard, groups.replica):
-        dist.distributed_c10d._set_pg_timeout(timeout, made)
+    # a mesh's groups would wait for 30 minutes
+    timeout = everyone._get_backend(device).options._timeout
+    for subgroup in (groups.shard, groups.replica):
+        dist.distributed_c10d._set_pg_timeout(timeout, subgroup)
     return groups
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A lookup on its way to the owners of its rows."""
+    """A lookup whose ids are on their way to the owners of their rows."""
 
     #: TorchRec's context of the lookup
     context: Any
@@ -167,60 +111,46 @@ class Sent:
 
 
 class TorchRecTable(FusedTable):
-    """A shard inside TorchRec's collection.
-
-    :meth:`send_ids` and :meth:`fetch` take the place of exchange and lookup.
+    """A shard inside TorchRec's collection; TorchRec moves ids and rows between ranks.
 
     Args:
         plan: which rows these are, within the ranks of ``groups.shard``.
         groups: of the table.
-        options: for TorchRec.
-        reduction: of the gradients that several ranks have for one row.
-        deduplicate: send each id of a batch once, with more than one rank; TorchRec's own has no
-            kernel for CPUs.
+        options: of TorchRec.
+        sharding: how gradients are reduced, and whether each id of a batch is sent once.
         kwargs: of :class:`~shardemb.sharding.fused_table.FusedTable`.
     """
 
-    #: TorchRec's ShardedEmbeddingCollection, for TorchRec's own tools; its one table is named as
-    #: this one
+    #: TorchRec's ShardedEmbeddingCollection, for TorchRec's own tools; its one table has this
+    #: table's name
     torchrec_module: Any
-    #: the ParameterSharding that TorchRec's planner made
+    #: the ParameterSharding of TorchRec's planner
     torchrec_plan: Any
 
     def __init__(
-        self,
-        plan: RowPlan,
-        *,
-        groups: Groups,
-        options: TorchRecOptions,
-        reduction: GradientReduction,
-        deduplicate: bool,
-        **kwargs: Any,
+        self, plan: RowPlan, *, groups: Groups, options: TorchRec, sharding: Sharding, **kwargs: Any
     ) -> None:
         device = kwargs["device"]
         if options.compute_kernel != "fused" and device.type != "cuda":
             raise InputError(
                 f"table {plan.table!r}: got compute_kernel={options.compute_kernel!r} on {device},"
-                " which TorchRec would silently take for 'fused': use a CUDA device, or"
+                " where TorchRec would silently use 'fused': use a CUDA device, or"
                 " compute_kernel='fused'"
             )
         self._groups, self._options, self._device = groups, options, device
-        self._deduplicate = deduplicate and plan.world_size > 1
-        ranks = replace(
-            plan,
-            world_size=dist.get_world_size(groups.everyone),
-            rank=dist.get_rank(groups.everyone),
-        )
-        self._ids = Exchange(ranks, groups.everyone, reduction)
-        # averaging replicas divides a sum by their number, and makes a mean over a group a mean
-        # over all
-        self._scale = 1.0 / plan.world_size if reduction == "mean" else float(groups.num_replicas)
-        self._moved = _RowSet(plan.num_local)
+        # TorchRec's own deduplication has no kernel for CPUs
+        self._deduplicate = sharding.deduplicate and plan.world_size > 1
+        world_size = dist.get_world_size(groups.everyone)
+        #: the plan as errors name it: ranks of all replicas
+        self._id_plan = replace(plan, world_size=world_size, rank=dist.get_rank(groups.everyone))
+        # averaging replicas divides a sum by their number, and turns a group's mean into that of
+        # all
+        mean = sharding.gradient_reduction == "mean"
+        self._scale = 1.0 / plan.world_size if mean else float(groups.num_replicas)
+        self._moved = RowSet(plan.num_local)
         self._cached, self._stale = options.compute_kernel == "fused_uvm_caching", False
         super().__init__(plan, **kwargs)
-        self._one_lookup |= (
-            self._cached
-        )  # a second one may evict what the first one's backward writes to
+        self._one_lookup |= self._cached  # a second one may evict rows that backward writes to
         self._constrained = self._track
         self._track |= groups.num_replicas > 1
 
@@ -238,8 +168,7 @@ class TorchRecTable(FusedTable):
         plan, groups = self.plan, self._groups
         config = EmbeddingConfig(
             name=plan.table,
-            num_embeddings=plan.block
-            * plan.world_size,  # equal blocks: TorchRec's input distribution knows no others
+            num_embeddings=plan.block * plan.world_size,  # equal blocks, see above
             embedding_dim=columns,
             feature_names=[_IDS],
             data_type=DataType.FP32 if dtype == torch.float32 else DataType.FP16,
@@ -250,61 +179,49 @@ class TorchRecTable(FusedTable):
         if groups.mesh is not None:
             env = ShardingEnv2D(groups.shard, groups.replica, groups.everyone, groups.mesh)
         else:
-            # ShardingEnv.from_process_group would make a device mesh of ranks 0, 1, ..., whatever
-            # ranks the group has
+            # ShardingEnv.from_process_group would make a mesh of ranks 0, 1, ..., whatever the
+            # group
             env = ShardingEnv(plan.world_size, plan.rank)
             env.process_group = groups.shard
         module = sharder.shard(collection, {plan.table: sharding}, env, device)
-        self.__dict__.update(
-            torchrec_module=module, torchrec_plan=sharding
-        )  # no submodule, as its _tbe
+        # no submodule, as its _tbe
+        self.__dict__.update(torchrec_module=module, torchrec_plan=sharding)
         return module._lookups[0]._emb_modules[0].emb_module
 
     def _planned(self, collection: Any, sharder: Any, columns: int, dtype: torch.dtype) -> Any:
         """Return the planner's ParameterSharding. A collective.
 
-        The ranks agree on what is free, and refuse together.
-
         Raises:
-            MemoryError: the plan does not fit.
+            MemoryError: the plan does not fit the least free memory of all ranks, on all ranks.
         """
         from torch.distributed.remote_device import _remote_device
         from torchrec.distributed.planner import ParameterConstraints
         from torchrec.distributed.planner.types import PlannerError, TrainerConfig
         from torchrec.distributed.types import CacheParams
 
-        plan, options, name = self.plan, self._options, self.optimizer.name
+        plan, options = self.plan, self._options
         on_host = self.device.type == "cpu" or options.compute_kernel != "fused"
-        device_bytes, host_bytes = (
-            self._least_free(self.device),
-            self._least_free(torch.device("cpu")),
-        )
+        device_bytes = self._least_free(self.device)
+        host_bytes = self._least_free(torch.device("cpu"))
         allowed = options.memory_bytes or (host_bytes if on_host else device_bytes)
         state = self.optimizer.state_columns
         need = plan.block * (columns * dtype.itemsize + 4 * (columns if state is None else state))
         refusal = OutOfMemoryError(
-            f"table {plan.table!r}, rank {plan.rank} of {plan.world_size}: TorchRec's planner needs"
-            f" {need:,} bytes a rank for {plan.block:,} rows x {columns} columns and their"
-            f" optimizer state, {allowed:,} are allowed: use more ranks, fewer columns, a smaller"
+            f"{plan.where}: TorchRec's planner needs {need:,} bytes a rank for {plan.block:,} rows"
+            f" x {columns} columns and their optimizer state, {allowed:,} are allowed: use more ranks, fewer columns, a smaller"
             " dtype, more memory_bytes, or compute_kernel='fused_uvm_caching' on CUDA"
         )
-        if (
-            need > allowed
-        ):  # the planner takes the state of half precision rows for half precision too
+        if need > allowed:  # the planner underestimates the state of half precision rows
             raise refusal
         (parameter,) = collection.parameters()
-        parameter._optimizer_classes = [
-            _optimizer_classes()[name]
-        ]  # so that the planner counts the state
+        # so that the planner counts the state
+        parameter._optimizer_classes = [_optimizer_class(self.optimizer.name)]
         local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
+        factor = options.cache_load_factor
         constraints = ParameterConstraints(
             sharding_types=["row_wise"],
             compute_kernels=[options.compute_kernel],
-            cache_params=(
-                CacheParams(load_factor=options.cache_load_factor)
-                if options.cache_load_factor
-                else None
-            ),
+            cache_params=CacheParams(load_factor=factor) if factor else None,
         )
         trainer = TrainerConfig(
             world_size=plan.world_size,
@@ -312,15 +229,13 @@ class TorchRecTable(FusedTable):
             hbm_cap_bytes=device_bytes if on_host else allowed,
             ddr_cap_bytes=allowed if on_host else host_bytes,
         )
-        # rows and state decide, not a batch that nobody knows
-        planner = _planner(self.device.type, trainer, {plan.table: constraints}, batch_size=1)
+        planner = _planner(self.device.type, trainer, {plan.table: constraints})
         try:
             sharding = planner.plan(collection, [sharder]).plan[""][plan.table]
         except PlannerError as error:
             raise refusal from error
-        sharding.ranks = [
-            dist.get_global_rank(self._groups.shard, rank) for rank in range(plan.world_size)
-        ]
+        ranks = range(plan.world_size)
+        sharding.ranks = [dist.get_global_rank(self._groups.shard, rank) for rank in ranks]
         for rank, shard in zip(sharding.ranks, sharding.sharding_spec.shards, strict=True):
             place = "cpu" if self.device.type == "cpu" else f"cuda:{rank % local}"
             shard.placement = _remote_device(f"rank:{rank}/{place}")
@@ -345,7 +260,7 @@ class TorchRecTable(FusedTable):
 
     def __getstate__(self) -> dict[str, Any]:
         raise UsageError(
-            f"table {self.plan.table!r}: backend='torchrec' holds process groups, so it cannot be"
+            f"table {self.plan.table!r}: TorchRec holds process groups, so it cannot be"
             " copied or pickled: use shardemb.checkpoint, or its state_dict"
         )
 
@@ -357,33 +272,42 @@ class TorchRecTable(FusedTable):
         _ = self.weight  # written back, or it would later write over what is loaded
         super()._load_from_state_dict(*args)
 
-    def send_ids(self, ids: Any, device: torch.device) -> Sent:
+    def send_ids(self, ids: Any) -> Sent:
         """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective.
 
         Raises:
-            IndexError, IdTypeError, AttributeError: as
-                :meth:`shardemb.sharding.exchange.Exchange.send_ids`, on all ranks.
+            IndexError, IdTypeError, AttributeError: bad ids of any rank, on all ranks.
         """
         from torchrec import KeyedJaggedTensor
 
-        self._ids.check_everywhere(ids, device)
-        values = self.plan.slots(ids.to(device, torch.int64)).contiguous()
+        self._check(id_error(self._id_plan, ids))
+        values = self.plan.order.slots(ids.to(self.device, torch.int64)).contiguous()
         merged = kernels.merge(values, self.plan.num_rows) if self._deduplicate else None
         values = values if merged is None else merged.unique
-        lengths = torch.tensor(
-            [len(values)], device=device
-        )  # one bag, of 0 ids too: a batch of 0 bags breaks the peers
+        # one bag, also of 0 ids: a batch of 0 bags breaks the peers
+        lengths = torch.tensor([len(values)], device=self.device)
         features = KeyedJaggedTensor(keys=[_IDS], values=values, lengths=lengths)
         context = self.torchrec_module.create_context()
-        with watchdog.guarded(self._groups.shard, f"table {self.plan.table!r}: ids"):
+        with watchdog.guarded(self._groups.shard, self._operation("ids")):
             return Sent(context, self.torchrec_module.input_dist(context, features), merged)
 
-    def fetch(self, sent: Sent) -> Tensor:
-        """Return the rows ``(n, D)`` in the order of the ids.
+    def _check(self, error: ShardembError | None) -> None:
+        """Raise an error of any rank's ids on all ranks. A collective."""
+        group, operation = self._groups.everyone, self._operation("are all ids valid?")
+        bad = torch.tensor(int(error is not None), device=self.device)
+        collectives.all_reduce(bad, collectives.MAX, group=group, operation=operation)
+        if bad:
+            collectives.raise_together(error, group=group, operation=operation)
 
-        Backward updates them on their owners. A collective.
+    def _operation(self, what: str) -> str:
+        return f"table {self.plan.table!r}: {what}"
+
+    def fetch(self, sent: Sent) -> Tensor:
+        """Return the rows ``(n, D)`` in the order of the ids. A collective.
+
+        Backward updates them on their owners.
         """
-        with watchdog.guarded(self._groups.shard, f"table {self.plan.table!r}: ids"):
+        with watchdog.guarded(self._groups.shard, self._operation("ids")):
             owned = sent.features.wait().wait()  # as row numbers of this shard
         (sharding,) = sent.context.sharding_contexts
         sharding.lengths_after_input_dist = owned[0].lengths().view(-1, owned[0].stride())
@@ -397,7 +321,7 @@ class TorchRecTable(FusedTable):
             rows = self.lookup(rows)
         if not self.plan.dim:  # TorchRec sends at least a column
             rows = F.pad(rows, (0, 1))
-        with watchdog.guarded(self._groups.shard, f"table {self.plan.table!r}: rows"):
+        with watchdog.guarded(self._groups.shard, self._operation("rows")):
             back = self.torchrec_module.output_dist(sent.context, [rows])[_IDS].values()
         back = back[:, : self.plan.dim].contiguous()
         if sent.merged is not None:
@@ -413,31 +337,24 @@ class TorchRecTable(FusedTable):
             self._moved.add(rows)
 
     @torch.no_grad()
-    def synchronize_replicas(self) -> int:
-        """Average what moved since the last call, rows and optimizer state.
+    def synchronize_replicas(self) -> None:
+        """Average the rows that moved since the last call, and their optimizer state. A collective.
 
-        Over the ranks that hold it. A collective.
-
-        Returns:
-            The number of rows that were averaged; 0 without replicas.
+        Over the ranks that hold the same rows; nothing without replicas.
         """
         group, count = self._groups.replica, self._groups.num_replicas
         if group is None:
-            return 0
-        mine = self._moved.take()
-        length = torch.tensor([-1 if mine is None else len(mine)], device=self.device)
-        lengths = [torch.empty_like(length) for _ in range(count)]
-        operation = f"table {self.plan.table!r}: averaging replicas"
-        collectives.all_gather(lengths, length, group=group, operation=operation)
-        sizes = [int(n) for n in lengths]
-        if min(sizes) < 0 or mine is None:
+            return
+        operation = self._operation("averaging replicas")
+        moved = self._moved.take()
+        sizes = collectives.gather(
+            -1 if moved is None else len(moved), group=group, operation=operation
+        )
+        if moved is None or min(sizes) < 0:
             rows = torch.arange(self.plan.num_local, device=self.device)
         else:
-            padded = [length.new_empty(max(sizes)) for _ in range(count)]
-            longest = F.pad(mine.to(self.device), (0, max(sizes) - len(mine)))
-            collectives.all_gather(padded, longest, group=group, operation=operation)
-            rows = torch.cat(
-                [part[:size] for part, size in zip(padded, sizes, strict=True)]
+            rows = collectives.all_gather_rows(
+                moved.to(self.device), group=group, operation=operation
             ).unique()
         state = [] if self.optimizer.name == "sgd" else self._tbe.split_optimizer_states()[0]
         for tensor in (self.weight, *state):
@@ -447,14 +364,10 @@ class TorchRecTable(FusedTable):
                 tensor.index_copy_(0, chunk, values.div_(count).to(tensor.dtype))
         if self._constrained:
             self._changed.add(rows)
-        return len(rows)
 
 
 class _Reduce(torch.autograd.Function):
-    """Scales the gradient that TorchRec's exchange gives.
-
-    Which it has divided by the number of ranks or not.
-    """
+    """Scales the gradient of TorchRec's exchange, which may have divided it by the ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, scale: float, world_size: int) -> Tensor:
@@ -476,115 +389,23 @@ class _Reduce(torch.autograd.Function):
         return (grad if scale == 1 else grad * scale), None, None
 
 
-def place(
-    plan: RowPlan,
-    optimizer: str,
-    device: str,
-    memory_bytes: int,
-    ranks_per_host: int,
-    rates: Mapping[str, float],
-    ids: int,
-) -> dict[str, Any]:
-    """Let TorchRec's planner place a table that is not there, on ranks that are not there.
-
-    It need not take rows.
-
-    Args:
-        plan: rows, columns and ranks.
-        optimizer: that updates the rows in backward.
-        device: that they lie on, "cpu" or "cuda".
-        memory_bytes: of a rank.
-        ranks_per_host: at most; as many of them on each host.
-        rates: bytes a second of "memory", of "host", between a host's ranks, and of "network",
-            between hosts.
-        ids: that a rank looks up in a step.
-
-    Returns:
-        The planner's "sharding_type", "compute_kernel", "ranks" with rows, "memory_bytes" of the
-        fullest rank, and the "seconds" that it expects a rank's lookup, exchange and update to
-        take.
-
-    Raises:
-        ValueError: an optimizer that the planner does not know.
-        MemoryError: it finds no room.
-    """
-    import torchrec
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.planner import ParameterConstraints
-    from torchrec.distributed.planner.types import HardwareConfig, PlannerError, TrainerConfig
-
-    classes = _optimizer_classes()
-    if optimizer not in classes:
-        raise InputError(
-            f"TorchRec's planner: got optimizer {optimizer!r}, expected one of"
-            f" {', '.join(sorted(classes))}"
-        )
-    gpu = device == "cuda"
-    config = torchrec.EmbeddingConfig(
-        name=plan.table, num_embeddings=plan.num_rows, embedding_dim=plan.dim, feature_names=[_IDS]
-    )
-    collection = torchrec.EmbeddingCollection(tables=[config], device=torch.device("meta"))
-    (parameter,) = collection.parameters()
-    parameter._optimizer_classes = [classes[optimizer]]  # so that the planner counts the state
-    local = next(n for n in range(ranks_per_host, 0, -1) if plan.world_size % n == 0)
-    memory, near, far = (
-        rates[name] / 1000 for name in ("memory", "host", "network")
-    )  # bytes a millisecond
-    trainer = TrainerConfig(
-        world_size=plan.world_size,
-        local_world_size=local,
-        hbm_cap_bytes=memory_bytes if gpu else 0,
-        ddr_cap_bytes=0 if gpu else memory_bytes,
-    )
-    hardware = HardwareConfig(
-        intra_host_bw=near, inter_host_bw=far, hbm_mem_bw=memory, ddr_mem_bw=memory
-    )
-    planner = _planner(
-        device, trainer, {plan.table: ParameterConstraints(pooling_factors=[1.0])}, ids, hardware
-    )
-    try:
-        found = planner.plan(collection, [EmbeddingCollectionSharder()]).plan[""][plan.table]
-    except PlannerError as error:
-        raise OutOfMemoryError(
-            f"TorchRec's planner finds no room for {plan.num_rows:,} rows x {plan.dim} columns and"
-            f" their state on {plan.world_size:,} ranks with {memory_bytes:,} bytes each: use more"
-            " ranks"
-        ) from error
-    (option,) = planner._best_plan
-    shards = option.shards
-    return {
-        "sharding_type": found.sharding_type,
-        "compute_kernel": found.compute_kernel,
-        "ranks": len({shard.rank for shard in shards}),
-        "memory_bytes": max(shard.storage.hbm if gpu else shard.storage.ddr for shard in shards),
-        "seconds": max(shard.perf.total for shard in shards) / 1000,
-    }
-
-
-def _optimizer_classes() -> dict[str, Any]:
+def _optimizer_class(name: str) -> Any:
     import torchrec
 
-    return {
-        "sgd": torch.optim.SGD,
-        "adagrad": torch.optim.Adagrad,
-        "adam": torch.optim.Adam,
-        "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
-    }
+    classes: dict[str, Any] = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+    return classes.get(name, torchrec.optim.RowWiseAdagrad)
 
 
-def _planner(
-    device: str, trainer: Any, constraints: dict[str, Any], batch_size: int, hardware: Any = None
-) -> Any:
+def _planner(device: str, trainer: Any, constraints: dict[str, Any]) -> Any:
     """Return TorchRec's planner, silent, for ranks that keep no memory back."""
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import KernelConfig, TopologyFactory
 
+    kernel = KernelConfig(compute_device=device)
     return EmbeddingShardingPlanner(
-        topology=TopologyFactory.create_topology(
-            trainer, hardware, KernelConfig(compute_device=device)
-        ),
-        batch_size=batch_size,
+        topology=TopologyFactory.create_topology(trainer, None, kernel),
+        batch_size=1,  # unknown: rows and state decide
         storage_reservation=FixedPercentageStorageReservation(0.0),
         constraints=constraints,
         stats=[],

@@ -25,12 +25,6 @@ RowFunction = Callable[[torch.Tensor], torch.Tensor]
 #: of 2.
 Initializer = Callable[[torch.Tensor], torch.Tensor]
 
-#: How a table's gradient is kept, see :class:`shardemb.Embedding`.
-Gradient = Literal["dense", "sparse", "fused"]
-
-#: What exchanges and looks up the rows of a fused table.
-Backend = Literal["fbgemm", "torchrec"]
-
 #: Where a table's rows live: each on one rank, or all of them on every rank.
 Placement = Literal["row_wise", "replicated"]
 

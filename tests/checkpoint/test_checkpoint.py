@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint
+from shardemb import (
+    Coordinator,
+    Embedding,
+    Fused,
+    FusedOptimizer,
+    RowWiseAdagrad,
+    Sharding,
+    checkpoint,
+)
 from shardemb.checkpoint import CheckpointError, writer
 
 
@@ -20,16 +28,23 @@ class Model(nn.Module):
         self.fused = Embedding(
             rows,
             shape=dim,
-            gradient="fused",
-            optimizer=fused,
-            gradient_reduction="sum",
+            kernel=Fused(fused),
             seed=1,
             name="fused",
+            sharding=Sharding(gradient_reduction="sum"),
         )
-        self.sparse = Embedding(rows, shape=dim, gradient_reduction="sum", seed=2, name="sparse")
-        self.few = Embedding(1, shape=dim, gradient_reduction="sum", seed=3, name="few")
+        self.sparse = Embedding(
+            rows, shape=dim, seed=2, name="sparse", sharding=Sharding(gradient_reduction="sum")
+        )
+        self.few = Embedding(
+            1, shape=dim, seed=3, name="few", sharding=Sharding(gradient_reduction="sum")
+        )
         self.copied = Embedding(
-            5, shape=dim, placement="replicated", gradient="dense", gradient_reduction="sum", seed=4
+            5,
+            shape=dim,
+            kernel="dense",
+            seed=4,
+            sharding=Sharding(placement="replicated", gradient_reduction="sum"),
         )
         self.layer = nn.Linear(dim, 1)
         nn.init.ones_(self.layer.weight), nn.init.zeros_(self.layer.bias)

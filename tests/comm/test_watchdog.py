@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint
+from shardemb import Coordinator, Embedding, Fused, FusedOptimizer, RowWiseAdagrad, checkpoint
 from shardemb.comm import collectives, watchdog
 from shardemb.comm.watchdog import PeerFailureError
 
@@ -478,9 +478,9 @@ class Tables(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.user = Embedding(101, shape=4, seed=1, name="user")
-        self.item = Embedding(11, shape=4, seed=2, name="item", gradient="dense")
+        self.item = Embedding(11, shape=4, seed=2, name="item", kernel="dense")
         self.fused = Embedding(
-            101, shape=4, seed=2, name="fused", gradient="fused", optimizer=FusedOptimizer("sgd")
+            101, shape=4, seed=2, name="fused", kernel=Fused(FusedOptimizer("sgd"))
         )
         self.layer = nn.Linear(4, 1)
 

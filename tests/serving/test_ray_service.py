@@ -66,7 +66,7 @@ def _save(rank: int, world_size: int, folder: Path) -> None:
     model.complex = Embedding(100, shape=3, dtype=torch.complex64, seed=3, name="complex")
     model.short = Embedding(33, shape=5, dtype=torch.bfloat16, seed=4, name="short")
     model.relation = Embedding(
-        2, shape=4, seed=5, name="relation", placement="replicated"
+        2, shape=4, seed=5, name="relation", sharding="replicated"
     )  # fewer rows than shards
     model.tied = Embedding(200, shape=4, name="tied")
     model.tied.load_state_dict({"weight": torch.randint(-1, 2, (200, 4)).float()})

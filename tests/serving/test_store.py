@@ -29,7 +29,7 @@ def _save(rank: int, world_size: int, folder: Path, kwargs: dict) -> torch.Tenso
     writer.FILE_BYTES = 1500  # several files
     model = nn.Module()
     model.entity = Embedding(501, seed=1, name="entity", **kwargs)
-    model.relation = Embedding(3, shape=4, seed=2, name="relation", placement="replicated")
+    model.relation = Embedding(3, shape=4, seed=2, name="relation", sharding="replicated")
     if rank == 0:
         Vocabulary(LABELS).save(folder / "entities.arrow")
     fingerprints = {"entities": Vocabulary(LABELS).fingerprint}

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 import shardemb
-from shardemb.sharding.placement import RowPermutation, RowPlan
+from shardemb.sharding.placement import RowOrder, RowPlan
 from shardemb.utils.memory import free_bytes
 
 
@@ -22,7 +22,7 @@ def test_every_row_has_one_owner(rows: int, ranks: int) -> None:
                 row % plan.block == row - plan.first
             )  # what FBGEMM's bucketizing takes for granted
         assert (plan.owner_of(plan.local_ids()) == plan.rank).all()
-        assert plan.slots(plan.local_ids()).equal(
+        assert plan.order.slots(plan.local_ids()).equal(
             torch.arange(plan.first, plan.first + plan.num_local)
         )
         assert plan.local_ids(1, 3).equal(plan.local_ids()[1:3]) or plan.num_local < 3
@@ -32,14 +32,14 @@ def test_every_row_has_one_owner(rows: int, ranks: int) -> None:
     "rows", [*range(70), 501, 4096, 10**6, 2**31 - 1, 2**31 + 11, 3 * 10**9, 2**40]
 )
 def test_slots_are_a_permutation_of_ids(rows: int) -> None:
-    spread = RowPermutation(rows)
+    order = RowOrder(rows, permuted=True)
     ids = torch.arange(rows) if rows <= 4096 else torch.randint(rows, (1000,))
-    slots = spread.slots(ids)
-    assert slots.tolist() == [(i * spread.multiplier + spread.offset) % rows for i in ids.tolist()]
-    assert spread.ids(slots).equal(ids)
+    slots = order.slots(ids)
+    assert slots.tolist() == [(i * order.multiplier + order.offset) % rows for i in ids.tolist()]
+    assert order.ids(slots).equal(ids)
     assert len(slots.unique()) == len(ids.unique())
     with pytest.raises(ValueError, match="at most 2\\^40"):
-        RowPermutation(2**40 + 1)
+        RowOrder(2**40 + 1, permuted=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -47,7 +47,7 @@ def test_slots_are_a_permutation_of_ids(rows: int) -> None:
     ("order", "each_once"),
     [("popularity", False), ("popularity", True), ("shuffled", True), ("eighth", True)],
 )
-def test_popular_ids_spread_over_the_ranks(ranks: int, order: str, each_once: bool) -> None:
+def test_popular_ids_order_over_the_ranks(ranks: int, order: str, each_once: bool) -> None:
     """What each shard is asked for, with ids of Zipf's law of exponent 0.8, stays near the mean.
 
     In random order the most popular rows may meet on one shard by chance, so there it takes the
@@ -78,7 +78,7 @@ def test_bytes_and_refusal_before_allocation() -> None:
         RowPlan("people", 10**12, 128, 2, 0).check_fits(4, torch.device("cpu"))
     for gradient in ("sparse", "fused"):
         with pytest.raises(MemoryError, match="table 'people'"):
-            shardemb.Embedding(10**12, shape=128, gradient=gradient, name="people")
+            shardemb.Embedding(10**12, shape=128, kernel=gradient, name="people")
 
 
 @pytest.mark.parametrize("arguments", [(-1, 4), (4, -1), (4, 4, 2, 2), (4, 4, 0, 0)])
@@ -91,7 +91,14 @@ def _torchrec(rank: int, world_size: int, rows: int) -> float:
     """Look ids up in TorchRec's sharded collection under our plan, with our rows in it."""
     from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.types import ShardingEnv
+    from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+    from torchrec.distributed.types import (
+        EnumerableShardingSpec,
+        ParameterSharding,
+        ShardingEnv,
+        ShardingType,
+        ShardMetadata,
+    )
 
     ours = shardemb.Embedding(rows, shape=8, seed=3)
     collection = EmbeddingCollection(
@@ -101,17 +108,29 @@ def _torchrec(rank: int, world_size: int, rows: int) -> float:
         device=torch.device("meta"),
     )
     environment = ShardingEnv.from_process_group(dist.group.WORLD)
-    sharding = {"t": ours.plan.parameter_sharding()}
+    blocks = [(rank, ours.plan.range_of(rank)) for rank in range(world_size)]
+    shards = [
+        ShardMetadata([first, 0], [last - first, 8], f"rank:{rank}/cpu")
+        for rank, (first, last) in blocks
+    ]
+    sharding = {
+        "t": ParameterSharding(
+            sharding_type=ShardingType.ROW_WISE.value,
+            compute_kernel=EmbeddingComputeKernel.FUSED.value,
+            ranks=list(range(world_size)),
+            sharding_spec=EnumerableShardingSpec(shards),
+        )
+    }
     theirs = EmbeddingCollectionSharder().shard(
         collection, sharding, environment, torch.device("cpu")
     )
-    first, mine = ours.plan.first, ours.local_rows()
+    first, rows_here = ours.plan.first, ours.local_rows()
     (shard,) = theirs.state_dict()["embeddings.t.weight"].local_shards()
     assert shard.metadata.shard_offsets == [first, 0]
-    shard.tensor.detach().copy_(mine)
+    shard.tensor.detach().copy_(rows_here)
     ids = torch.arange(rank, rows, 2)
     jagged = KeyedJaggedTensor(
-        keys=["f"], values=ours.plan.slots(ids), lengths=torch.tensor([len(ids)])
+        keys=["f"], values=ours.plan.order.slots(ids), lengths=torch.tensor([len(ids)])
     )
     return (theirs(jagged)["f"].values() - ours(ids)).abs().max().item()
 

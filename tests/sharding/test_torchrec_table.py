@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from shardemb import (
     Coordinator,
     Embedding,
+    Fused,
     FusedOptimizer,
     RowWiseAdagrad,
-    TorchRecOptions,
+    Sharding,
+    TorchRec,
     checkpoint,
 )
 from shardemb.exceptions import IdTypeError
@@ -62,10 +64,12 @@ def group_of_one(world_size: int) -> Iterator[None]:
 def make(
     rows: int, dim: int, optimizer: str, backend: str = "torchrec", **kwargs: Any
 ) -> Embedding:
-    fused = FusedOptimizer(optimizer, lr=0.05 if optimizer == "sgd" else 0.3)
-    return Embedding(
-        rows, shape=dim, gradient="fused", optimizer=fused, backend=backend, **{"seed": 4, **kwargs}
-    )
+    rule = FusedOptimizer(optimizer, lr=0.05 if optimizer == "sgd" else 0.3)
+    engine = kwargs.pop("torchrec", TorchRec()) if backend == "torchrec" else "fbgemm"
+    names = ("process_group", "gradient_reduction", "deduplicate")
+    sharding = Sharding(**{name: kwargs.pop(name) for name in names if name in kwargs})
+    options = {"seed": 4, "sharding": sharding, **kwargs}
+    return Embedding(rows, shape=dim, kernel=Fused(rule, engine), **options)
 
 
 def ids_of(step: int, rows: int, parts: int, part: int) -> torch.Tensor:
@@ -96,7 +100,7 @@ def train(table: Embedding, rank: int, world_size: int) -> dict[str, torch.Tenso
         assert out.is_contiguous()
         loss_of(out, ids).backward()
         coordinator.step()
-    state = table.stored_rows().get("sum", torch.empty(0)).clone()
+    state = table._stored_rows().get("sum", torch.empty(0)).clone()
     return {"weight": table.full_state_dict("torch")["weight"].clone(), "sum": state}
 
 
@@ -233,10 +237,8 @@ def _reads(rank: int, world_size: int) -> None:
             match=r"table 'embedding': .*cannot be copied or pickled: use shardemb.checkpoint",
         ):
             copy.deepcopy(table)
-        with pytest.raises(
-            RuntimeError, match=r"table 'embedding' is not TorchRec's: make it with"
-        ):
-            _ = make(5, 4, "sgd", "fbgemm").torchrec_table
+        assert table.torchrec_table is table._embeddings
+        assert make(5, 4, "sgd", "fbgemm").torchrec_table is None
 
 
 def _twice(table: Embedding, ids: torch.Tensor) -> None:
@@ -260,9 +262,7 @@ def _bad_ids(rank: int, world_size: int) -> list[str]:
     ]
     for bad, error in cases:
         with pytest.raises(error) as caught:
-            table._embeddings.send_ids(
-                bad if rank == world_size - 1 else torch.tensor([1]), torch.device("cpu")
-            )
+            table._embeddings.send_ids(bad if rank == world_size - 1 else torch.tensor([1]))
         told.append(str(caught.value))
     assert torch.equal(table._embeddings.weight, before)
     table(torch.tensor([rank])).sum().backward()  # it goes on
@@ -302,12 +302,6 @@ def _prefetch(rank: int, world_size: int) -> None:
                 for out in rows:
                     out.cos().sum().backward()
             torch.testing.assert_close(*(table.local_rows() for table in tables))
-            stale, before = (
-                tables[0].prefetch(batches[0], stale_rows=True),
-                tables[1](batches[0]).detach(),
-            )
-            _twice(tables[0], batches[0])
-            torch.testing.assert_close(tables[0](stale).detach(), before)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -333,7 +327,7 @@ def _own_groups(rank: int, world_size: int) -> torch.Tensor:
             r" its own"
         ),
     ):
-        make(5, 4, "sgd", process_group=group, torchrec=TorchRecOptions(sharding_group_size=1))
+        make(5, 4, "sgd", process_group=group, torchrec=TorchRec(sharding_group_size=1))
     return table(None).detach() - other(None).detach()
 
 
@@ -344,7 +338,7 @@ def test_a_process_group_of_its_own(run_ranks) -> None:
 
 def _two_dimensional(rank: int, world_size: int, optimizer: str, folder: Path) -> dict[str, Any]:
     """Rows over two ranks each, two replicas: ranks 0 and 2, and 1 and 3."""
-    options = TorchRecOptions(sharding_group_size=2)
+    options = TorchRec(sharding_group_size=2)
     table = make(
         501, 6, optimizer, torchrec=options, constrainer="normalize", gradient_reduction="sum"
     )
@@ -359,13 +353,15 @@ def _two_dimensional(rank: int, world_size: int, optimizer: str, folder: Path) -
     result = train(table, rank, world_size)
     path = checkpoint.save(folder, 1, table)
     with pytest.raises(ValueError, match="sharding_group_size=3 over 4 ranks of the default group"):
-        make(5, 4, "sgd", torchrec=TorchRecOptions(sharding_group_size=3))
+        make(5, 4, "sgd", torchrec=TorchRec(sharding_group_size=3))
     again = make(501, 6, optimizer, "fbgemm", seed=9)
     checkpoint.load(path, again)
     replicated = make(501, 6, optimizer, torchrec=options, gradient_reduction="sum", seed=8)
     checkpoint.load(path, replicated)  # each rank its rows, those that another one has written too
     assert replicated.local_rows().equal(table.local_rows())
-    moved = table._embeddings.synchronize_replicas()
+    before = table.local_rows().clone()
+    table._embeddings.synchronize_replicas()
+    moved = int((table.local_rows() != before).sum())
     return {**result, "loaded": again.full_state_dict("torch")["weight"], "rest": moved}
 
 
@@ -414,7 +410,7 @@ def _save(
     table = make(501, 6, optimizer, backend)
     train(table, rank, world_size)
     checkpoint.save(folder, 1, table)
-    return table.stored_rows()
+    return table._stored_rows()
 
 
 def _load(
@@ -422,7 +418,7 @@ def _load(
 ) -> dict[str, torch.Tensor]:
     table = make(501, 6, optimizer, backend, seed=8)
     checkpoint.load(checkpoint.checkpoints(folder)[-1], table)
-    return {key: value.clone() for key, value in table.stored_rows().items()}
+    return {key: value.clone() for key, value in table._stored_rows().items()}
 
 
 @pytest.mark.parametrize(("origin", "to"), [("torchrec", "fbgemm"), ("fbgemm", "torchrec")])
@@ -454,16 +450,10 @@ def _refused(rank: int, world_size: int) -> None:
         rf"optimizer state, ([\d,]+) are allowed: use more ranks,"
         rf" .*compute_kernel='fused_uvm_caching' on CUDA"
     )
-    make(501, 6, "rowwise_adagrad", torchrec=TorchRecOptions(memory_bytes=need + 4096))
+    make(501, 6, "rowwise_adagrad", torchrec=TorchRec(memory_bytes=need + 4096))
     for allowed in (need - 1, 100):
         with pytest.raises(MemoryError, match=text):
-            make(
-                501,
-                6,
-                "rowwise_adagrad",
-                name="people",
-                torchrec=TorchRecOptions(memory_bytes=allowed),
-            )
+            make(501, 6, "rowwise_adagrad", name="people", torchrec=TorchRec(memory_bytes=allowed))
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:  # ranks where different amounts are free refuse together
         patch.setattr(
@@ -482,7 +472,7 @@ def _refused(rank: int, world_size: int) -> None:
         with pytest.raises(
             ValueError, match=f"got compute_kernel='{kernel}' on cpu.*use a CUDA device"
         ):
-            make(5, 4, "sgd", torchrec=TorchRecOptions(compute_kernel=kernel))
+            make(5, 4, "sgd", torchrec=TorchRec(compute_kernel=kernel))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     make(2 * 10**6, 32, "rowwise_adagrad")  # 128 MB of rows on each rank, 256 MB unsharded
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
@@ -497,31 +487,19 @@ def test_what_does_not_fit_is_refused_before_allocation(run_ranks) -> None:
     ("kwargs", "error", "text"),
     [
         (
-            {"gradient": "sparse"},
+            {"kernel": Fused(engine=TorchRec()), "sharding": "replicated"},
             ValueError,
-            "backend='torchrec' is for gradient='fused'.*got gradient='sparse'",
+            "placement='replicated' with a fused kernel would update",
         ),
         (
-            {"gradient": "fused", "placement": "replicated"},
-            ValueError,
-            "got gradient='fused' and placement='replicated'",
-        ),
-        (
-            {"gradient": "fused"},
+            {"kernel": Fused(engine=TorchRec())},
             RuntimeError,
             "needs a process group, got none: call torch.distributed.init_process_group",
         ),
-        ({"gradient": "fused", "torchrec": {}}, TypeError, "expected a shardemb.TorchRecOptions"),
         (
-            {"backend": "fbgemm", "torchrec": TorchRecOptions()},
+            {"kernel": Fused(engine=TorchRec()), "sharding": Sharding(wire_dtype=torch.float16)},
             ValueError,
-            "needs backend='torchrec', got backend='fbgemm'",
-        ),
-        ({"backend": "nope"}, ValueError, "got backend='nope', expected one of"),
-        (
-            {"gradient": "fused", "wire_dtype": torch.float16},
-            ValueError,
-            "wire_dtype=torch.float16 is for backend='fbgemm'",
+            "got wire_dtype=torch.float16 with TorchRec",
         ),
     ],
 )
@@ -529,7 +507,13 @@ def test_what_does_not_go_together_is_refused(
     kwargs: dict, error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error, match=f"table 'people': .*{text}|table 'people': {text}"):
-        Embedding(10, shape=4, name="people", **{"backend": "torchrec", **kwargs})
+        Embedding(10, shape=4, name="people", **kwargs)
+
+
+def test_only_an_engine_is_an_engine() -> None:
+    for engine in ("nope", {}, "torchrec"):
+        with pytest.raises(TypeError, match=r"expected 'fbgemm' or TorchRec\(...\)"):
+            Fused(engine=engine)
 
 
 @pytest.mark.parametrize(
@@ -544,9 +528,9 @@ def test_what_does_not_go_together_is_refused(
 )
 def test_nonsense_options_are_refused(kwargs: dict) -> None:
     with pytest.raises(
-        ValueError, match=f"TorchRecOptions: got {list(kwargs)[-1]}={list(kwargs.values())[-1]!r}"
+        ValueError, match=f"TorchRec: got {list(kwargs)[-1]}={list(kwargs.values())[-1]!r}"
     ):
-        TorchRecOptions(**kwargs)
+        TorchRec(**kwargs)
 
 
 @pytest.mark.gpu
@@ -562,7 +546,7 @@ def test_kernels_on_cuda(kernel: str, optimizer: str, monkeypatch: pytest.Monkey
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         load = 0.1 if kernel == "fused_uvm_caching" else None
-        options = TorchRecOptions(compute_kernel=kernel, cache_load_factor=load)
+        options = TorchRec(compute_kernel=kernel, cache_load_factor=load)
         table = make(501, 6, optimizer, device="cuda", constrainer="normalize", torchrec=options)
         for step in range(STEPS):
             ids = ids_of(step, 501, 1, 0)

@@ -1,0 +1,135 @@
+"""The options of a table, grouped by idea; each class checks its own values."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from shardemb.exceptions import InputError, InputTypeError
+from shardemb.optim import FusedOptimizer
+from shardemb.utils.types import GradientReduction, Placement
+
+_COMPUTE_KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
+
+
+def _one_of(where: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{where}={value!r}, expected one of {allowed}")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ranks share a table: ``Embedding(sharding=...)``."""
+
+    #: "row_wise": each row on one rank. "replicated": all rows on every rank, for small tables:
+    #: lookups are local, :class:`~shardemb.Coordinator` reduces the gradients, and a bad id raises
+    #: on its own rank only
+    placement: Placement = "row_wise"
+    #: ranks that share the rows; None for the default group, if there is one
+    process_group: Any = None
+    #: of the gradients of several ranks: "mean", as DistributedDataParallel does, or "sum"
+    gradient_reduction: GradientReduction = "mean"
+    #: send each id of a batch once, and its summed gradient back. Sums then have another order than
+    #: in one process; with False, SGD on summed gradients gives the same bits
+    deduplicate: bool = True
+    #: torch.float16 or torch.bfloat16, in which rows and gradients travel; None for the table's
+    #: own. A value is off by at most 2^-11 or 2^-8 of itself. float16 ends at 65504, where values
+    #: become infinite, and loses digits below 6e-5: scale the loss, or take bfloat16
+    wire_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("got placement", self.placement, ("row_wise", "replicated"))
+        _one_of("got gradient_reduction", self.gradient_reduction, ("mean", "sum"))
+        _one_of("got wire_dtype", self.wire_dtype, (None, torch.float16, torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class TorchRec:
+    """TorchRec as the engine of a fused table: ``Fused(engine=TorchRec(...))``."""
+
+    #: "fused": rows on the device. On CUDA also "fused_uvm": rows in host memory that the device
+    #: reads; and "fused_uvm_caching": the same with a cache on the device, which every constrainer
+    #: step and every read writes back
+    compute_kernel: str = "fused"
+    #: share of the rows that fit the cache, with "fused_uvm_caching"; None for TorchRec's 0.2
+    cache_load_factor: float | None = None
+    #: bytes a rank that the planner may use for rows and optimizer state; None for what is free
+    memory_bytes: int | None = None
+    #: ranks that share the rows; the others hold replicas (2D parallelism); None for all ranks
+    sharding_group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("TorchRec: got compute_kernel", self.compute_kernel, _COMPUTE_KERNELS)
+        factor = self.cache_load_factor
+        if factor is not None and not 0 < factor <= 1:
+            raise InputError(f"TorchRec: got cache_load_factor={factor}, expected 0 < x <= 1")
+        if factor is not None and self.compute_kernel != "fused_uvm_caching":
+            raise InputError(
+                f"TorchRec: got cache_load_factor={factor} with compute_kernel="
+                f"{self.compute_kernel!r}, which has no cache: use 'fused_uvm_caching'"
+            )
+        for name in ("memory_bytes", "sharding_group_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"TorchRec: got {name}={value}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A kernel that updates the rows in backward: ``Embedding(kernel=Fused(...))``."""
+
+    #: the update rule
+    optimizer: FusedOptimizer = FusedOptimizer()  # noqa: RUF009  # frozen
+    #: "fbgemm": FBGEMM's tables behind this package's exchange; or :class:`TorchRec`, with the same
+    #: results, which needs a process group, also with one rank
+    engine: Literal["fbgemm"] | TorchRec = "fbgemm"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optimizer, FusedOptimizer):
+            raise InputTypeError(
+                f"got optimizer={self.optimizer!r}, expected a shardemb.FusedOptimizer"
+            )
+        if self.engine != "fbgemm" and not isinstance(self.engine, TorchRec):
+            raise InputTypeError(f"got engine={self.engine!r}, expected 'fbgemm' or TorchRec(...)")
+
+
+def resolve_options(table: str, kernel: Any, sharding: Any) -> tuple[str, Fused | None, Sharding]:
+    """Resolve what ``Embedding(kernel=, sharding=)`` was given.
+
+    Returns:
+        "dense", "sparse" or "fused"; the options of "fused"; and the sharding.
+
+    Raises:
+        ValueError: an unknown word, or options that would train incorrectly together.
+        TypeError: neither a word nor an option class.
+    """
+    if isinstance(kernel, str):
+        _one_of(f"table {table!r}: got kernel", kernel, ("dense", "sparse", "fused"))
+        fused = Fused() if kernel == "fused" else None
+    elif isinstance(kernel, Fused):
+        kernel, fused = "fused", kernel
+    else:
+        raise InputTypeError(
+            f"table {table!r}: got kernel={kernel!r}, expected 'dense', 'sparse', 'fused' or"
+            " Fused(...)"
+        )
+    if isinstance(sharding, str):
+        sharding = Sharding(placement=sharding)  # type: ignore[arg-type]
+    elif sharding is None:
+        sharding = Sharding()
+    elif not isinstance(sharding, Sharding):
+        raise InputTypeError(
+            f"table {table!r}: got sharding={sharding!r}, expected Sharding(...), 'row_wise' or"
+            " 'replicated'"
+        )
+    if fused is not None and sharding.placement == "replicated":
+        raise InputError(
+            f"table {table!r}: placement='replicated' with a fused kernel would update each rank's"
+            " copy by its own gradients alone: use kernel='sparse' or 'dense'"
+        )
+    if fused is not None and fused.engine != "fbgemm" and sharding.wire_dtype is not None:
+        raise InputError(
+            f"table {table!r}: got wire_dtype={sharding.wire_dtype} with TorchRec, which exchanges"
+            " rows in their own dtype: use Fused(engine='fbgemm')"
+        )
+    return kernel, fused, sharding
