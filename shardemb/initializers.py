@@ -1,12 +1,12 @@
 """Initial rows that depend on the seed and the id, never on the shard or the number of ranks.
 
 A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see
-:mod:`shardemb.sharding.placement`), or, if it is no larger, in one of all ids. Each block has its
-own random stream, and a rank makes every block that it holds a row of, whole, and keeps its part.
-So any initializer works, also a user's callable, as long as a row's value does not depend on how
-many rows the table has. Where it does, and the function is known, its scale is corrected (Glorot's
-and Kaiming's fan out, quaternions), or every rank makes the whole table for itself once
-(orthogonal, sparse, eye, dirac).
+:mod:`shardemb.sharding.placement`), or, if it is no larger, in one block of all ids. Each block has
+its own random stream. A rank makes every block that it holds a row of, whole, and keeps its part,
+so any initializer works, also a user's callable, as long as a row's value does not depend on the
+number of rows. Where it does, and the function is known, its scale is corrected (Glorot's and
+Kaiming's fan out, quaternions), or every rank makes the whole table once (orthogonal, sparse, eye,
+dirac).
 """
 
 import math
@@ -33,45 +33,32 @@ BLOCK_ROWS = 4096
 
 
 def xavier_uniform_(tensor: Tensor, gain: float = 1.0) -> Tensor:
-    """Fill rows ``(n, *shape)`` from U(-a, a), a = gain * sqrt(6 / prod(shape)).
-
-    PyKEEN's form of Glorot's rule.
-    """
+    """Fill rows ``(n, *shape)`` from U(-a, a), a = gain sqrt(6 / prod(shape)), as PyKEEN."""
     bound = gain * math.sqrt(6.0 / math.prod(tensor.shape[1:]))
     return init.uniform_(tensor, -bound, bound)
 
 
 def xavier_normal_(tensor: Tensor, gain: float = 1.0) -> Tensor:
-    """Fill rows ``(n, *shape)`` from N(0, s^2), s = gain * sqrt(2 / prod(shape)).
-
-    PyKEEN's form of Glorot's rule.
-    """
+    """Fill rows ``(n, *shape)`` from N(0, s^2), s = gain sqrt(2 / prod(shape)), as PyKEEN."""
     return init.normal_(tensor, std=gain * math.sqrt(2.0 / math.prod(tensor.shape[1:])))
 
 
 def xavier_uniform_norm_(tensor: Tensor) -> Tensor:
-    """Unit vectors of uniform direction cosines.
-
-    The scale of Glorot's rule, which uses the row count, cancels.
-    """
+    """Uniform rows scaled to unit length; the scale of Glorot's rule cancels."""
     _require_rows_of_numbers(tensor)
     return F.normalize(init.uniform_(tensor, -1.0, 1.0))
 
 
 def xavier_normal_norm_(tensor: Tensor) -> Tensor:
-    """Unit vectors of uniform direction.
-
-    The scale of Glorot's rule, which uses the row count, cancels.
-    """
+    """Normal rows scaled to unit length; the scale of Glorot's rule cancels."""
     _require_rows_of_numbers(tensor)
     return F.normalize(init.normal_(tensor))
 
 
 def _require_rows_of_numbers(tensor: Tensor) -> None:
-    if tensor.dim() < 2:  # as torch says it, whose rule needs two fans
-        raise InputError(
-            "Fan in and fan out can not be computed for tensor with fewer than 2 dimensions"
-        )
+    if tensor.dim() < 2:  # torch's own message
+        text = "Fan in and fan out can not be computed for tensor with fewer than 2 dimensions"
+        raise InputError(text)
 
 
 def normal_norm_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -85,30 +72,24 @@ def uniform_norm_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
 
 
 def init_phases(tensor: Tensor) -> Tensor:
-    """Complex numbers of modulus 1 and uniform phase, for a real view ``(....
-
-    2)`` of complex rows.
-    """
+    """Fill a real view ``(..., 2)`` of complex rows with modulus 1 and uniform phase."""
     pairs = tensor if tensor.shape[-1] == 2 else tensor.view(*tensor.shape[:-1], -1, 2)
     phases = 2 * math.pi * torch.rand(pairs.shape[:-1], dtype=tensor.dtype, device=tensor.device)
     return torch.stack([phases.cos(), phases.sin()], dim=-1)
 
 
 def init_quaternions(tensor: Tensor) -> Tensor:
-    """Fill ``(n, *, d, 4)`` with quaternions of random modulus in [-s, s].
+    """Fill ``(n, *, d, 4)`` with quaternions of modulus in [-s, s] and uniform phase.
 
-    S = 1 / sqrt(2 n prod(*)), and uniform phase.
-
-    PyKEEN's rule; Raises ValueError if the last dimension is not 4.
+    PyKEEN's rule: s = 1 / sqrt(2 n prod(*)). ValueError if the last dimension is not 4.
     """
     if tensor.dim() < 2 or tensor.shape[-1] != 4:
         raise InputError(f"shape must be (..., 4) but is {tensor.shape}.")
     scale = 1 / math.sqrt(2 * math.prod(tensor.shape[:-2]))
     modulus = scale * (2 * torch.rand(tensor.shape[:-1]) - 1)
     phase = 2 * math.pi * torch.rand(tensor.shape[:-1])
-    imaginary = F.normalize(torch.rand(*tensor.shape[:-1], 3), dim=-1) * (
-        modulus * phase.sin()
-    ).unsqueeze(-1)
+    direction = F.normalize(torch.rand(*tensor.shape[:-1], 3), dim=-1)
+    imaginary = direction * (modulus * phase.sin()).unsqueeze(-1)
     return torch.cat([(modulus * phase.cos()).unsqueeze(-1), imaginary], dim=-1)
 
 
@@ -156,24 +137,16 @@ _WHOLE_TABLE = {init.dirac_, init.eye_, init.orthogonal_, init.sparse_}
 def _row_count_scale(
     function: Any, kwargs: Mapping[str, Any], rows: int, total: int, shape: tuple[int, ...]
 ) -> float:
-    """Return what turns values made for ``rows`` rows into those for ``total``.
-
-    For functions that look at the number.
-    """
+    """Return the factor between values made for ``rows`` rows and for ``total``."""
     if rows == total:
         return 1.0
     field = math.prod(shape[1:])  # torch's fans: fan_in = shape[0] * field, fan_out = rows * field
     if function in (init.xavier_uniform_, init.xavier_normal_):
         return math.sqrt((shape[0] + rows) / (shape[0] + total)) if shape and field else 1.0
-    by_fan_out = (
-        function in (init.kaiming_uniform_, init.kaiming_normal_)
-        and kwargs.get("mode") == "fan_out"
-    )
-    return (
-        math.sqrt(rows / total)
-        if by_fan_out or (function is init_quaternions and len(shape) > 1)
-        else 1.0
-    )
+    kaiming = function in (init.kaiming_uniform_, init.kaiming_normal_)
+    by_rows = kaiming and kwargs.get("mode") == "fan_out"
+    by_rows |= function is init_quaternions and len(shape) > 1
+    return math.sqrt(rows / total) if by_rows else 1.0
 
 
 def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> Initializer:
@@ -187,13 +160,9 @@ def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> I
         function: Any = init.normal_
     elif callable(initializer):
         function = initializer
-        if (getattr(function, "__module__", None), getattr(function, "__name__", None)) == (
-            "pykeen.nn.init",
-            "init_quaternions",
-        ):
-            function = (
-                init_quaternions  # the same rule, whose dependence on the row count is known here
-            )
+        where = getattr(function, "__module__", None), getattr(function, "__name__", None)
+        if where == ("pykeen.nn.init", "init_quaternions"):  # the same rule, whose scale is known
+            function = init_quaternions
     elif isinstance(initializer, str):
         key = normalize_name(initializer)
         if key not in _BY_NAME:
@@ -215,8 +184,6 @@ def fill_rows(
 ) -> None:
     """Fill a shard in place, block by block; at most two blocks of memory besides it.
 
-    A bar shows what takes long.
-
     Args:
         out: ``(R, D)``, this rank's rows.
         initializer: gets ``(n, *shape)`` on the CPU, in the table's dtype.
@@ -231,9 +198,7 @@ def fill_rows(
     """
     total = plan.num_rows
     pretrained = getattr(initializer, "tensor", None)
-    if isinstance(
-        pretrained, Tensor
-    ):  # PyKEEN's PretrainedInitializer and its subclasses: rows by id
+    if isinstance(pretrained, Tensor):  # a PretrainedInitializer, also PyKEEN's: rows by id
         real = torch.view_as_real(pretrained) if pretrained.is_complex() else pretrained
         if tuple(real.shape) != (total, *shape):
             raise InputError(
@@ -242,25 +207,20 @@ def fill_rows(
         _cut(out, real.reshape(total, out.shape[1]), plan)
         return
     first, last = plan.first, plan.first + len(out)
-    function, kwargs = (
-        (initializer.func, initializer.keywords)
-        if isinstance(initializer, partial)
-        else (initializer, {})
-    )
+    function, kwargs = initializer, {}
+    if isinstance(initializer, partial):
+        function, kwargs = initializer.func, initializer.keywords
     whole = function in _WHOLE_TABLE
     by_id = whole or total <= BLOCK_ROWS  # in one block rows may depend on each other, as in PyKEEN
     size = max(1, total) if by_id else BLOCK_ROWS
-    # even a rank without rows lets the initializer look at an empty block: what it refuses, it
-    # refuses on every rank
+    # a rank without rows makes an empty block too: what the initializer refuses, all ranks refuse
     blocks = range(0, 1) if by_id or last == first else range(first // size, -(-last // size))
+    what, unit = f"filling table {plan.table!r}", len(out) / max(1, len(blocks))
     with torch.random.fork_rng(devices=[]):
-        for block in progress(
-            blocks, f"filling table {plan.table!r}", len(out) / max(1, len(blocks)), plan.rank == 0
-        ):
+        for block in progress(blocks, what, unit, plan.rank == 0):
             start, stop = block * size, min((block + 1) * size, total)
-            torch.default_generator.manual_seed(
-                int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0])
-            )
+            stream = np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(stream[0]))
             rows = _make(initializer, torch.zeros(stop - start, *shape, dtype=out.dtype), whole)
             scale = _row_count_scale(function, kwargs, stop - start, total, shape)
             if by_id:
@@ -287,10 +247,8 @@ def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
     """Return the rows ``(n, D)`` that an initializer makes of empty ones ``(n, *shape)``."""
     threads = torch.get_num_threads()
     if whole:
-        need, free = (
-            3 * empty.numel() * empty.itemsize,
-            free_bytes(empty.device),
-        )  # orthogonal: input, copy, factor
+        need = 3 * empty.numel() * empty.itemsize  # orthogonal: input, copy, factor
+        free = free_bytes(empty.device)
         if free is not None and need > free:
             raise OutOfMemoryError(
                 f"initializer {initializer} makes the whole table at once, {tuple(empty.shape)}:"

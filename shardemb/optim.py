@@ -1,16 +1,14 @@
-"""Row-wise optimizers.
+"""Row-wise optimizers, and the options of the one that FBGEMM runs in backward.
 
-For a shard's Parameter with a sparse gradient, and a specification of what FBGEMM does in backward.
+Each row-wise optimizer is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of a
+sparse gradient, those of all lookups together, then goes over them once, in chunks that stay in
+cache: sum the gradients of a row, read it, decay, update, constrain (if the coordinator asks for
+it), write. It leaves other rows and their moments alone ("lazy", as torch.optim.SparseAdam). A
+dense gradient touches all rows. float32 rows on the CPU go through the C loops of
+:mod:`shardemb.kernels.rows` if there are any, others through torch's operators.
 
-Each is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of a sparse gradient,
-those of all lookups together, then goes over them once, in chunks that stay in cache: add the
-gradients of a row up, read it, decay, update, constrain (if the coordinator asks for it), write.
-Rows that got no gradient are not looked at; nor are their moments decayed ("lazy", as
-torch.optim.SparseAdam). A dense gradient touches all rows. float32 rows on the CPU go through
-:mod:`shardemb.kernels.rows`'s loops if there are any, others through torch's operators.
-
-No class has the name of one in torch.optim: PyKEEN's class_resolver, which finds every subclass of
-Optimizer by its name, could not be imported any more.
+No class has the name of one in torch.optim: PyKEEN's class_resolver finds subclasses of Optimizer
+by their names, and could not be imported.
 """
 
 import math
@@ -26,6 +24,11 @@ from shardemb import kernels
 from shardemb.exceptions import InputError
 from shardemb.kernels import CHUNK_ROWS
 from shardemb.utils.types import RowFunction
+
+#: the state of some rows, by name
+State = dict[str, Tensor]
+#: hyper-parameters
+Group = Mapping[str, Any]
 
 
 def _undecorated(method: Any) -> Any:
@@ -43,23 +46,19 @@ class RowWiseOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters ``(R, ...)``, or groups of them.
-        defaults: hyper-parameters; ``lr``, ``eps`` and ``weight_decay`` must not be negative,
-            ``betas`` lie in [0, 1).
+        defaults: hyper-parameters.
 
     Raises:
-        ValueError: a hyper-parameter out of its range.
+        ValueError: ``lr``, ``eps`` or ``weight_decay`` below 0, ``betas`` not in [0, 1).
     """
 
-    #: what is kept: name, and whether it is one number a row, or one for each of the row's
+    #: names of the state, and whether it is one number a row, or one for each of the row's
     state_per_row: ClassVar[dict[str, bool]] = {}
-    #: rows of each parameter that steps have gone over so far, in this process
+    #: rows of each parameter that steps of this process have updated
     rows_updated: Counter[Tensor]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take more parameters, with hyper-parameters of their own.
-
-        ValueError for what is out of range, or complex.
-        """
+        """Add parameters with hyper-parameters of their own; ValueError for complex ones."""
         check_hyperparameters(type(self).__name__, {**self.defaults, **param_group})
         _undecorated(torch.optim.Optimizer.add_param_group)(self, param_group)
         if not hasattr(self, "rows_updated"):
@@ -81,22 +80,16 @@ class RowWiseOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.rows_updated = Counter()
-        for group in (
-            self.param_groups
-        ):  # a state dict of torch.optim, or of an older version, may lack some
+        for group in self.param_groups:  # torch.optim's state dicts, and older ones, may lack some
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what ``state_dict`` gave.
-
-        Torch would cast float32 state to a half parameter's dtype.
-        """
+        """Take what ``state_dict`` returned; the state stays float32, where torch would cast it."""
         _undecorated(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        for name, parameter in zip(
-            names, (p for group in self.param_groups for p in group["params"]), strict=True
-        ):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
                 if key in self.state_per_row:
                     self.state[parameter][key] = value.to(parameter.device)
@@ -110,9 +103,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         """Update the rows that have a gradient.
 
         Args:
-            closure: computes the gradients anew.
-            constrain: functions of rows ``(n, D)``, by parameter; applied to the updated rows
-                before they are written.
+            closure: computes the loss and the gradients.
+            constrain: by parameter, a function of rows ``(n, D)`` for the updated rows.
 
         Returns:
             What ``closure`` returned.
@@ -127,50 +119,31 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                     self._step_one(parameter, group, (constrain or {}).get(parameter))
         return loss
 
-    def _step_one(
-        self, parameter: Tensor, group: Mapping[str, Any], constrain: RowFunction | None
-    ) -> None:
+    def _step_one(self, parameter: Tensor, group: Group, constrain: RowFunction | None) -> None:
         assert parameter.grad is not None
         state = self._state_of(parameter)
         state["step"] += 1
-        data = parameter.detach()
+        group, data = {**group, "step": state["step"]}, parameter.detach()
         weights = data.contiguous()
-        tensors = [
-            _as_rows(tensor) for tensor in (weights, *(state[name] for name in self.state_per_row))
-        ]
+        tensors = [_as_rows(weights), *(_as_rows(state[name]) for name in self.state_per_row)]
         if parameter.grad.is_sparse:
             rows, values = _rows_and_values(parameter.grad)
             merged = kernels.merge(rows, parameter.shape[0])
             self.rows_updated[parameter] += merged.unique.shape[0]
             rule = _RULES.get(type(self))
             if rule is not None and kernels.can_update(tensors[0], values, merged, tensors[1:]):
-                rate, decay = self.rate(group, state["step"]), group["weight_decay"] * group["lr"]
-                options = {key: group[key] for key in ("eps", "betas") if key in group}
+                numbers = {key: group[key] for key in ("eps", "betas") if key in group}
+                numbers |= {"lr": self.rate(group), "decay": group["weight_decay"] * group["lr"]}
+                state_rows = tensors[1:]
                 kernels.update(
-                    rule,
-                    tensors[0],
-                    values,
-                    merged,
-                    tensors[1:],
-                    rate,
-                    decay,
-                    constrain=constrain,
-                    **options,
+                    rule, tensors[0], values, merged, state_rows, constrain=constrain, **numbers
                 )
             else:
-                self._update(
-                    tensors, merged.unique, merged.sum(values), group, state["step"], constrain
-                )
+                self._update(tensors, merged.unique, merged.sum(values), group, constrain)
         else:
             self.rows_updated[parameter] += len(tensors[0])
-            self._update(
-                tensors,
-                None,
-                _as_rows(parameter.grad.contiguous()),
-                group,
-                state["step"],
-                constrain,
-            )
+            grad = _as_rows(parameter.grad.contiguous())
+            self._update(tensors, None, grad, group, constrain)
         if weights is not data:  # not contiguous
             data.copy_(weights)
 
@@ -179,14 +152,10 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         tensors: list[Tensor],
         rows: Tensor | None,
         grad: Tensor,
-        group: Mapping[str, Any],
-        step: int,
+        group: Group,
         constrain: RowFunction | None,
     ) -> None:
-        """Update rows and their state ``(R, D)``, all or those that are named, in chunks.
-
-        ``grad`` has one row for each.
-        """
+        """Update rows and their state ``(R, D)`` in chunks: all, or ``rows``, one ``grad`` each."""
         for start in range(0, len(grad), CHUNK_ROWS):
             stop = min(start + CHUNK_ROWS, len(grad))
             chunk = None if rows is None else rows[start:stop]
@@ -196,7 +165,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             if group["weight_decay"]:
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
             kept = dict(zip(self.state_per_row, parts[1:], strict=True))
-            self.update_rows(weight, grad[start:stop].to(weight.dtype), kept, group, step)
+            self.update_rows(weight, grad[start:stop].to(weight.dtype), kept, group)
             if weight is not parts[0]:
                 parts[0].copy_(weight)
             if constrain is not None:
@@ -205,8 +174,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.index_copy_(0, chunk, part)
 
-    def rate(self, group: Mapping[str, Any], step: int) -> float:
-        """Return the learning rate of a step, bias correction included."""
+    def rate(self, group: Group) -> float:
+        """Return the learning rate of the step ``group["step"]``, bias correction included."""
         return float(group["lr"])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
@@ -230,31 +199,20 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                 )
         return state
 
-    def update_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        group: Mapping[str, Any],
-        step: int,
-    ) -> None:
+    def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         """Change rows and state in place.
 
         Args:
             weight: ``(n, D)``.
             grad: ``(n, D)``, not to be changed.
             state: ``(n, 1)`` or ``(n, D)`` by name.
-            group: hyper-parameters.
-            step: steps of this parameter so far, this one included.
+            group: hyper-parameters, and under "step" the parameter's steps, this one included.
         """
         raise NotImplementedError
 
 
 def merged_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the touched rows ``(n,)`` of a sparse gradient, each once, ascending.
-
-    And their summed gradients ``(n, D)``.
-    """
+    """Return the touched rows ``(n,)`` of a sparse gradient, ascending, and their sums."""
     rows, values = _rows_and_values(grad)
     if grad.is_coalesced():
         return rows, values
@@ -278,24 +236,14 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.view(num_rows, math.prod(tensor.shape[1:]))
 
 
-def why_refused(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], sparse: bool
-) -> str | None:
-    """Say what torch's optimizer cannot do with a table's gradient, and what can.
-
-    None if it can, or is not torch's.
-    """
+def why_refused(optimizer: torch.optim.Optimizer, group: Group, sparse: bool) -> str | None:
+    """Say what an optimizer of torch cannot do with a table's gradient, and what can; or None."""
     name = type(optimizer).__name__
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
     if isinstance(optimizer, torch.optim.SparseAdam):
-        return (
-            None
-            if sparse
-            else (
-                "SparseAdam takes no dense gradients: use shardemb.optim.LazyAdam, which takes both"
-            )
-        )
+        text = "SparseAdam takes no dense gradients: use shardemb.optim.LazyAdam, which takes both"
+        return None if sparse else text
     if not sparse:
         return None
     if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad):
@@ -310,18 +258,12 @@ def why_refused(
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:
-    """Half precision keeps its state, and computes, in float32.
-
-    Eps would be 0 there, and 0 / 0 NaN.
-    """
+    """Return float32 for half precision, where eps would be 0, and 0 / 0 NaN."""
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether a step on a sparse gradient leaves all other rows as they are.
-
-    False where that is not known.
-    """
+def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Group) -> bool:
+    """Whether a step on a sparse gradient surely leaves all other rows as they are."""
     if isinstance(optimizer, RowWiseOptimizer):
         return True
     known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad | torch.optim.SparseAdam)
@@ -349,21 +291,14 @@ class SparseSGD(RowWiseOptimizer):
     Args:
         params: parameters ``(R, ...)``.
         lr: learning rate.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
-            weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
+            ``1 - lr * weight_decay`` first.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
-    def update_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        group: Mapping[str, Any],
-        step: int,
-    ) -> None:
+    def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         """See the class."""
         weight.add_(grad, alpha=-group["lr"])
 
@@ -377,8 +312,8 @@ class SparseAdagrad(RowWiseOptimizer):
         params: parameters ``(R, ...)``.
         lr: learning rate.
         eps: added to the root.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
-            weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
+            ``1 - lr * weight_decay`` first.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": False}
@@ -388,14 +323,7 @@ class SparseAdagrad(RowWiseOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
-    def update_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        group: Mapping[str, Any],
-        step: int,
-    ) -> None:
+    def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         """See the class."""
         root = state["sum"].addcmul_(grad, grad).sqrt().add_(group["eps"])
         weight.addcdiv_(grad, root, value=-group["lr"])
@@ -411,8 +339,8 @@ class RowWiseAdagrad(RowWiseOptimizer):
         params: parameters ``(R, ...)``.
         lr: learning rate.
         eps: added to the root; torch.optim.Adagrad's 1e-10.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
-            weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
+            ``1 - lr * weight_decay`` first.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": True}
@@ -422,14 +350,7 @@ class RowWiseAdagrad(RowWiseOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
-    def update_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        group: Mapping[str, Any],
-        step: int,
-    ) -> None:
+    def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         """See the class."""
         if grad.shape[1]:  # the mean of no numbers is NaN
             state["sum"].add_(grad.square().mean(1, keepdim=True))
@@ -448,8 +369,8 @@ class LazyAdam(RowWiseOptimizer):
         lr: learning rate.
         betas: decay of the first and second moment.
         eps: added to the root.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): touched rows are scaled by ``1 - lr *
-            weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
+            ``1 - lr * weight_decay`` first.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": False}
@@ -466,14 +387,7 @@ class LazyAdam(RowWiseOptimizer):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
 
-    def update_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        group: Mapping[str, Any],
-        step: int,
-    ) -> None:
+    def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         """See the class."""
         beta1, beta2 = group["betas"]
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
@@ -487,12 +401,14 @@ class LazyAdam(RowWiseOptimizer):
             square = grad.square()
         # SparseAdam adds eps before the second bias correction, torch.optim.Adam after it
         root = state["exp_avg_sq"].lerp_(square, 1 - beta2).sqrt().add_(group["eps"])
-        weight.addcdiv_(mean, root, value=-self.rate(group, step))
+        weight.addcdiv_(mean, root, value=-self.rate(group))
 
-    def rate(self, group: Mapping[str, Any], step: int) -> float:
+    def rate(self, group: Group) -> float:
         """See :class:`RowWiseOptimizer`."""
         beta1, beta2 = group["betas"]
-        return float(group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
+        return float(
+            group["lr"] * math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"])
+        )
 
 
 class RowWiseAdam(LazyAdam):
@@ -518,10 +434,7 @@ _RULES = {
 
 @dataclass(frozen=True)
 class FusedOptimizer:
-    """What FBGEMM does to the touched rows in backward, with ``Embedding(kernel="fused".
-
-    Optimizer=...)``.
-    """
+    """The update of touched rows that FBGEMM makes in backward: ``Fused(optimizer=...)``."""
 
     #: "sgd", "adagrad" or "rowwise_adagrad": what FBGEMM has on CPU and CUDA
     name: str = "rowwise_adagrad"

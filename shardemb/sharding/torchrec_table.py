@@ -208,8 +208,9 @@ class TorchRecTable(FusedTable):
         need = plan.block * (columns * dtype.itemsize + 4 * (columns if state is None else state))
         refusal = OutOfMemoryError(
             f"{plan.where}: TorchRec's planner needs {need:,} bytes a rank for {plan.block:,} rows"
-            f" x {columns} columns and their optimizer state, {allowed:,} are allowed: use more ranks, fewer columns, a smaller"
-            " dtype, more memory_bytes, or compute_kernel='fused_uvm_caching' on CUDA"
+            f" x {columns} columns and their optimizer state, {allowed:,} are allowed: use more"
+            " ranks, fewer columns, a smaller dtype, more memory_bytes, or"
+            " compute_kernel='fused_uvm_caching' on CUDA"
         )
         if need > allowed:  # the planner underestimates the state of half precision rows
             raise refusal
