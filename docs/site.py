@@ -1,15 +1,16 @@
-"""What the documentation adds to mkdocs.
-
-Links out of docs/, comments of attributes, roles of Sphinx.
-"""
+"""What the documentation adds to mkdocs: figures, links out of docs/, comments, Sphinx's roles."""
 
 import os
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import griffe
 from mkdocs.structure.files import File, InclusionLevel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import with_figures  # beside this file
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
@@ -31,7 +32,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the files that pages link to, and those that these link to."""
     todo = [file for file in files if file.is_documentation_page()]
     for page in todo:
-        for link in LINK.findall(page.content_string):
+        for link in LINK.findall(with_figures(page.content_string)):
             uri = _target(page.src_uri, link)
             path = ROOT / uri.removeprefix(FILES)
             if uri.startswith(FILES) and path.is_file() and files.get_file_from_path(uri) is None:
@@ -45,11 +46,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Point links out of docs/ to the copies."""
+    """Put the figures in, and point links out of docs/ to the copies."""
     uri = page.file.src_uri
-    return LINK.sub(
-        lambda found: os.path.relpath(_target(uri, found[1]), PurePosixPath(uri).parent), markdown
-    )
+
+    def relative(found: re.Match[str]) -> str:
+        return os.path.relpath(_target(uri, found[1]), PurePosixPath(uri).parent)
+
+    return LINK.sub(relative, with_figures(markdown))
 
 
 def _without_roles(text: str) -> str:

@@ -132,7 +132,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             self.rows_updated[parameter] += merged.unique.shape[0]
             rule = _RULES.get(type(self))
             if rule is not None and kernels.can_update(tensors[0], values, merged, tensors[1:]):
-                numbers = {key: group[key] for key in ("eps", "betas") if key in group}
+                numbers: dict[str, Any] = {k: group[k] for k in ("eps", "betas") if k in group}
                 numbers |= {"lr": self.rate(group), "decay": group["weight_decay"] * group["lr"]}
                 state_rows = tensors[1:]
                 kernels.update(
