@@ -220,7 +220,7 @@ def against_pykeen(rows: int, dim: int, queries: int, rounds: int) -> dict[str, 
         (theirs.entity_representations[0], ours.entity),
         (theirs.relation_representations[0], ours.relation),
     ):
-        table._embeddings.weight.data.copy_(of.stored_rows()["weight"])
+        table._embeddings.weight.data.copy_(of.full_state_dict("torch")["weight"])
     asked, figures = true[:queries], {}
 
     def pykeen() -> None:
