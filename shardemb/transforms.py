@@ -1,10 +1,7 @@
-"""Functions of rows.
+"""Normalizers (in forward) and constrainers (after a step): PyKEEN 1.11.1's of the same names.
 
-Normalizers (in forward), constrainers (after a step), regularizers (terms of the loss).
-
-They follow PyKEEN 1.11.1's of the same names. A constrainer runs on the rows that a rank holds and
-that changed, so it must treat each row alone; :func:`probe_constrainer` checks that when the table
-is made.
+A constrainer runs on the rows of one rank that changed, so it must treat each row alone;
+:func:`probe_constrainer` checks that when the table is made.
 """
 
 import warnings
@@ -21,9 +18,9 @@ from shardemb.utils.types import RowFunction, normalize_name
 
 
 def complex_normalize(x: Tensor) -> Tensor:
-    """Divide each complex element by its modulus.
+    """Divide each element of a complex ``(..., d)`` by its modulus.
 
-    ``x`` is ``(..., d)`` complex (real input warns, and is paired).
+    Pairs real ones, with a warning.
     """
     if torch.is_complex(x):
         return x / x.abs().clamp_min(torch.finfo(x.dtype).eps)
@@ -38,10 +35,7 @@ def complex_normalize(x: Tensor) -> Tensor:
 def clamp_norm(
     x: Tensor, maxnorm: float, p: str | float = "fro", dim: int | tuple[int, ...] | None = None
 ) -> Tensor:
-    """Scale ``x`` down where its ``p``-norm along ``dim`` exceeds ``maxnorm``.
-
-    None is the norm of all of ``x``.
-    """
+    """Scale ``x`` down where its ``p``-norm along ``dim`` (None: of all) exceeds ``maxnorm``."""
     norm = x.norm(p=p, dim=dim, keepdim=True)
     eps = torch.finfo(x.dtype).eps
     return torch.where(norm < maxnorm, x, x / norm.clamp_min(eps) * maxnorm)
@@ -73,22 +67,13 @@ def _resolve(
 
 
 def to_json(function: RowFunction | None) -> dict[str, Any] | None:
-    """Describe a normalizer or constrainer: name and arguments, from which it can be made again.
-
-    Name None if it cannot.
-    """
+    """Describe a normalizer or constrainer by name and arguments; name None if it has none."""
     if function is None:
         return None
-    plain, kwargs = (
-        (function.func, function.keywords) if isinstance(function, partial) else (function, {})
-    )
+    plain, args, kwargs = _parts(function)
     names = {value: name for name, value in [*_CONSTRAINERS.items(), *_NORMALIZERS.items()]}
     simple = all(isinstance(value, int | float | str | None) for value in kwargs.values())
-    known = (
-        names.get(plain)
-        if simple and not (isinstance(function, partial) and function.args)
-        else None
-    )
+    known = names.get(plain) if simple and not args else None
     return {
         "name": known,
         "kwargs": kwargs if known else {},
@@ -97,35 +82,30 @@ def to_json(function: RowFunction | None) -> dict[str, Any] | None:
 
 
 def resolve_constrainer(constrainer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Turn a name, a callable or None into a constrainer.
+    """Return the constrainer of a name or callable.
 
-    KeyError for an unknown name, TypeError for anything else.
+    KeyError for an unknown name, TypeError else.
     """
     return _resolve(_CONSTRAINERS, constrainer, kwargs)
 
 
 def resolve_normalizer(normalizer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Turn a name, a callable or None into a normalizer.
-
-    KeyError for an unknown name, TypeError for anything else.
-    """
+    """Return the normalizer of a name or callable; KeyError for an unknown name, TypeError else."""
     return _resolve(_NORMALIZERS, normalizer, kwargs)
 
 
 def is_plain_normalize(function: RowFunction | None) -> bool:
-    """Whether a function divides rows ``(n, d)`` by their 2-norm.
-
-    As torch.nn.functional.normalize does by default.
-    """
-    plain, kwargs = (
-        (function.func, function.keywords)
-        if isinstance(function, partial) and not function.args
-        else (function, {})
-    )
+    """Whether a function divides rows ``(n, d)`` by their 2-norm, as F.normalize by default."""
+    plain, args, kwargs = _parts(function)
     known = {"p": (2,), "dim": (1, -1), "eps": (1e-12,)}
-    return plain is F.normalize and all(
-        value in known.get(key, ()) for key, value in kwargs.items()
-    )
+    default = all(value in known.get(key, ()) for key, value in kwargs.items())
+    return plain is F.normalize and not args and default
+
+
+def _parts(function: Any) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(function, partial):
+        return function.func, function.args, function.keywords
+    return function, (), {}
 
 
 @torch.no_grad()
@@ -147,11 +127,8 @@ def probe_constrainer(
     Raises:
         ValueError: a row's result depends on the other rows, or has another shape.
     """
-    if (
-        isinstance(constrainer, partial)
-        and constrainer.func is clamp_norm
-        and constrainer.keywords.get("dim") is None
-    ):
+    plain, _, kwargs = _parts(constrainer)
+    if plain is clamp_norm and kwargs.get("dim") is None:
         raise InputError(
             f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table,"
             " which no shard has: pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"
