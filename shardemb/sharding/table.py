@@ -20,7 +20,10 @@ from shardemb.exceptions import UsageError
 from shardemb.kernels import CHUNK_ROWS
 from shardemb.optim import moves_touched_rows_only, why_refused
 from shardemb.sharding.placement import RowPlan
+from shardemb.utils import logs
 from shardemb.utils.types import RowFunction
+
+_log = logs.logger(__name__)
 
 
 class _RowSet:
@@ -82,6 +85,7 @@ class Table(nn.Module):
     """
 
     weight: Tensor
+    _full_passes = 0
 
     def __init__(self, plan: RowPlan, track: bool) -> None:
         super().__init__()
@@ -205,6 +209,9 @@ class Table(nn.Module):
             if rows.shape[0]:
                 kernels.constrain(weight, rows.to(weight.device), function)
             return rows.shape[0]
+        self._full_passes += 1
+        if self._full_passes == 2:  # the first must take all rows
+            _log.info("table %r: constrains all %d rows again", self.plan.table, len(weight))
         for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
             chunk.copy_(function(chunk))
         return len(weight)

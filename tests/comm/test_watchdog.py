@@ -63,7 +63,7 @@ def in_lookup_by_gloo(
 ) -> None:
     os.environ["SHARDEMB_SHARED_MEMORY"] = "0"  # as between machines
     in_lookup(rank, model, coordinator, step, fail, folder)
-    assert not any(collectives._near.values())
+    assert not any(collectives._host_ranks.values())
 
 
 def in_backward(
@@ -604,4 +604,4 @@ def _leave(rank: int, world_size: int) -> list[str]:
 def test_no_thread_asks_the_store_when_a_process_ends(run_ranks) -> None:
     """One that does when the interpreter is gone aborts the process, after all has gone well."""
     for names in run_ranks(_leave, 2):
-        assert "shardemb-watch" not in names
+        assert "shardemb-watchdog" not in names
