@@ -175,6 +175,8 @@ def gather_or_raise(
     entry = None if error is None else (type(error).__name__, str(error))
     gathered = gather((value, entry), group=group, operation=operation)
     failures = [entry for _, entry in gathered if entry is not None]
+    if error is not None and len(failures) == 1:
+        raise error
     if failures:
         name = failures[0][0]
         kind: Any = getattr(exceptions, name, None) or getattr(builtins, name, RuntimeError)

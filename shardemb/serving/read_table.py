@@ -73,7 +73,7 @@ class Table(ABC):
     def _search(
         self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return scores (higher is nearer) and ids ``(q, k)`` as :func:`best_of`; excluded: -inf."""
+        """Return scores (higher is nearer) and ids ``(q, k)`` as `best_of`; -inf: excluded."""
 
     def ids(self, keys: Keys) -> Tensor:
         """Return int64 ids for ids or labels of any shape.

@@ -23,7 +23,7 @@ VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 7, 1.5, -0.0, float("nan"), float("inf"), 1e308),
     *(2**31, 2**40, 2**44, 2**63, -(2**63), 2**64, 10**30, 10**400),
     *("", "load", "float99", "float32", "int64", "bool", "complex64", "float64", "step", "sum"),
-    *("../rank-00000-of-00001-00000.safetensors", "/etc/passwd", "rank-٠٠٠٠٠-of-00001-00000"),
+    *("../rank-00000-of-00001-00000.safetensors", "/etc/passwd", "rank-\u0660-of-00001-00000"),
     *("normalize", "softmax", "MT19937", "\ud800", "\x00", "A" * 5000, "AAAA", "0" * 64),
     *([], {}, [[]], [{}], {"": {}}, [0], [2**44, 2**44], [2**40], [0, 2**44], [-1, 6], ["6"]),
     *({"name": "softmax", "kwargs": {"dim": 9}, "function": "f"}, {"optimizer": 5, "step": 1}),
@@ -161,12 +161,8 @@ def _forge(
         manifest._MANIFEST = lambda values, where: None
     (whole,) = (Path(path) for path in checkpoint.checkpoints(folder))
     original = {file.name: file.read_bytes() for file in whole.iterdir()}
-    path, draw, outcomes, faults = (
-        folder / "forged" / whole.name,
-        random.Random(seed),
-        Counter(),
-        [],
-    )
+    path, draw = folder / "forged" / whole.name, random.Random(seed)
+    outcomes, faults = Counter(), []
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
     _use(whole, "load")  # what it imports and maps
@@ -203,11 +199,11 @@ def _forge(
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_forged_checkpoints_are_refused(run_ranks, tmp_path: Path, ranks: int) -> None:
     run_ranks(_save, ranks, tmp_path)
-    ((outcomes, faults),) = run_ranks(_forge, 1, tmp_path, 300, ranks, True)
+    ((outcomes, faults),) = run_ranks(_forge, 1, tmp_path, 270, ranks, True)
     assert faults == []
     for call in ("load", "open", "verify"):
         assert outcomes[call, "refused"] > 100
-        assert outcomes[call, "refused"] + outcomes[call, "taken"] == 300
+        assert outcomes[call, "refused"] + outcomes[call, "taken"] == 270
 
 
 def test_they_are_refused_only_because_of_the_schema(run_ranks, tmp_path: Path) -> None:
