@@ -9,7 +9,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -30,162 +30,97 @@ _ROWS, _BYTES = 1 << 40, 1 << 44
 
 Verify = Literal["sha256", "size"]
 
-# --------------------
-# The schema: functions of a value and the path that leads to it, which raise CheckpointError
+# The schema. A class or pattern is that of a value, a range that of a whole number; float is any
+# number within 1e30, object any JSON. [x] is a list, [x, n] one of n; in an object "*" stands for
+# all other keys, and keys that it does not name are ignored; (x, y) allows the value x too.
+_COUNT = range(_ROWS + 1)
+_PLAIN = {"*": object}
+_FUNCTION = (None, {"name": (None, str), "kwargs": _PLAIN, "function": str})
+_BASE64 = re.compile("[A-Za-z0-9+/]*={0,2}")
+_GENERATORS = {
+    "torch": _BASE64,
+    "cuda": [_BASE64],
+    "python": [object, 3],
+    "numpy": {
+        "bit_generator": re.compile("MT19937"),
+        "state": {"key": [range(1 << 32), 624], "pos": range(625)},
+        "has_gauss": range(2),
+        "gauss": float,
+    },
+}
+_TENSOR = {
+    "first": _COUNT,
+    "total": _COUNT,
+    "sharded": bool,
+    "shape": [range(_BYTES)],
+    "dtype": re.compile("|".join(DTYPES)),
+}
+_TABLE = {
+    "name": str,
+    "max_id": _COUNT,
+    "shape": [range(_BYTES)],
+    "complex": bool,
+    "normalizer": _FUNCTION,
+    "optimizer": (None, {"name": str, "lr": float}),
+    "stored": [str],
+}
+_FILE = {
+    "file": re.compile(
+        r"rank-[0-9]{5,}-of-[0-9]{5,}-[0-9]{5,}(-[0-9a-f]{8})?\.safetensors"  # none elsewhere
+    ),
+    "size": range(_BYTES),
+    "sha256": re.compile("[0-9a-f]{64}"),
+    "tensors": {"*": _TENSOR},
+}
+_MANIFEST = {
+    "format": re.compile(FORMAT),
+    "step": range(1 << 63),
+    "time": str,
+    "world_size": range(1, 1 << 20),
+    "seed": (None, int),
+    "fingerprints": {"*": str},
+    "state": dict,
+    "tables": {"*": _TABLE},
+    "optimizers": [
+        {"class": str, "groups": [{"params": [str], "*": object}], "state": {"*": _PLAIN}}
+    ],
+    "schedulers": [{"class": str, "state": dict}],
+    "files": [_FILE],
+    "rng": [({}, _GENERATORS)],  # {}: rows that no rank has trained
+}
 
-_Check = Callable[[Any, str], None]
 
-
-def _expect(expected: str, fits: Callable[[Any], bool]) -> _Check:
-    def check(value: Any, where: str) -> None:
-        if not fits(value):
-            raise CheckpointError(f"{where}: got {reprlib.repr(value)}, expected {expected}")
-
-    return check
-
-
-def _whole(low: int, high: int) -> _Check:
-    expected = f"a whole number from {low} to {high}"
-    return _expect(expected, lambda value: type(value) is int and low <= value <= high)
-
-
-def _like(pattern: str, expected: str) -> _Check:
-    return _expect(expected, lambda v: isinstance(v, str) and bool(re.fullmatch(pattern, v)))
-
-
-def _optional(check: _Check) -> _Check:
-    return lambda value, where: None if value is None else check(value, where)
-
-
-def _list(check: _Check, count: int | None = None) -> _Check:
-    def check_all(value: Any, where: str) -> None:
-        if not isinstance(value, list) or count not in (None, len(value)):
-            expected = "a list" if count is None else f"a list of {count}"
-            raise CheckpointError(f"{where}: got {reprlib.repr(value)}, expected {expected}")
+def _check(value: Any, schema: Any, where: str) -> None:
+    """Raise CheckpointError, which names the place, unless a value fits the schema."""
+    if isinstance(schema, tuple):
+        if value == schema[0] and type(value) is type(schema[0]):
+            return
+        schema = schema[1]
+    if schema is object:
+        integer, known = range(-(1 << 63), 1 << 63), {list: [object], dict: _PLAIN}
+        schema = integer if type(value) is int else known.get(type(value), type(value))
+    expected = getattr(schema, "__name__", type(schema).__name__)
+    fits: Any = type(value) is (schema if isinstance(schema, type) else type(schema))
+    if isinstance(schema, re.Pattern):
+        expected, fits = schema.pattern, isinstance(value, str) and schema.fullmatch(value)
+    elif isinstance(schema, range):
+        expected = f"a whole number from {schema[0]} to {schema[-1]}"
+        fits = type(value) is int and value in schema
+    elif schema is float:
+        fits = type(value) in (int, float) and abs(value) < 1e30
+    elif isinstance(schema, list):
+        expected, fits = f"list of {schema[1:]}", fits and schema[1:] in ([], [len(value)])
+    if not fits:
+        raise CheckpointError(f"{where}: got {reprlib.repr(value)}, expected {expected}")
+    if isinstance(schema, list):
         for number, entry in enumerate(value):
-            check(entry, f"{where}[{number}]")
-
-    return check_all
-
-
-def _map(check: _Check) -> _Check:
-    def check_all(value: Any, where: str) -> None:
-        _OBJECT(value, where)
-        for key, entry in value.items():
-            check(entry, f"{where}.{key[:80]}")
-
-    return check_all
-
-
-def _record(fields: dict[str, _Check]) -> _Check:
-    """Check an object's fields; later versions may add others."""
-
-    def check(value: Any, where: str) -> None:
-        _OBJECT(value, where)
-        for name, check_field in fields.items():
-            if name not in value:
-                raise CheckpointError(f"{where}: has no {name!r}, expected one")
-            check_field(value[name], f"{where}.{name}")
-
-    return check
-
-
-def _plain(value: Any, where: str) -> None:
-    """Check a hyper-parameter: any JSON whose whole numbers fit 64 bits."""
-    if isinstance(value, list):
-        _list(_plain)(value, where)
-    elif isinstance(value, dict):
-        _map(_plain)(value, where)
-    elif type(value) is int:
-        _whole(-(1 << 63), (1 << 63) - 1)(value, where)
-
-
-def _group(value: Any, where: str) -> None:
-    _record({"params": _list(_TEXT)})(value, where)
-    _plain(value, where)
-
-
-def _generators(value: Any, where: str) -> None:
-    if value != {}:  # rows that no rank has trained
-        _GENERATORS(value, where)
-
-
-_TEXT = _expect("text", lambda value: isinstance(value, str))
-_FLAG = _expect("true or false", lambda value: isinstance(value, bool))
-_OBJECT = _expect("an object", lambda value: isinstance(value, dict))
-_NUMBER = _expect(
-    "a number within 1e30", lambda value: type(value) in (int, float) and abs(value) < 1e30
-)
-_BASE64 = _like("[A-Za-z0-9+/]*={0,2}", "base64")
-_FUNCTION = _optional(
-    _record({"name": _optional(_TEXT), "kwargs": _map(_plain), "function": _TEXT})
-)
-_WORDS = _list(_whole(0, (1 << 32) - 1), 624)
-_GENERATORS = _record(
-    {
-        "torch": _BASE64,
-        "cuda": _list(_BASE64),
-        "python": _list(_plain, 3),
-        "numpy": _record(
-            {
-                "bit_generator": _like("MT19937", "'MT19937'"),
-                "state": _record({"key": _WORDS, "pos": _whole(0, 624)}),
-                "has_gauss": _whole(0, 1),
-                "gauss": _NUMBER,
-            }
-        ),
-    }
-)
-_TENSOR = _record(
-    {
-        "first": _whole(0, _ROWS),
-        "total": _whole(0, _ROWS),
-        "sharded": _FLAG,
-        "shape": _list(_whole(0, _BYTES)),
-        "dtype": _like("|".join(DTYPES), f"one of {', '.join(DTYPES)}"),
-    }
-)
-_TABLE = _record(
-    {
-        "name": _TEXT,
-        "max_id": _whole(0, _ROWS),
-        "shape": _list(_whole(0, _BYTES)),
-        "complex": _FLAG,
-        "normalizer": _FUNCTION,
-        "optimizer": _optional(_record({"name": _TEXT, "lr": _NUMBER})),
-        "stored": _list(_TEXT),
-    }
-)
-_OPTIMIZER = _record({"class": _TEXT, "groups": _list(_group), "state": _map(_map(_plain))})
-_FILE = _record(
-    {
-        "file": _like(
-            r"rank-[0-9]{5,}-of-[0-9]{5,}-[0-9]{5,}(-[0-9a-f]{8})?\.safetensors",
-            "a file of this folder, rank-R-of-W-N.safetensors",
-        ),
-        "size": _whole(0, _BYTES),
-        "sha256": _like("[0-9a-f]{64}", "64 hexadecimal digits"),
-        "tensors": _map(_TENSOR),
-    }
-)
-_MANIFEST = _record(
-    {
-        "format": _like(FORMAT, repr(FORMAT)),
-        "step": _whole(0, (1 << 63) - 1),
-        "time": _TEXT,
-        "world_size": _whole(1, 1 << 20),
-        "seed": _optional(_expect("a whole number", lambda value: type(value) is int)),
-        "fingerprints": _map(_TEXT),
-        "state": _OBJECT,
-        "tables": _map(_TABLE),
-        "optimizers": _list(_OPTIMIZER),
-        "schedulers": _list(_record({"class": _TEXT, "state": _OBJECT})),
-        "files": _list(_FILE),
-        "rng": _list(_generators),
-    }
-)
-
-# --------------------
+            _check(entry, schema[0], f"{where}[{number}]")
+    elif isinstance(schema, dict):
+        for key in [*schema, *value] if "*" in schema else schema:
+            if key != "*" or key in value:
+                if key not in value:
+                    raise CheckpointError(f"{where}: got no {key!r}, expected one")
+                _check(value[key], schema.get(key, schema.get("*")), f"{where}.{key[:80]}")
 
 
 class _ById:
@@ -254,7 +189,7 @@ class Manifest:
             body = json.dumps(values, sort_keys=True)
             if hashlib.sha256(body.encode()).hexdigest() != self.digest:
                 raise CheckpointError(f"{where}: was changed after it was written (another sha256)")
-            _MANIFEST(values, f"{where}: manifest")
+            _check(values, _MANIFEST, f"{where}: manifest")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{where}: got text that is not a manifest ({error})") from error
         self.values: dict[str, Any] = values
@@ -275,7 +210,7 @@ class Manifest:
         if problem:
             raise CheckpointError(f"{where}: contradicts itself: {problem}")
 
-    def _contradictions(self) -> Any:
+    def _contradictions(self) -> Iterator[str]:
         if len(self.files) < len(self.values["files"]):
             yield "it names a file twice"
         if len(self.values["rng"]) != self.values["world_size"]:

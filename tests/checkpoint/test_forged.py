@@ -158,7 +158,7 @@ def _forge(
 ) -> tuple[Counter, list[str]]:
     """Forge a checkpoint so often; return the outcomes, and what should not have happened."""
     if not schema:
-        manifest._MANIFEST = lambda values, where: None
+        manifest._check = lambda value, schema, where: None
     (whole,) = (Path(path) for path in checkpoint.checkpoints(folder))
     original = {file.name: file.read_bytes() for file in whole.iterdir()}
     path, draw = folder / "forged" / whole.name, random.Random(seed)
@@ -218,7 +218,7 @@ def test_a_forged_dtype_is_named(tmp_path: Path, dtype: Any) -> None:
     values = json.loads((path / "manifest.json").read_text())["manifest"]
     values["files"][0]["tensors"]["weight"]["dtype"] = dtype
     _write(path, values)
-    text = r"files\[0\]\.tensors\.weight\.dtype: got .*, expected one of float64, float32"
+    text = r"files\[0\]\.tensors\.weight\.dtype: got .*, expected float64\|float32"
     for call in (shardemb.open_store, checkpoint.verify):
         with pytest.raises(CheckpointError, match=text):
             call(path)
