@@ -421,14 +421,13 @@ class Client(Tables[ServedTable]):
 def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 30.0) -> Client:
     """Find a service by its name, from any job of the cluster.
 
-    If a shard is down (it died and is starting again) or full (``max_pending`` requests wait
-    there), a call asks it again until ``wait_s`` have passed.
+    A call asks a shard that is down (it died and is starting) or full (``max_pending`` requests
+    wait there) again until ``wait_s`` have passed.
 
     Args:
         name: of the service.
-        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round,
-            or two with labels.
-        wait_s: seconds that a call waits for a shard that is down or full; 0 to raise at once.
+        timeout_s: see :class:`Client`.
+        wait_s: see :class:`Client`.
 
     Raises:
         ValueError: this process is not connected to Ray; there is no service of that name.
