@@ -33,7 +33,7 @@ Verify = Literal["sha256", "size"]
 # The schema. A class or pattern is that of a value, a range that of a whole number; float is any
 # number within 1e30, object any JSON. [x] is a list, [x, n] one of n; in an object "*" stands for
 # all other keys, and keys that it does not name are ignored; (x, y) allows the value x too.
-_COUNT = range(_ROWS + 1)
+_COUNT, _INT64 = range(_ROWS + 1), range(-(1 << 63), 1 << 63)
 _PLAIN = {"*": object}
 _FUNCTION = (None, {"name": (None, str), "kwargs": _PLAIN, "function": str})
 _BASE64 = re.compile("[A-Za-z0-9+/]*={0,2}")
@@ -90,15 +90,19 @@ _MANIFEST = {
 }
 
 
+def check_schema(values: Any, where: str) -> None:
+    """Raise CheckpointError, which names the place, unless these may be a manifest's values."""
+    _check(values, _MANIFEST, f"{where}manifest")
+
+
 def _check(value: Any, schema: Any, where: str) -> None:
-    """Raise CheckpointError, which names the place, unless a value fits the schema."""
     if isinstance(schema, tuple):
         if value == schema[0] and type(value) is type(schema[0]):
             return
         schema = schema[1]
     if schema is object:
-        integer, known = range(-(1 << 63), 1 << 63), {list: [object], dict: _PLAIN}
-        schema = integer if type(value) is int else known.get(type(value), type(value))
+        known: dict[type, Any] = {int: _INT64, list: [object], dict: _PLAIN}
+        schema = known.get(type(value), type(value))
     expected = getattr(schema, "__name__", type(schema).__name__)
     fits: Any = type(value) is (schema if isinstance(schema, type) else type(schema))
     if isinstance(schema, re.Pattern):
@@ -189,7 +193,7 @@ class Manifest:
             body = json.dumps(values, sort_keys=True)
             if hashlib.sha256(body.encode()).hexdigest() != self.digest:
                 raise CheckpointError(f"{where}: was changed after it was written (another sha256)")
-            _check(values, _MANIFEST, f"{where}: manifest")
+            check_schema(values, f"{where}: ")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{where}: got text that is not a manifest ({error})") from error
         self.values: dict[str, Any] = values

@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shardemb import kernels
 from shardemb.checkpoint import safetensors_io
-from shardemb.checkpoint.manifest import FORMAT, MANIFEST, dtype_name, finished
+from shardemb.checkpoint.manifest import FORMAT, MANIFEST, check_schema, dtype_name, finished
 from shardemb.checkpoint.shards import (
     LocalShard,
     check_known,
@@ -116,7 +116,7 @@ def save(
             range.
     """
     snapshot = _snapshot(
-        step, model, list(optimizers), state, keep, list(schedulers), seed, fingerprints, nonfinite
+        step, model, optimizers, state, keep, schedulers, seed, fingerprints, nonfinite
     )
     return _write(folder, snapshot)
 
@@ -124,10 +124,10 @@ def save(
 def _snapshot(
     step: int,
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Iterable[torch.optim.Optimizer],
     state: Mapping[str, Any] | None,
     keep: int,
-    schedulers: Sequence[Any],
+    schedulers: Iterable[Any],
     seed: int | None,
     fingerprints: Mapping[str, str] | None,
     nonfinite: Nonfinite,
@@ -138,7 +138,7 @@ def _snapshot(
             " at least 1 and nonfinite 'error', 'warn' or 'ignore'"
         )
     rank, world_size = collectives.rank_and_size()
-    tables = tables_of(model)
+    tables, optimizers = tables_of(model), list(optimizers)
     for table in tables.values():
         table.require_default_group("a checkpoint")
     shards, names, stored = local_shards(model)
@@ -235,7 +235,7 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
     def on_first(function: Callable[..., Any], *args: Any) -> str | None:
         return _try(function, *args) if snapshot.rank == 0 else None
 
-    error = _try(json.dumps, snapshot.manifest)
+    error = _try(_check_loadable, snapshot.manifest)
     needed = sum(_vote(snapshot, snapshot.nbytes, error))
     collectives.agree(
         "ranks save different steps",
@@ -255,6 +255,11 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
     location, seconds = child(folder, name), time.monotonic() - start
     _log.info("saved %s: %d bytes in %.2f s", location, snapshot.nbytes, seconds)
     return location
+
+
+def _check_loadable(manifest: Mapping[str, Any]) -> None:
+    """Raise what loading would: of what JSON cannot hold, or the schema does not know."""
+    check_schema(json.loads(json.dumps({**manifest, "files": [], "rng": []})), "")
 
 
 def _try(function: Callable[..., Any], *args: Any) -> str | None:
@@ -498,9 +503,8 @@ class AsyncSaver:
             CheckpointError: the previous save failed, on all ranks.
         """
         self.wait()
-        optimizers, schedulers, keep = list(optimizers), list(schedulers), self._keep
         snapshot = _snapshot(
-            step, model, optimizers, state, keep, schedulers, seed, fingerprints, nonfinite
+            step, model, optimizers, state, self._keep, schedulers, seed, fingerprints, nonfinite
         )
         snapshot.group = self._group
         free = free_bytes(torch.device("cpu"))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from shardemb.exceptions import (
-    CheckpointError,
     IdRangeError,
     InputError,
     InputTypeError,
+    NoTableError,
     UnknownNameError,
 )
 
@@ -169,10 +169,6 @@ class Table(ABC):
 AnyTable = TypeVar("AnyTable", bound=Table)
 
 
-class _NoTableError(CheckpointError, AttributeError):
-    """There is no table; so hasattr works."""
-
-
 class Tables(Generic[AnyTable]):
     """The tables of a checkpoint, by their names in the model.
 
@@ -198,7 +194,7 @@ class Tables(Generic[AnyTable]):
     def table(self) -> AnyTable:
         """The table with the most rows: the entities' of a knowledge graph, or the only one."""
         if not self.tables:
-            raise _NoTableError(f"{self.path}: has no table")
+            raise NoTableError(f"{self.path}: has no table")
         return max(self.tables.values(), key=lambda table: table.max_id)
 
     def _chosen(self, name: str | None) -> AnyTable:
