@@ -16,6 +16,7 @@ from typing import Any
 
 from shardemb import __version__
 from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
+from shardemb.utils import logs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
         prog="shardemb", description="Embedding tables, row-sharded over processes."
     )
     parser.add_argument("--version", action="version", version=f"shardemb {__version__}")
+    parser.add_argument(
+        "--verbose", action="store_true", help="log what the package does, to stderr"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
         "train", help="train and rank a knowledge-graph model on sharded tables"
@@ -108,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
+    if arguments.verbose:
+        logs.verbose()
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -570,7 +576,7 @@ def _list(arguments: argparse.Namespace) -> int:
             f" file(s)  {size:,} bytes"
         )
         for prefix, told in values["tables"].items():
-            dtype = manifest.parts.get(f"{prefix}.weight" if prefix else "weight", [None])[0]
+            dtype = manifest.shards.get(f"{prefix}.weight" if prefix else "weight", [None])[0]
             shape = " x ".join(f"{size:,}" for size in (told["max_id"], *told["shape"]))
             print(
                 f"  {prefix or told['name']}: {shape} "

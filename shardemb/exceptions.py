@@ -16,6 +16,7 @@ Each class is also the built-in class that Python, PyTorch or PyKEEN would raise
     ├── NonfiniteError (FloatingPointError)  a loss or gradient is NaN or infinite
     ├── MissingExtraError (ModuleNotFoundError)  an optional package is not installed
     ├── CheckpointError (RuntimeError)       a checkpoint cannot be written, or is damaged
+    │   └── NoTableError (AttributeError)    it has no table: hasattr() is False
     ├── PeerFailureError (RuntimeError)      another rank died, stopped, raised or ended early
     ├── WorkerError (RuntimeError)           a launcher's rank failed; carries its traceback
     ├── TerminatedError (RuntimeError)       SIGTERM came; the run saved what it had
@@ -87,6 +88,10 @@ class MissingExtraError(ShardembError, ModuleNotFoundError):
 
 class CheckpointError(ShardembError, RuntimeError):
     """A checkpoint that could not be written, or that is not what its manifest says."""
+
+
+class NoTableError(CheckpointError, AttributeError):
+    """A checkpoint without tables: an AttributeError, so that hasattr() and getmembers() work."""
 
 
 class PeerFailureError(ShardembError, RuntimeError):

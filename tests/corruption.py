@@ -1,4 +1,4 @@
-"""Damages a checkpoint in random ways, one at a time, and looks whether loading tells."""
+"""Damages a checkpoint in random ways, one at a time, and checks that loading reports it."""
 
 import json
 import random
@@ -113,9 +113,7 @@ _MUTATIONS: list[Callable[[Path, Path, random.Random], str]] = [
 def damage(
     folder: Path, count: int, seed: int, load: Callable[[Path, Any], Any] = checkpoint.load
 ) -> tuple[Counter, list[str]]:
-    """Damage the newer of :func:`save_two`'s checkpoints so often.
-
-    Return how, and what was not told as it should be.
+    """Damage the newer of :func:`save_two`'s checkpoints; return how often, and what went wrong.
 
     Args:
         folder: of both checkpoints.

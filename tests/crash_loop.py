@@ -1,6 +1,4 @@
-"""Kills training ranks at random moments, over and over.
-
-And looks whether anything is lost or torn.
+"""Kills training ranks at random moments, and checks that nothing is lost or torn.
 
 A run trains two tables to a fixed step, with SGD whose result is the same bit by bit at every
 number of ranks. Each attempt starts at 1, 2 or 3 ranks from what the last one left, and is killed:
@@ -47,9 +45,8 @@ def _make() -> tuple[Any, Any]:
 def _step(model: Any, coordinator: Any, step: int, rank: int, world_size: int) -> None:
     import torch
 
-    ids = torch.randint(ROWS, (60,), generator=torch.Generator().manual_seed(step)).chunk(
-        world_size
-    )[rank]
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(ROWS, (60,), generator=generator).chunk(world_size)[rank]
     (model.user(ids) * model.item(ids % 71)).square().sum().backward()
     coordinator.step()
 
@@ -93,10 +90,11 @@ def _save(folder: Path, step: int, model: Any, saver: Any) -> None:
 def _load(folder: Path, model: Any) -> int:
     from shardemb import checkpoint
 
-    found = checkpoint.checkpoints(folder)
-    if found:
-        checkpoint.load(found[-1], model)
-    return int(Path(found[-1]).name.removeprefix("step-")) if found else 0
+    paths = checkpoint.checkpoints(folder)
+    if not paths:
+        return 0
+    checkpoint.load(paths[-1], model)
+    return int(Path(paths[-1]).name.removeprefix("step-"))
 
 
 def _newest(folder: Path, trajectory: np.ndarray) -> int:
@@ -106,12 +104,8 @@ def _newest(folder: Path, trajectory: np.ndarray) -> int:
     for path in shardemb.checkpoint.checkpoints(folder):
         store = shardemb.open_store(path, verify="sha256")
         step = max(step, store.step)
-        rows = np.concatenate(
-            [
-                np.concatenate([rows for _, rows in table.chunks()])
-                for table in store.tables.values()
-            ]
-        )
+        tables = store.tables.values()
+        rows = np.concatenate([rows for table in tables for _, rows in table.chunks()])
         if not np.array_equal(rows, trajectory[store.step]):
             raise AssertionError(
                 f"{path}: is undamaged, but its rows are not those of step {store.step}"
@@ -123,10 +117,7 @@ OURS = Saver(_save, _load, _newest)
 
 
 def _overwrite(folder: Path, step: int, model: Any, saver: Any) -> None:
-    """The planted fault.
-
-    Each rank writes its rows over those of the step before, at their places in one file.
-    """
+    """The planted fault: each rank overwrites its rows of the step before, in one file."""
     folder.mkdir(exist_ok=True)
     for table in model.children():
         path = folder / f"{table.name}.npy"
@@ -197,23 +188,13 @@ def _train(
     trajectory = np.load(folder.parent / "trajectory.npy", mmap_mode="r")
 
     def compare(step: int) -> None:
-        for table, rows in (
-            (model.user, trajectory[step, :ROWS]),
-            (model.item, trajectory[step, ROWS:]),
-        ):
-            wrong = int(
-                (table.local_rows().numpy() != rows[table.plan.local_ids().numpy()]).any(1).sum()
-            )
+        whole = trajectory[step]
+        for table, rows in ((model.user, whole[:ROWS]), (model.item, whole[ROWS:])):
+            expected = rows[table.plan.local_ids().numpy()]
+            wrong = int((table.local_rows().numpy() != expected).any(1).sum())
             if wrong:
-                channel.send(
-                    (
-                        "torn",
-                        (
-                            f"step {step}: {wrong} rows of {table.name!r} on rank {rank} of"
-                            f" {world_size} are others"
-                        ),
-                    )
-                )
+                where = f"{table.name!r} on rank {rank} of {world_size}"
+                channel.send(("torn", f"step {step}: {wrong} rows of {where} are others"))
 
     first = saver.load(folder, model)
     compare(first)
@@ -249,16 +230,13 @@ class Loop:
     faults: list[str] = field(default_factory=list)
 
     def run(self, kills: int, seconds: float, stop_at_fault: bool = False) -> None:
-        """Go on until so many processes' attempts were killed.
-
-        And the run at hand has come to its end; or the time is over.
-        """
+        """Go on until so many attempts were killed and the last run has ended, or time is up."""
         draw, deadline = random.Random(self.seed), time.monotonic() + seconds
         with tempfile.TemporaryDirectory(prefix="crash-loop-") as base:
-            here, there = _context.Pipe(duplex=False)
-            process = _context.Process(target=_trajectory, args=(there,))
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(target=_trajectory, args=(sender,))
             process.start()
-            self._trajectory = here.recv()
+            self._trajectory = receiver.recv()
             np.save(Path(base) / "trajectory.npy", self._trajectory)
             process.join()
             while self.kills < kills or not self.runs:
@@ -277,22 +255,19 @@ class Loop:
     def _attempt(
         self, base: Path, folder: Path, draw: random.Random, known: int, kill: bool
     ) -> tuple[bool, int]:
-        """Run the job once.
-
-        Return whether it came to its end, and the newest step that was reported as saved.
-        """
+        """Run the job once; return whether it has ended, and the newest step reported as saved."""
         world_size, self.attempts = draw.randint(1, 3), self.attempts + 1
         self.world_sizes[world_size] += 1
         background = draw.random() < 0.5
         store = base / f"store-{self.attempts}"
         channels, ranks = [], []
         for rank in range(world_size):
-            here, there = _context.Pipe(duplex=False)
-            arguments = (there, rank, world_size, str(store), folder, self.saver, background)
+            receiver, sender = _context.Pipe(duplex=False)
+            arguments = (sender, rank, world_size, str(store), folder, self.saver, background)
             process = _context.Process(target=_rank_main, args=arguments)
             process.start()
-            there.close()
-            channels.append(here)
+            sender.close()
+            channels.append(receiver)
             ranks.append(process)
         # half of the kills within a save; it takes some milliseconds
         at_save = draw.randint(1, 4) if draw.random() < 0.5 else None

@@ -99,7 +99,7 @@ def test_an_unknown_section_is_refused() -> None:
         ),
         (
             "ingest",
-            f"--work {{tmp_path}} --source {ROOT / 'shardemb' / 'kge' / 'data' / 'wordnet'} --memory 1GiB",
+            f"--work {{tmp_path}} --source {ROOT}/shardemb/kge/data/wordnet --memory 1GiB",
             {
                 "entities",
                 "triples",

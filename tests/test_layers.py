@@ -34,6 +34,7 @@ ONLY = {
     "fbgemm_gpu": ("sharding", "optim"),
     "ray": ("launch", "serving/ray_service.py"),
     "pykeen": ("pykeen.py",),
+    "safetensors": (),
 }
 #: what works without a process group
 NO_DISTRIBUTED = [

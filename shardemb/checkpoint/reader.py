@@ -1,10 +1,9 @@
-"""Loads checkpoints into tables of any number of ranks.
+"""Loads checkpoints into the tables of any number of ranks; see :mod:`shardemb.checkpoint`."""
 
-:mod:`shardemb.checkpoint` says what they are.
-"""
-
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import torch
@@ -12,16 +11,25 @@ from torch import Tensor, nn
 
 from shardemb.checkpoint import safetensors_io
 from shardemb.checkpoint.manifest import Manifest, SavedShard, Verify, dtype_name
-from shardemb.checkpoint.safetensors_io import Layout
-from shardemb.checkpoint.shards import LocalShard, dotted, model_pieces, set_rng_state, tables_of
+from shardemb.checkpoint.safetensors_io import DTYPES, Layout
+from shardemb.checkpoint.shards import (
+    LocalShard,
+    check_known,
+    dotted,
+    local_shards,
+    set_rng_state,
+    tables_of,
+)
 from shardemb.checkpoint.storage import Location
 from shardemb.comm import collectives
 from shardemb.embedding import Embedding
 from shardemb.exceptions import CheckpointError
-from shardemb.sharding.placement import RowOrder
+from shardemb.utils import logs
 
 #: rows that are read at a time where their order changes
 _READ_ROWS = 1 << 16
+
+_log = logs.logger(__name__)
 
 
 def load(
@@ -37,333 +45,369 @@ def load(
     fingerprints: Mapping[str, str] | None = None,
     verify: Verify = "sha256",
 ) -> dict[str, Any]:
-    """Load ``folder/step-N`` into tables of any number of ranks. A collective.
+    """Load ``folder/step-N`` into the tables of any number of ranks. A collective.
 
-    The ranks share the work of checking the files; then each reads its own rows, straight into the
-    tables. Nothing of the model changes unless all of it is there and undamaged. With optimizers or
-    schedulers, which is how training goes on, the random generators go on too, if the number of
-    ranks is that of the checkpoint.
+    The ranks check the files together; then each reads its own rows, straight into the tables. The
+    model does not change unless everything is there and undamaged. With optimizers or schedulers
+    the random generators continue too, if the checkpoint has the same number of ranks.
 
     Args:
         path: of the checkpoint.
-        model: with the tables, shapes and dtypes of the one that was saved.
-        optimizers: as were saved; their hyper-parameters and their state for this rank's rows are
-            put back. None for the parameters alone.
-        schedulers: as were saved; their state is put back.
-        tables: load these tables of the model alone, by their names in the model (an Embedding on
-            its own is ""); or a mapping of these to names in the checkpoint.
+        model: with the tables, shapes and dtypes of the saved one.
+        optimizers: as saved; their hyper-parameters and their state for this rank's rows are
+            restored. None for the parameters alone.
+        schedulers: as saved; their state is restored.
+        tables: load only these tables of the model, by their names in it (an Embedding on its own
+            is ""); or a mapping of these to names in the checkpoint.
         optimizer_state: False loads rows alone, also without the state of a fused optimizer.
-        cast: let the rows be converted into the tables' dtype.
-        grow: let tables have more rows than were saved: ids keep their rows, new ones stay as they
-            are initialized.
-        fingerprints: must be equal to those of the same names that were saved.
+        cast: convert the rows into the tables' dtype.
+        grow: allow tables with more rows than were saved: ids keep their rows, new ones stay as
+            they are initialized.
+        fingerprints: compared with the saved ones of the same names.
         verify: "sha256" checks the hash of every file that is read; "size" only its size.
 
     Returns:
-        The ``state`` that was saved.
+        The saved ``state``.
 
     Raises:
-        CheckpointError: a missing, damaged or foreign file; a table that is not there or has
-            another shape or dtype; other optimizers, schedulers or fingerprints. On all ranks.
+        CheckpointError: a missing, damaged or foreign file; a table that is missing or has another
+            shape or dtype; other optimizers, schedulers or fingerprints. On all ranks.
     """
+    start = time.monotonic()
+    if tables is not None and not isinstance(tables, Mapping):
+        tables = {name: name for name in tables}
     job = _Load(
         path, model, list(optimizers), list(schedulers), tables, optimizer_state, cast, grow
     )
-    for stage in (lambda: job.plan(fingerprints or {}), lambda: job.check(verify), job.read):
-        error: str | None = None
-        try:
-            stage()
-        except CheckpointError as failure:
-            error = str(failure)
-        except (OSError, EOFError) as failure:
-            error = f"{path}: {type(failure).__name__}: {failure}"
-        told = collectives.gather((error, job.digest), operation="a checkpoint's vote")
-        bad = [text for text, _ in told if text is not None]
-        if bad:
-            raise CheckpointError(bad[0])
-        if len({digest for _, digest in told}) > 1:
-            raise CheckpointError(
-                f"{path}: ranks see different checkpoints there, by the sha256 of the manifest:"
-                f" {told}"
-            )
-    return job.finish()
+    _vote(path, lambda: job.plan(fingerprints or {}))
+    collectives.agree(
+        f"{path}: ranks see different checkpoints",
+        {"the manifest's sha256": job.manifest.digest},
+        raises=CheckpointError,
+    )
+    _vote(path, lambda: job.check(verify))
+    _vote(path, job.read)
+    state = job.finish()
+    size = sum(shard.nbytes for _, shard in job.wanted)
+    _log.info("loaded %s: %d bytes in %.2f s", path, size, time.monotonic() - start)
+    return state
 
 
+def _vote(path: Location, stage: Callable[[], None]) -> None:
+    """Do a part of the work; if a rank fails, all raise its error."""
+    error: Exception | None = None
+    try:
+        stage()
+    except CheckpointError as failure:
+        error = failure
+    except (OSError, EOFError) as failure:
+        error = CheckpointError(f"{path}: {type(failure).__name__}: {failure}")
+    collectives.gather_or_raise(None, error, operation="a checkpoint's vote")
+
+
+@dataclass
 class _Load:
-    """One rank's share of a load."""
+    """One rank's share of a load; the fields are the arguments of :func:`load`."""
 
-    def __init__(
-        self,
-        path: Location,
-        model: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        schedulers: list[Any],
-        tables: Iterable[str] | Mapping[str, str] | None,
-        optimizer_state: bool,
-        cast: bool,
-        grow: bool,
-    ) -> None:
-        self.path, self.model, self.optimizers, self.schedulers = (
-            path,
-            model,
-            optimizers,
-            schedulers,
-        )
-        self.tables = (
-            tables
-            if tables is None or isinstance(tables, Mapping)
-            else {name: name for name in tables}
-        )
-        self.optimizer_state, self.cast, self.grow = optimizer_state, cast, grow
-        self.digest = ""
-        #: name in the checkpoint, and where its rows go
-        self.wanted: list[tuple[str, LocalShard]] = []
-        #: of each table that is loaded
-        self.rows: dict[str, dict[str, Tensor]] = {}
-        #: what an optimizer shall keep for a parameter
-        self.states: list[tuple[torch.optim.Optimizer, Tensor, dict[str, Any]]] = []
+    path: Location
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    schedulers: list[Any]
+    tables: Mapping[str, str] | None
+    optimizer_state: bool
+    cast: bool
+    grow: bool
+    #: name in the checkpoint, and where its rows go
+    wanted: list[tuple[str, LocalShard]] = field(default_factory=list)
+    #: stored tensors of each table that is loaded
+    rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    #: the state that an optimizer shall have for a parameter
+    states: list[tuple[torch.optim.Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
+    #: tensors of these states that are to be allocated: place in `wanted`, state, key, device
+    missing: list[tuple[int, dict[str, Any], str, torch.device]] = field(default_factory=list)
+
+    def _error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {text}")
 
     def plan(self, fingerprints: Mapping[str, str]) -> None:
-        """Find out what goes where, and whether it fits; nothing is changed."""
-        here = tables_of(self.model)
+        """Decide what is read into which tensor, and check that it fits; change nothing."""
+        tables = tables_of(self.model)
         try:
             self.manifest = Manifest(self.path)
         except CheckpointError as error:
-            wanted = ", ".join(repr(table.name) for table in here.values())
-            raise CheckpointError(
-                f"{error}; wanted for {f'table {wanted}' if wanted else 'a model without tables'}"
-            ) from error
-        self.digest, values = self.manifest.digest, self.manifest.values
+            names = ", ".join(repr(table.name) for table in tables.values())
+            wanted = f"table {names}" if names else "a model without tables"
+            raise CheckpointError(f"{error}; wanted for {wanted}") from error
+        values = self.manifest.values
         for name, expected in fingerprints.items():
-            got = values["fingerprints"].get(name)
-            if got is not None and got != expected:
-                raise CheckpointError(
-                    f"{self.path}: got {name} of fingerprint {got}, expected {expected}: it is of"
-                    " other data"
+            got = values["fingerprints"].get(name, expected)
+            if got != expected:
+                raise self._error(
+                    f"got {name} of fingerprint {got}, expected {expected}: it is of other data"
                 )
-        pieces, names, kept = model_pieces(self.model)
-        if self.tables is not None:
-            for mine, saved in self.tables.items():
-                if mine not in here or saved not in values["tables"]:
-                    raise CheckpointError(
-                        f"{self.path}: got table {mine!r} to load from {saved!r}, expected one of"
-                        f" {sorted(here)} from one of {sorted(values['tables'])}"
-                    )
-        chosen = {name: name for name in here} if self.tables is None else self.tables
-        in_tables: set[str] = set()
-        for mine, table in here.items():
-            stored = kept[mine]
-            in_tables |= {dotted(mine, key) for key in stored}
-            if mine not in chosen:
-                continue
-            saved = chosen[mine]
-            self._check_fused(table, saved)
-            self.rows[mine] = {
-                key: stored[key] for key in stored if key == "weight" or self.optimizer_state
-            }
-            for key in self.rows[mine]:
-                self._want(dotted(saved, key), pieces[dotted(mine, key)], self.grow)
+        shards, names_of, stored = local_shards(self.model)
+        chosen = {name: name for name in tables} if self.tables is None else self.tables
+        for name, saved in chosen.items():
+            if self.tables is not None and (name not in tables or saved not in values["tables"]):
+                raise self._error(
+                    f"got table {name!r} to load from {saved!r}, expected one of {sorted(tables)}"
+                    f" from one of {sorted(values['tables'])}"
+                )
+            self._check_fused(tables[name], saved)
+            keys = stored[name] if self.optimizer_state else ["weight"]
+            self.rows[name] = {key: stored[name][key] for key in keys}
+            for key in keys:
+                self._want(dotted(saved, key), shards[dotted(name, key)], self.grow)
         if self.tables is None:
-            rest = pieces.keys() - in_tables
-            for name in sorted(rest):
-                self._want(name, pieces[name], False)
-            fused = {
-                dotted(t, key) for t, told in values["tables"].items() for key in told["stored"]
-            }
-            unused = [
-                n
-                for n in self.manifest.parts
-                if not n.startswith("optimizer.") and n not in rest | in_tables | fused
-            ]
-            unused += [dotted(t, "weight") for t in values["tables"] if t not in here]
-            if unused:
-                raise CheckpointError(
-                    f"{self.path}: holds {unused}, which the model has not: name the tables to"
-                    f" load, tables={sorted(here)}"
-                )
+            self._plan_others(shards, {dotted(t, key) for t in stored for key in stored[t]}, tables)
         if self.optimizer_state and self.optimizers:
-            self._plan_optimizers(pieces, names, chosen)
-        saved_with, given = (
-            [s["class"] for s in values["schedulers"]],
-            [type(s).__name__ for s in self.schedulers],
-        )
-        if self.schedulers and saved_with != given:
-            raise CheckpointError(
-                f"{self.path}: was saved with schedulers {saved_with}, expected {given}"
-            )
+            self._plan_optimizers(shards, names_of, chosen)
+        if self.schedulers:
+            self._check_classes("schedulers", self.schedulers)
         for name in {name for name, _ in self.wanted}:
             self.manifest.check_covered(name)
+        self.generators = self._generators()
+        if self.generators:
+            try:
+                set_rng_state(self.generators, try_out=True)
+            except Exception as error:
+                raise self._error(f"the random generators' state is invalid: {error}") from error
+
+    def _generators(self) -> dict[str, Any]:
+        """Return the saved state of this rank's random generators, if they shall continue."""
+        rank, world_size = collectives.rank_and_size()
+        continues = bool(self.optimizers or self.schedulers)
+        same = world_size == self.manifest.values["world_size"]
+        return self.manifest.values["rng"][rank] if continues and same else {}
+
+    def _plan_others(
+        self, shards: Mapping[str, LocalShard], in_tables: set[str], tables: Mapping[str, Any]
+    ) -> None:
+        """Want the parameters and buffers outside of tables; refuse what the model lacks."""
+        others = shards.keys() - in_tables
+        for name in sorted(others):
+            self._want(name, shards[name], False)
+        saved = self.manifest.values["tables"]
+        fused = {dotted(table, key) for table in saved for key in saved[table]["stored"]}
+        unused = [
+            name
+            for name in self.manifest.shards
+            if not name.startswith("optimizer.") and name not in others | in_tables | fused
+        ]
+        unused += [dotted(table, "weight") for table in saved if table not in tables]
+        if unused:
+            raise self._error(
+                f"holds {unused}, which the model does not have: name the tables to load,"
+                f" tables={sorted(tables)}"
+            )
 
     def _check_fused(self, table: Embedding, saved: str) -> None:
-        told = self.manifest.values["tables"].get(saved)
-        if told is None:
-            raise CheckpointError(
-                f"{self.path}: has no table {saved!r}, expected by the model; it has"
-                f" {self._described()}"
+        tables = self.manifest.values["tables"]
+        if saved not in tables:
+            names = ", ".join(f"{name!r} ({entry['name']})" for name, entry in tables.items())
+            raise self._error(
+                f"has no table {saved!r}, expected by the model; it has {names or 'none'}"
             )
-        got, expected = told["optimizer"], table._fused_hyperparameters()
-        same = (got and got["name"]) == (expected and expected["name"])
-        if self.optimizer_state and not same:
-            raise CheckpointError(
-                f"{self.path}: table {table.name!r} was saved with the fused optimizer {got},"
-                f" expected {expected}: load the rows alone with optimizer_state=False"
+        got, expected = tables[saved]["optimizer"], table._fused_hyperparameters()
+        if self.optimizer_state and (got and got["name"]) != (expected and expected["name"]):
+            raise self._error(
+                f"table {table.name!r} was saved with the fused optimizer {got}, expected"
+                f" {expected}: load the rows alone with optimizer_state=False"
             )
 
-    def _described(self) -> str:
-        return (
-            ", ".join(
-                f"{name!r} ({told['name']})"
-                for name, told in self.manifest.values["tables"].items()
-            )
-            or "none"
-        )
+    def _check_classes(self, kind: str, objects: list[Any]) -> None:
+        got = [saved["class"] for saved in self.manifest.values[kind]]
+        expected = [type(given).__name__ for given in objects]
+        if got != expected:
+            raise self._error(f"was saved with {kind} {got}, expected {expected}")
 
     def _plan_optimizers(
         self,
-        pieces: Mapping[str, LocalShard],
+        shards: Mapping[str, LocalShard],
         names: Mapping[Tensor, str],
         chosen: Mapping[str, str],
     ) -> None:
-        saved = self.manifest.values["optimizers"]
-        got, expected = (
-            [o["class"] for o in saved],
-            [type(optimizer).__name__ for optimizer in self.optimizers],
-        )
-        if got != expected:
-            raise CheckpointError(
-                f"{self.path}: was saved with optimizers {got}, expected {expected}"
-            )
-        renamed = {
-            dotted(mine, "weight"): dotted(other, "weight") for mine, other in chosen.items()
-        }
-        for number, (optimizer, told) in enumerate(zip(self.optimizers, saved, strict=True)):
-            mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-            theirs = [group["params"] for group in told["groups"]]
-            if self.tables is None and mine != theirs:
-                raise CheckpointError(
-                    f"{self.path}: optimizer {number} was saved with the parameters {theirs},"
-                    f" expected {mine}"
-                )
+        self._check_classes("optimizers", self.optimizers)
+        saved_names = {dotted(a, "weight"): dotted(b, "weight") for a, b in chosen.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            saved = self.manifest.values["optimizers"][number]
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                check_known(optimizer, parameter, names)
+            if self.tables is None:
+                self._check_groups(number, optimizer.param_groups, saved["groups"], names)
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 name = names[parameter]
-                if self.tables is not None and name not in renamed:
+                if self.tables is not None and name not in saved_names:
                     continue
-                other = renamed.get(name, name)
-                new = dict(told["state"].get(other, {}))
-                prefix = f"optimizer.{number}.{other}."
-                for key in [key for key in self.manifest.parts if key.startswith(prefix)]:
+                name_in_file = saved_names.get(name, name)
+                state = dict(saved["state"].get(name_in_file, {}))
+                prefix = f"optimizer.{number}.{name_in_file}."
+                own = optimizer.state.get(parameter, {})
+                for key in [key for key in self.manifest.shards if key.startswith(prefix)]:
                     part = key.removeprefix(prefix)
-                    rows, first = pieces[name], self.manifest.parts[key][0]
-                    by_row = bool(first.shape) and first.total == self._rows_saved(other)
-                    old = (
-                        optimizer.state[parameter].get(part)
-                        if parameter in optimizer.state
-                        else None
-                    )
-                    shape = [len(rows.tensor), *first.shape[1:]] if by_row else list(first.shape)
-                    dtype = getattr(torch, first.dtype)
-                    if (
-                        not isinstance(old, Tensor)
-                        or list(old.shape) != shape
-                        or old.dtype != dtype
-                    ):
-                        make = torch.zeros if self.grow else torch.empty
-                        old = make(shape, dtype=dtype, device=rows.tensor.device)
-                    new[part] = old
-                    self._want(key, rows.like(old, by_row), self.grow and by_row)
-                self.states.append((optimizer, parameter, new))
+                    state[part] = own.get(part)
+                    self._want_state(key, shards[name], name_in_file, state, part)
+                self.states.append((optimizer, parameter, state))
 
-    def _rows_saved(self, name: str) -> int:
-        return self.manifest.parts[name][0].total if name in self.manifest.parts else -1
-
-    def _want(self, name: str, piece: LocalShard, may_grow: bool) -> None:
-        parts = self.manifest.parts.get(name)
-        if parts is None:
-            if not piece.total:
-                return
-            raise CheckpointError(
-                f"{self.path}: has no {name!r}; is it a checkpoint of this model?"
+    def _check_groups(
+        self,
+        number: int,
+        groups: list[dict[str, Any]],
+        saved: list[dict[str, Any]],
+        names: Mapping[Tensor, str],
+    ) -> None:
+        """Check that the saved groups have the parameters and the kinds of values of these."""
+        got = [group["params"] for group in saved]
+        expected = [[names[p] for p in group["params"]] for group in groups]
+        if got != expected:
+            raise self._error(
+                f"optimizer {number} was saved with the parameters {got}, expected {expected}"
             )
-        for part in parts:
-            got = (part.total, *part.shape[1:], part.dtype)
-            expected = (piece.total, *piece.tensor.shape[1:], dtype_name(piece.tensor.dtype))
-            if got == expected:
-                continue
-            hint = ""
-            if got[:-1] == expected[:-1] or (may_grow and got[1:-1] == expected[1:-1]):
-                hint = "; cast=True converts" if got[-1] != expected[-1] else ""
-            if got[1:-1] == expected[1:-1] and got[0] < expected[0] and not may_grow:
-                hint += "; grow=True lets a table have more rows than were saved"
-            fits = (got[0] == expected[0] or (may_grow and got[0] < expected[0])) and got[
-                1:-1
-            ] == expected[1:-1]
-            if not fits or (got[-1] != expected[-1] and not self.cast):
-                raise CheckpointError(
-                    f"{self.path}: table {piece.table!r}: {name!r} has rows, columns and dtype"
-                    f" {got}, expected {expected}{hint}"
-                )
-        self.wanted.append((name, piece))
+        for group, saved_group in zip(groups, saved, strict=True):
+            for key, value in saved_group.items():
+                if key != "params" and not _alike(value, group.get(key)):
+                    raise self._error(
+                        f"optimizer {number} was saved with {key} {value!r}, expected a value such"
+                        f" as {group[key]!r}"
+                    )
+
+    def _want_state(
+        self, key: str, rows: LocalShard, name: str, state: dict[str, Any], part: str
+    ) -> None:
+        """Want a tensor of an optimizer's state: into ``state[part]``, if that fits."""
+        first = self.manifest.shards[key][0]
+        parameter = self.manifest.shards.get(name, [])
+        by_row = bool(
+            first.shape and parameter and first.order.num_rows == parameter[0].order.num_rows
+        )
+        # shards of a tensor that is not by row are one: each rank holds all of it
+        count = len(rows.tensor) if by_row else first.order.num_rows
+        shape, dtype = (count, *first.shape[1:]) if first.shape else (), DTYPES[first.dtype]
+        old = state[part]
+        if not isinstance(old, Tensor) or old.shape != shape or old.dtype != dtype:
+            # what the manifest claims is allocated when the files have been checked
+            old = torch.empty(shape, dtype=dtype, device="meta")
+            self.missing.append((len(self.wanted), state, part, rows.tensor.device))
+        state[part] = old
+        self._want(key, rows.like(old, by_row), self.grow and by_row)
+
+    def _want(self, name: str, shard: LocalShard, may_grow: bool) -> None:
+        saved_shards = self.manifest.shards.get(name)
+        if saved_shards is None:
+            if not shard.order.num_rows:
+                return
+            raise self._error(f"has no {name!r}; is it a checkpoint of this model?")
+        saved = saved_shards[0]
+        (rows, *columns), dtype = (saved.order.num_rows, *saved.shape[1:]), saved.dtype
+        own_columns, own_dtype = [*shard.tensor.shape[1:]], dtype_name(shard.tensor.dtype)
+        grows = rows < shard.order.num_rows and may_grow
+        fits = columns == own_columns and (rows == shard.order.num_rows or grows)
+        fits = fits and len(saved.shape) == shard.tensor.dim()
+        if not fits or (dtype != own_dtype and not self.cast):
+            hint = "; cast=True converts" if fits else ""
+            if columns == own_columns and rows < shard.order.num_rows and not may_grow:
+                hint = "; grow=True lets a table have more rows than were saved"
+            got, expected = (rows, *columns, dtype), (shard.order.num_rows, *own_columns, own_dtype)
+            raise self._error(
+                f"table {shard.table!r}: {name!r} has rows, columns and dtype {got}, expected"
+                f" {expected}{hint}"
+            )
+        self.wanted.append((name, shard))
 
     def check(self, verify: Verify) -> None:
         """Check this rank's share of the files that any rank reads."""
-        read = {part.file for name, _ in self.wanted for part in self.manifest.parts[name]}
-        files = [file for file in self.manifest.files if file in read]
+        needed = {shard.file for name, _ in self.wanted for shard in self.manifest.shards[name]}
+        files = [file for file in self.manifest.files if file in needed]
         rank, world_size = collectives.rank_and_size()
-        mine = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
-        with ThreadPoolExecutor(
-            max(2, torch.get_num_threads())
-        ) as pool:  # neither disk nor hashing holds the interpreter
-            list(pool.map(lambda file: self.manifest.check_file(file, verify), mine))
+        share = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
+        with _threads() as pool:
+            list(pool.map(lambda file: self.manifest.check_file(file, verify), share))
 
     def read(self) -> None:
-        """Read the rows of this rank."""
+        """Read the rows of this rank, and restore the schedulers."""
+        make = torch.zeros if self.grow else torch.empty
+        for place, state, part, device in self.missing:
+            name, shard = self.wanted[place]
+            state[part] = make(shard.tensor.shape, dtype=shard.tensor.dtype, device=device)
+            self.wanted[place] = name, replace(shard, tensor=state[part])
+        for scheduler, saved in zip(
+            self.schedulers, self.manifest.values["schedulers"], strict=False
+        ):
+            self._restore(scheduler, saved["state"])
         tasks: dict[str, list[tuple[str, SavedShard, LocalShard]]] = {}
-        for name, piece in self.wanted:
-            for part in self.manifest.parts[name]:
-                if not _apart(part, piece):
-                    tasks.setdefault(part.file, []).append((name, part, piece))
+        for name, local in self.wanted:
+            for saved_shard in self.manifest.shards[name]:
+                if not _are_disjoint(saved_shard, local):
+                    tasks.setdefault(saved_shard.file, []).append((name, saved_shard, local))
 
-        def read(file: str) -> None:
+        def read_file(file: str) -> None:
             with self.manifest.folder.open(file) as opened:
                 layouts = self.manifest.layouts(file, opened)
-                for name, part, piece in tasks[file]:
-                    _read(opened, layouts[name], part, piece)
+                for name, saved_shard, local in tasks[file]:
+                    _read(opened, layouts[name], saved_shard, local)
 
-        with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
-            list(pool.map(read, tasks))
+        with _threads() as pool:
+            list(pool.map(read_file, tasks))
+
+    def _restore(self, scheduler: Any, state: dict[str, Any]) -> None:
+        before = scheduler.state_dict()
+        # a scheduler takes any name as an attribute: its optimizer and methods are no state
+        foreign = [key for key in state if key not in before and hasattr(scheduler, key)]
+        try:
+            if foreign:
+                raise ValueError(f"it would replace {foreign}")
+            if any(not _alike(value, before.get(key)) for key, value in state.items()):
+                raise TypeError("it has values of other types")
+            scheduler.load_state_dict(state)
+        except Exception as error:
+            name = type(scheduler).__name__
+            raise self._error(f"{name} does not take its saved state: {error!r}") from error
 
     def finish(self) -> dict[str, Any]:
-        """Let tables and optimizers know what was read."""
+        """Pass what was read on to tables and optimizers."""
         tables, values = tables_of(self.model), self.manifest.values
         for name, rows in self.rows.items():
             tables[name]._load_stored_rows(rows)
-        for optimizer, parameter, new in self.states:
+        for optimizer, parameter, state in self.states:
             optimizer.state.pop(parameter, None)
-            if new:
-                optimizer.state[parameter] = new
-        if self.tables is None:
+            if state:
+                optimizer.state[parameter] = state
+        if self.tables is None and self.optimizer_state:
             for name in self.rows:
                 fused = values["tables"][name]["optimizer"]
-                if fused is not None and self.optimizer_state:
+                if fused is not None:
                     tables[name].set_learning_rate(fused["lr"])
-            if self.optimizer_state:
-                for optimizer, told in zip(self.optimizers, values["optimizers"], strict=False):
-                    for group, saved in zip(optimizer.param_groups, told["groups"], strict=True):
-                        _put_back(group, saved)
-        for scheduler, told in zip(self.schedulers, values["schedulers"], strict=False):
-            scheduler.load_state_dict(told["state"])
-        rank, world_size = collectives.rank_and_size()
-        if (
-            (self.optimizers or self.schedulers)
-            and values["rng"][0]
-            and world_size == values["world_size"]
-        ):
-            set_rng_state(values["rng"][rank])
+            for optimizer, saved in zip(self.optimizers, values["optimizers"], strict=False):
+                for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
+                    _set_hyperparameters(group, saved_group)
+        if self.generators:
+            set_rng_state(self.generators)
         return values["state"]
 
 
-def _put_back(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Set an optimizer's hyper-parameters."""
+def _threads() -> ThreadPoolExecutor:
+    # neither reading nor hashing holds the interpreter's lock
+    return ThreadPoolExecutor(max(2, torch.get_num_threads()))
+
+
+def _alike(value: Any, own: Any) -> bool:
+    """Whether a value from JSON can take the place of an own one; None fits anything."""
+    if value is None or own is None:
+        return True
+    if isinstance(own, list | tuple):
+        # a scheduler's lists grow
+        fits = isinstance(value, list) and (isinstance(own, list) or len(value) == len(own))
+        return fits and all(map(_alike, value, own))
+    if isinstance(own, bool) or isinstance(value, bool):
+        return type(own) is type(value)
+    if isinstance(own, Tensor):
+        return isinstance(value, int | float) and abs(value) < 1e30
+    if isinstance(own, int | float):
+        return isinstance(value, int | float)
+    return isinstance(value, dict if isinstance(own, dict) else type(own))
+
+
+def _set_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
     for key, value in saved.items():
         if key == "params":
             continue
@@ -373,44 +417,38 @@ def _put_back(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
-def _apart(part: SavedShard, piece: LocalShard) -> bool:
-    """Whether it is sure that a part has no row of a piece."""
-    if not piece.tensor.dim() or part.sharded != piece.sharded or part.total != piece.total:
+def _are_disjoint(saved: SavedShard, local: LocalShard) -> bool:
+    """Whether it is certain that a saved shard has none of the local rows."""
+    if not local.tensor.dim() or saved.order != local.order:
         return False
-    return part.first >= piece.first + len(piece.tensor) or part.first + part.length <= piece.first
+    return (
+        saved.first >= local.first + len(local.tensor) or saved.first + saved.length <= local.first
+    )
 
 
-def _read(file: BinaryIO, layout: Layout, part: SavedShard, piece: LocalShard) -> None:
-    """Fill a piece in place with the rows of it that a part has."""
-    if not piece.tensor.dim():
-        safetensors_io.read_rows(file, layout, 0, piece.tensor)
-    elif part.sharded == piece.sharded and (part.total == piece.total or not part.sharded):
-        low, high = piece.first, piece.first + len(piece.tensor)
-        start, stop = max(low, part.first), min(high, part.first + part.length)
+def _read(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
+    """Fill a local shard in place with those of its rows that a saved shard has."""
+    if not local.tensor.dim():
+        safetensors_io.read_rows(file, layout, 0, local.tensor)
+    elif saved.order == local.order or not (saved.order.permuted or local.order.permuted):
+        low, high = local.first, local.first + len(local.tensor)
+        start, stop = max(low, saved.first), min(high, saved.first + saved.length)
         if start < stop:
-            safetensors_io.read_rows(
-                file, layout, start - part.first, piece.tensor[start - low : stop - low]
-            )
+            rows = local.tensor[start - low : stop - low]
+            safetensors_io.read_rows(file, layout, start - saved.first, rows)
     else:
-        _read_in_another_order(file, layout, part, piece)
+        _read_permuted(file, layout, saved, local)
 
 
-def _read_in_another_order(
-    file: BinaryIO, layout: Layout, part: SavedShard, piece: LocalShard
-) -> None:
-    """Fill a piece with rows whose order is another.
-
-    By slot where it is by id, or of a table with fewer rows.
-    """
-    for start in range(0, part.length, _READ_ROWS):
-        stop = min(start + _READ_ROWS, part.length)
-        ids = torch.arange(part.first + start, part.first + stop)
-        if part.sharded:
-            ids = RowOrder(part.total, True).ids(ids)
-        places = piece.places(ids)
-        here = ((places >= 0) & (places < len(piece.tensor))).nonzero().squeeze(1)
-        if len(here):
-            rows = torch.empty(stop - start, *part.shape[1:], dtype=layout.dtype)
+def _read_permuted(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
+    """Fill a local shard from rows in another order, or of a table with fewer rows."""
+    for start in range(0, saved.length, _READ_ROWS):
+        stop = min(start + _READ_ROWS, saved.length)
+        ids = saved.order.ids(torch.arange(saved.first + start, saved.first + stop))
+        positions = local.positions(ids)
+        own = ((positions >= 0) & (positions < len(local.tensor))).nonzero().squeeze(1)
+        if len(own):
+            rows = torch.empty(stop - start, *saved.shape[1:], dtype=layout.dtype)
             safetensors_io.read_rows(file, layout, start, rows)
-            values = rows[here].to(piece.tensor.device, piece.tensor.dtype)
-            piece.tensor.index_copy_(0, places[here].to(piece.tensor.device), values)
+            values = rows[own].to(local.tensor.device, local.tensor.dtype)
+            local.tensor.index_copy_(0, positions[own].to(local.tensor.device), values)

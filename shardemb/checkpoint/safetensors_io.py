@@ -1,7 +1,7 @@
 """safetensors files (https://github.com/huggingface/safetensors), written and read in slices.
 
-Its own library holds a whole file in memory to write it. Here a file is hashed while it is written,
-straight from the tensors, and read straight into them, so that neither needs memory of its own.
+The ``safetensors`` package holds a whole file in memory to write it. This module hashes a file
+while it writes it, straight from the tensors, and reads straight into them.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardemb.exceptions import InputError
 
-#: bytes that are on their way at a time
+#: bytes that are copied or converted at a time
 CHUNK_BYTES = 1 << 24
 
 _NAMES = {
@@ -26,6 +26,8 @@ _NAMES = {
     torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+#: the dtypes that a file can hold, by their names in torch
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,13 @@ class Layout:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """View a contiguous CPU tensor's memory."""
-    return (
-        memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-        if tensor.numel()
-        else memoryview(b"")
-    )
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Go over the rows of a tensor in contiguous CPU chunks.
-
-    A contiguous CPU tensor is not copied.
-    """
+    """Iterate over a tensor's rows in contiguous CPU chunks; does not copy a contiguous tensor."""
     rows = tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
     step = max(1, CHUNK_BYTES // max(1, rows.itemsize * math.prod(rows.shape[1:])))
     for start in range(0, len(rows), step):
@@ -64,7 +61,7 @@ def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 class Writer:
-    """Writes to a file and hashes on the way, at the speed of the slower of both."""
+    """Writes to a file and hashes in parallel."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -75,25 +72,22 @@ class Writer:
     def write(self, chunks: Iterable[Any]) -> None:
         """Write buffers."""
         with ThreadPoolExecutor(1) as hasher:
-            hashed = None
+            previous = None
             for chunk in chunks:
                 pending = hasher.submit(self._sha256.update, chunk)
                 self._file.write(chunk)
                 self.size += len(chunk)
-                if hashed is not None:
-                    hashed.result()
-                hashed = pending
+                if previous is not None:
+                    previous.result()
+                previous = pending
 
     def sha256(self) -> str:
-        """Return the hash of all that was written."""
+        """Return the hash of everything written."""
         return self._sha256.hexdigest()
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the beginning of a file that holds tensors of these dtypes and shapes.
-
-    In this order.
-    """
+    """Return the header of a file with tensors of these dtypes and shapes, in this order."""
     entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)
@@ -104,8 +98,8 @@ def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
 
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write tensors; return size and sha256 of the file."""
-    # tensors of larger elements first, so that each is aligned
+    """Write tensors; return the file's size and sha256."""
+    # tensors of larger elements first, so that all are aligned
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     writer = Writer(file)
     writer.write([header({name: (t.dtype, tuple(t.shape)) for name, t in ordered.items()})])
@@ -113,49 +107,72 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     return writer.size, writer.sha256()
 
 
+def parse_json(text: bytes) -> Any:
+    """Parse JSON of a stranger; ValueError for malformed text, too deep nesting or a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise InputError(f"a key occurs twice among {[key for key, _ in pairs][:10]}")
+        return entries
+
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique)
+    except RecursionError:
+        raise InputError("lists and objects are nested too deeply") from None
+
+
 def layouts(file: BinaryIO) -> dict[str, Layout]:
-    """Read the header of a file; ValueError if it is none."""
+    """Read a file's header.
+
+    Raises:
+        ValueError: not a safetensors header, or its tensors do not follow each other in the file.
+    """
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
         raise InputError(f"got a header of {length} bytes in a file of {size}")
-    found = {}
-    try:
-        for name, entry in json.loads(file.read(length)).items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                layout = Layout(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-                if (
-                    end - begin != layout.dtype.itemsize * math.prod(layout.shape)
-                    or not 0 <= begin <= end <= size - 8 - length
-                ):
-                    raise InputError(f"tensor {name!r} does not lie within the file")
-                found[name] = layout
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"got a header that is not one of safetensors ({error!r})") from error
-    return found
+    entries = parse_json(file.read(length))
+    if not isinstance(entries, dict):
+        raise InputError("got a header that is not one of safetensors: expected an object")
+    entries.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in entries.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+                known = dtype in _DTYPES and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+            case _:
+                known = False
+        if not known:
+            raise InputError(
+                f"got a header that is not one of safetensors: tensor {name!r} is {str(entry)[:80]}"
+            )
+        if end - begin != _DTYPES[dtype].itemsize * math.prod(shape):
+            raise InputError(f"tensor {name!r} of shape {shape} has {end - begin} bytes")
+        tensors[name] = Layout(_DTYPES[dtype], tuple(shape), 8 + length + begin)
+        spans.append((begin, end, name))
+    place = 0
+    for begin, end, name in sorted(spans):
+        if begin != place or end > size - 8 - length:
+            raise InputError(f"tensor {name!r} does not lie within the file, after those before it")
+        place = end
+    return tensors
 
 
 def read_into(file: BinaryIO, place: int, out: Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes from ``place`` on.
-
-    EOFError if there are too few.
-    """
+    """Fill a contiguous CPU tensor with a file's bytes from ``place`` on; EOFError at its end."""
     view, done = as_bytes(out), 0
     file.seek(place)
     while done < len(view):
-        got = file.readinto(view[done : done + (1 << 30)])  # type: ignore[attr-defined]
-        if not got:
+        size = file.readinto(view[done : done + (1 << 30)])  # type: ignore[attr-defined]
+        if not size:
             raise EOFError(f"got {done} bytes from {place} on, expected {len(view)}")
-        done += got
+        done += size
 
 
 def read_rows(file: BinaryIO, layout: Layout, start: int, out: Tensor) -> None:
-    """Fill ``out`` ``(n, ...)`` with rows ``[start, start + n)``.
-
-    Cast and moved to its device if need be.
-    """
+    """Read rows ``[start, start + n)`` into ``out`` ``(n, ...)``, in its dtype, on its device."""
     place = layout.start + start * layout.row_bytes
     if out.device.type == "cpu" and out.dtype == layout.dtype and out.is_contiguous():
         read_into(file, place, out)
@@ -163,16 +180,7 @@ def read_rows(file: BinaryIO, layout: Layout, start: int, out: Tensor) -> None:
     rows = out if out.dim() else out.reshape(1)
     step = max(1, CHUNK_BYTES // max(1, layout.row_bytes))
     for first in range(0, len(rows), step):
-        part = rows[first : first + step]
-        buffer = torch.empty(part.shape, dtype=layout.dtype)
+        chunk = rows[first : first + step]
+        buffer = torch.empty(chunk.shape, dtype=layout.dtype)
         read_into(file, place + first * layout.row_bytes, buffer)
-        part.copy_(buffer)
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """Return the sha256 of all of a file."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
-    file.seek(0)
-    while got := file.readinto(buffer):  # type: ignore[attr-defined]
-        digest.update(buffer[:got])
-    return digest.hexdigest()
+        chunk.copy_(buffer)

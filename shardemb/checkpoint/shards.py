@@ -1,7 +1,4 @@
-"""What a rank has of a model's tables, parameters and optimizer state.
-
-Named tensors, with the global rows that they hold.
-"""
+"""This rank's share of a model's tables, parameters and optimizer state, by tensor name."""
 
 import base64
 import random
@@ -20,48 +17,44 @@ from shardemb.sharding.placement import RowOrder
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What a rank holds of a tensor.
-
-    Rows ``[first, first + len(tensor))`` of ``total``, or, not sharded, all of it.
-
-    A sharded tensor's rows are in the order of their slots (:mod:`shardemb.sharding.placement`),
-    others in that of ids.
-    """
+    """This rank's rows of a tensor: ``[first, first + len(tensor))`` in the order of all rows."""
 
     tensor: Tensor
     first: int
-    total: int
-    sharded: bool
+    #: permuted if several ranks share the rows; otherwise every rank holds all of them
+    order: RowOrder
     #: whether an earlier rank holds the same rows, and writes them
     copy: bool = False
     #: the table that it belongs to, for errors
     table: str = ""
 
     def like(self, tensor: Tensor, by_row: bool) -> "LocalShard":
-        """Return the piece for a tensor that has a value for each of these rows.
-
-        Or one that every rank holds whole.
-        """
+        """Return the shard of a tensor with a value for each of these rows, or of a whole one."""
         if by_row:
             return replace(self, tensor=tensor)
-        return LocalShard(tensor, 0, length_of(tensor), False, table=self.table)
+        return whole(tensor, self.table)
 
     def rows(self, start: int, stop: int) -> "LocalShard":
-        """Return a part of it."""
+        """Return the shard of its rows ``[start, stop)``."""
         return replace(self, tensor=self.tensor[start:stop], first=self.first + start)
 
-    def places(self, ids: Tensor) -> Tensor:
-        """Return where rows of these ids ``(n,)`` are in the tensor, if they are."""
-        return (RowOrder(self.total, self.sharded).slots(ids)) - self.first
+    def positions(self, ids: Tensor) -> Tensor:
+        """Return the rows ``(n,)`` of the tensor that hold these ids; outside of it for others."""
+        return self.order.slots(ids) - self.first
 
-    def ids(self, places: Tensor) -> Tensor:
-        """Return the ids of rows of the tensor."""
-        return RowOrder(self.total, self.sharded).ids(places + self.first)
+    def ids(self, positions: Tensor) -> Tensor:
+        """Return the ids ``(n,)`` of rows of the tensor."""
+        return self.order.ids(positions + self.first)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return self.tensor.numel() * self.tensor.itemsize
+
+
+def whole(tensor: Tensor, name: str) -> LocalShard:
+    """Return the shard of a tensor that every rank holds whole."""
+    return LocalShard(tensor, 0, RowOrder(length_of(tensor), permuted=False), table=name)
 
 
 def length_of(tensor: Tensor) -> int:
@@ -79,52 +72,51 @@ def dotted(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def model_pieces(
+def local_shards(
     model: nn.Module,
 ) -> tuple[dict[str, LocalShard], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
     """Name the model's tables, other parameters and buffers.
 
     Returns:
-        The pieces; their names by parameter; and what each table stores, by the table's name in the
-        model.
+        The shards; their names by parameter; and the stored tensors of each table.
     """
-    pieces: dict[str, LocalShard] = {}
+    shards: dict[str, LocalShard] = {}
     names: dict[Tensor, str] = {}
-    inside: set[Tensor] = set()
+    in_tables: set[Tensor] = set()
     stored: dict[str, dict[str, Tensor]] = {}
     for prefix, table in tables_of(model).items():
         stored[prefix] = table._stored_rows()
+        plan, copy = table.plan, not table._holds_first_copy
         for key, tensor in stored[prefix].items():
-            sharded, copy = table.plan.world_size > 1, not table._holds_first_copy
-            pieces[dotted(prefix, key)] = LocalShard(
-                tensor, table.plan.first, table.max_id, sharded, copy, table.name
+            shards[dotted(prefix, key)] = LocalShard(
+                tensor, plan.first, plan.order, copy, table.name
             )
-        for parameter in table.parameters():
-            names[parameter] = dotted(prefix, "weight")
-        inside |= {*table.parameters(), *table.buffers()}
+        names |= dict.fromkeys(table.parameters(), dotted(prefix, "weight"))
+        in_tables |= {*table.parameters(), *table.buffers()}
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor not in inside:
-            pieces[key] = LocalShard(tensor.detach(), 0, length_of(tensor), False, table=key)
+        if tensor not in in_tables:
+            shards[key] = whole(tensor.detach(), key)
             names[tensor] = key
-    return pieces, names, stored
+    return shards, names, stored
 
 
-def optimizer_pieces(
+def optimizer_shards(
     optimizers: Iterable[torch.optim.Optimizer],
-    pieces: Mapping[str, LocalShard],
+    shards: Mapping[str, LocalShard],
     names: Mapping[Tensor, str],
 ) -> dict[str, LocalShard]:
     """Name the tensors that optimizers keep for the model's parameters."""
-    found = {}
+    state_shards = {}
     for number, optimizer in enumerate(optimizers):
         for parameter, state in optimizer.state.items():
             check_known(optimizer, parameter, names)
-            for part, tensor in state.items():
+            name = names[parameter]
+            for key, tensor in state.items():
                 if isinstance(tensor, Tensor):
                     by_row = tensor.dim() > 0 and len(tensor) == len(parameter)
-                    name = names[parameter]
-                    found[f"optimizer.{number}.{name}.{part}"] = pieces[name].like(tensor, by_row)
-    return found
+                    shard = shards[name].like(tensor, by_row)
+                    state_shards[f"optimizer.{number}.{name}.{key}"] = shard
+    return state_shards
 
 
 def check_known(
@@ -139,7 +131,7 @@ def check_known(
 
 
 def rng_state() -> dict[str, Any]:
-    """Return what the random generators of torch, Python and numpy will go on with, for JSON."""
+    """Return the state of the random generators of torch, Python and numpy, for JSON."""
 
     def text(state: Tensor) -> str:
         return base64.b64encode(state.numpy().tobytes()).decode()
@@ -153,17 +145,30 @@ def rng_state() -> dict[str, Any]:
     return {"torch": text(torch.get_rng_state()), "cuda": cuda, "python": python, "numpy": words}
 
 
-def set_rng_state(saved: Mapping[str, Any]) -> None:
-    """Let the random generators go on where :func:`rng_state` was taken."""
+def set_rng_state(saved: Mapping[str, Any], try_out: bool = False) -> None:
+    """Put the random generators back to what :func:`rng_state` returned.
+
+    Args:
+        saved: the state.
+        try_out: set generators that nobody uses, to see whether the state is valid.
+    """
 
     def state(text: str) -> Tensor:
         return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
 
-    torch.set_rng_state(state(saved["torch"]))
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state(text) for text in saved["cuda"]])
+    cpu, cuda = state(saved["torch"]), [state(text) for text in saved["cuda"]]
+    same_gpus = len(cuda) == torch.cuda.device_count()
+    if try_out:
+        torch.Generator().set_state(cpu)
+        for gpu in cuda if same_gpus else ():
+            torch.Generator("cuda").set_state(gpu)
+    else:
+        torch.set_rng_state(cpu)
+        if same_gpus:
+            torch.cuda.set_rng_state_all(cuda)
     version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
+    (random.Random() if try_out else random).setstate((version, tuple(internal), gauss))
     words = saved["numpy"]
     key = np.array(words["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**words, "state": {**words["state"], "key": key}})
+    numpy = np.random.RandomState() if try_out else np.random
+    numpy.set_state({**words, "state": {**words["state"], "key": key}})

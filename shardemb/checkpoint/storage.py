@@ -1,6 +1,4 @@
-"""Folders of files, on a local file system or in an object store.
-
-With what a checkpoint needs of them.
+"""Folders of checkpoints, on a local file system or in an object store.
 
 A location without "://" is a local path. With it, it is one of pyarrow's file systems (``s3://``,
 ``gs://``, ``abfss://``, ``hdfs://``; options such as ``?region=`` or ``?endpoint_override=`` in the
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shardemb.exceptions import InputError
-from shardemb.utils.files import fsync
+from shardemb.utils.files import fsync, move
 
 #: a local path, or a URI
 Location = str | Path
@@ -28,7 +26,7 @@ def is_remote(location: Location) -> bool:
 
 
 def child(location: Location, name: str) -> Location:
-    """Return the location of an entry of a folder."""
+    """Return the location of a folder's entry."""
     if not is_remote(location):
         return _local(location) / name
     path, mark, query = str(location).partition("?")
@@ -37,11 +35,9 @@ def child(location: Location, name: str) -> Location:
 
 def name_of(location: Location) -> str:
     """Return the last part of a location."""
-    return (
-        str(location).partition("?")[0].rstrip("/").rpartition("/")[2]
-        if is_remote(location)
-        else _local(location).name
-    )
+    if not is_remote(location):
+        return _local(location).name
+    return str(location).partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def _local(location: Location) -> Path:
@@ -49,7 +45,7 @@ def _local(location: Location) -> Path:
 
 
 def folder_at(location: Location) -> "Folder":
-    """Return the folder at a location, whether it is there or not.
+    """Return the folder at a location, which may not exist.
 
     Raises:
         ValueError: a URI of no file system that pyarrow or an installed fsspec package knows.
@@ -58,14 +54,14 @@ def folder_at(location: Location) -> "Folder":
 
 
 class Folder(ABC):
-    """A folder, whose files are written once, by one process."""
+    """A folder whose files are written once, by one process."""
 
-    #: whether a folder can be renamed at once, so that it appears whole or not at all
+    #: whether a folder can be renamed atomically
     renames: bool
 
     @abstractmethod
     def child(self, name: str) -> "Folder":
-        """Return a folder in this one, whether it is there or not."""
+        """Return a folder in this one, which may not exist."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -81,7 +77,7 @@ class Folder(ABC):
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """Open a file to be read, at any place."""
+        """Open a file for reading at any position."""
 
     @abstractmethod
     def make(self) -> None:
@@ -89,19 +85,19 @@ class Folder(ABC):
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove an entry, if it is there, with what it holds."""
+        """Remove an entry with its content, if it exists."""
 
     def read(self, name: str) -> bytes:
-        """Return what a file holds."""
+        """Return a file's content."""
         with self.open(name) as file:
             return file.read()
 
     def rename(self, name: str, new: str) -> None:
-        """Rename an entry at once, and wait until that is on the disk."""
+        """Rename an entry atomically; on return, the change is on the disk."""
         raise NotImplementedError
 
     def free_bytes(self) -> int | None:
-        """Return how many bytes can be written; None where it cannot be known."""
+        """Return how many bytes can be written; None if unknown."""
         return None
 
 
@@ -130,7 +126,7 @@ class _LocalFolder(Folder):
 
     def open(self, name: str) -> BinaryIO:
         file = (self._path / name).open("rb", buffering=0)
-        with suppress(OSError, AttributeError):  # while one part is hashed the disk brings the next
+        with suppress(OSError, AttributeError):  # the disk reads ahead while we hash
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return file
 
@@ -145,16 +141,14 @@ class _LocalFolder(Folder):
             path.unlink(missing_ok=True)
 
     def rename(self, name: str, new: str) -> None:
-        fsync(self._path / name)
-        (self._path / name).rename(self._path / new)
-        fsync(self._path)
+        move(self._path / name, self._path / new)
         fsync(self._path.parent)  # this folder may be new too
 
     def free_bytes(self) -> int | None:
-        here = self._path
-        while not here.exists():
-            here = here.parent
-        return shutil.disk_usage(here).free
+        existing = next(
+            path for path in (self._path, *self._path.absolute().parents) if path.exists()
+        )
+        return shutil.disk_usage(existing).free
 
 
 class _ObjectFolder(Folder):
@@ -184,14 +178,12 @@ class _ObjectFolder(Folder):
     def names(self) -> list[str]:
         from pyarrow import fs
 
-        found = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
-        return sorted(info.base_name for info in found)
+        infos = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        return sorted(info.base_name for info in infos)
 
     def size(self, name: str) -> int | None:
-        from pyarrow import fs
-
         info = self._fs.get_file_info(f"{self._path}/{name}")
-        return info.size if info.type == fs.FileType.File else None
+        return info.size if info.is_file else None
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
@@ -205,11 +197,9 @@ class _ObjectFolder(Folder):
         self._fs.create_dir(self._path)
 
     def remove(self, name: str) -> None:
-        from pyarrow import fs
-
         path = f"{self._path}/{name}"
-        kind = self._fs.get_file_info(path).type
-        if kind == fs.FileType.Directory:
-            self._fs.delete_dir(path)
-        elif kind == fs.FileType.File:
+        info = self._fs.get_file_info(path)
+        if info.is_file:
             self._fs.delete_file(path)
+        elif info.type.name == "Directory":
+            self._fs.delete_dir(path)

@@ -1,7 +1,4 @@
-"""Writes checkpoints, in the foreground and in the background.
-
-:mod:`shardemb.checkpoint` says what they are.
-"""
+"""Writes checkpoints, in the foreground or the background; see :mod:`shardemb.checkpoint`."""
 
 import datetime
 import hashlib
@@ -9,8 +6,9 @@ import json
 import os
 import secrets
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -21,30 +19,33 @@ from torch import Tensor, nn
 
 from shardemb import kernels
 from shardemb.checkpoint import safetensors_io
-from shardemb.checkpoint.manifest import FORMAT, MANIFEST, dtype_name, finished
+from shardemb.checkpoint.manifest import FORMAT, MANIFEST, check_schema, dtype_name, finished
 from shardemb.checkpoint.shards import (
     LocalShard,
     check_known,
     dotted,
     length_of,
-    model_pieces,
-    optimizer_pieces,
+    local_shards,
+    optimizer_shards,
     rng_state,
     tables_of,
+    whole,
 )
 from shardemb.checkpoint.storage import Folder, Location, child, folder_at
 from shardemb.comm import collectives, watchdog
 from shardemb.embedding import Embedding
 from shardemb.exceptions import CheckpointError, InputError, NonfiniteError
 from shardemb.transforms import to_json
+from shardemb.utils import logs
 from shardemb.utils.memory import free_bytes
 from shardemb.utils.types import few
 
-#: bytes of tensors in a file, at most (unless a single row has more): enough files to hash several
-#: at a time
+#: bytes of tensors in a file, at most (one row may have more): enough files to hash in parallel
 FILE_BYTES = 1 << 28
 
 Nonfinite = Literal["error", "warn", "ignore"]
+
+_log = logs.logger(__name__)
 
 
 @dataclass
@@ -53,23 +54,23 @@ class _Snapshot:
 
     step: int
     keep: int
-    #: of this rank's share
-    pieces: dict[str, LocalShard]
-    #: what the manifest says besides the files
+    #: those that this rank writes
+    shards: dict[str, LocalShard]
+    #: the manifest without files and random generators
     manifest: dict[str, Any]
-    #: of this rank alone
+    #: of this rank's random generators
     rng: dict[str, Any]
     nonfinite: Nonfinite
     rank: int
     world_size: int
-    #: of the votes
+    #: process group of the votes
     group: Any = None
-    #: file, size, sha256, tensors: filled in while writing
+    #: file, size, sha256 and tensors of each file written
     files: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces.values())
+        return sum(shard.nbytes for shard in self.shards.values())
 
 
 def save(
@@ -87,9 +88,8 @@ def save(
 ) -> Location:
     """Write checkpoint ``folder/step-N``. A collective.
 
-    On return it is complete, or all ranks have raised.
-
-    Needs no memory besides the tables', up to some megabytes.
+    On return it is complete on the disk, or all ranks have raised. It takes a few megabytes of
+    memory besides the tables.
 
     Args:
         folder: holds the run's checkpoints, on storage that all ranks see: a path, or a URI such as
@@ -97,9 +97,10 @@ def save(
         step: number of the checkpoint.
         model: its tables and other parameters.
         optimizers: their state for these parameters, and their hyper-parameters.
-        state: anything JSON can hold, such as the position in the data; given back by :func:`load`.
-        keep: how many finished checkpoints stay, this one and those before it; later ones are left
-            alone.
+        state: anything that JSON can hold, such as the position in the data; :func:`load` returns
+            it.
+        keep: how many finished checkpoints stay, of this one and those before it; later ones are
+            never removed.
         schedulers: of learning rates; anything with a ``state_dict`` that JSON can hold.
         seed: of the run, for the manifest.
         fingerprints: hashes of what the rows depend on, such as {"vocabulary": ...}, which
@@ -107,7 +108,7 @@ def save(
         nonfinite: what to do if a table holds NaN or infinite values: "error", "warn" or "ignore".
 
     Returns:
-        Where it lies.
+        Its location.
 
     Raises:
         CheckpointError: a rank could not write, or a table holds NaN or infinite values; the
@@ -116,7 +117,7 @@ def save(
             range.
     """
     snapshot = _snapshot(
-        step, model, list(optimizers), state, keep, list(schedulers), seed, fingerprints, nonfinite
+        step, model, optimizers, state, keep, schedulers, seed, fingerprints, nonfinite
     )
     return _write(folder, snapshot)
 
@@ -124,10 +125,10 @@ def save(
 def _snapshot(
     step: int,
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Iterable[torch.optim.Optimizer],
     state: Mapping[str, Any] | None,
     keep: int,
-    schedulers: Sequence[Any],
+    schedulers: Iterable[Any],
     seed: int | None,
     fingerprints: Mapping[str, str] | None,
     nonfinite: Nonfinite,
@@ -138,27 +139,31 @@ def _snapshot(
             " at least 1 and nonfinite 'error', 'warn' or 'ignore'"
         )
     rank, world_size = collectives.rank_and_size()
-    tables = tables_of(model)
+    tables, optimizers = tables_of(model), list(optimizers)
     for table in tables.values():
         table._require_default_group("a checkpoint")
-    pieces, names, stored = model_pieces(model)
-    pieces |= optimizer_pieces(optimizers, pieces, names)
-    # what every rank holds whole, the first one writes
-    mine = {
-        name: piece
-        for name, piece in pieces.items()
-        if rank == 0 or (piece.sharded and not piece.copy)
-    }
-    told = {
+    shards, names, stored = local_shards(model)
+    shards |= optimizer_shards(optimizers, shards, names)
+    manifest = _manifest(step, world_size, seed, fingerprints or {}, state or {})
+    manifest["tables"] = {
         prefix: _describe(table) | {"stored": sorted(stored[prefix])}
         for prefix, table in tables.items()
     }
-    manifest = _manifest(step, world_size, seed, fingerprints or {}, state or {}, told)
     manifest["optimizers"] = [_scalars(optimizer, names) for optimizer in optimizers]
     manifest["schedulers"] = [
         {"class": type(s).__name__, "state": s.state_dict()} for s in schedulers
     ]
-    return _Snapshot(step, keep, mine, manifest, rng_state(), nonfinite, rank, world_size)
+    own = _written_by(rank, shards)
+    return _Snapshot(step, keep, own, manifest, rng_state(), nonfinite, rank, world_size)
+
+
+def _written_by(rank: int, shards: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
+    """Return the shards that a rank writes: the first rank writes what all of them hold."""
+    return {
+        name: shard
+        for name, shard in shards.items()
+        if rank == 0 or (shard.order.permuted and not shard.copy)
+    }
 
 
 def _manifest(
@@ -167,7 +172,6 @@ def _manifest(
     seed: int | None,
     fingerprints: Mapping[str, str],
     state: Mapping[str, Any],
-    tables: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -177,17 +181,14 @@ def _manifest(
         "seed": seed,
         "fingerprints": dict(fingerprints),
         "state": dict(state),
-        "tables": dict(tables),
+        "tables": {},
         "optimizers": [],
         "schedulers": [],
     }
 
 
 def _describe(table: Embedding) -> dict[str, Any]:
-    """Say what is needed to read the table's rows as its forward gives them.
-
-    And what trained them.
-    """
+    """Say how to read the table's rows as forward returns them, and what trained them."""
     return {
         "name": table.name,
         "max_id": table.max_id,
@@ -201,90 +202,87 @@ def _describe(table: Embedding) -> dict[str, Any]:
 
 
 def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Return an optimizer's class, hyper-parameters, and what it keeps besides tensors (SparseAdam.
-
-    The step).
-    """
+    """Return an optimizer's class, hyper-parameters, and the state that is no tensor."""
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         check_known(optimizer, parameter, names)
 
-    def plain(value: Any) -> Any:
+    def plain(key: str, value: Any) -> Any:
+        if key == "params":
+            return [names[parameter] for parameter in value]
         return value.item() if isinstance(value, Tensor) else value
 
-    return {
-        "class": type(optimizer).__name__,
-        "groups": [
-            {
-                key: [names[p] for p in value] if key == "params" else plain(value)
-                for key, value in group.items()
-            }
-            for group in optimizer.param_groups
-        ],
-        "state": {
-            names[parameter]: {
-                part: value for part, value in state.items() if not isinstance(value, Tensor)
-            }
-            for parameter, state in optimizer.state.items()
-        },
+    groups = [{key: plain(key, group[key]) for key in group} for group in optimizer.param_groups]
+    state = {
+        names[parameter]: {key: x for key, x in values.items() if not isinstance(x, Tensor)}
+        for parameter, values in optimizer.state.items()
     }
+    return {"class": type(optimizer).__name__, "groups": groups, "state": state}
 
 
 def _write(folder: Location, snapshot: _Snapshot) -> Location:
-    """Write what all ranks have snapped. A collective."""
-    name = f"step-{snapshot.step:010d}"
+    """Write the snapshots of all ranks. A collective."""
+    start, name = time.monotonic(), f"step-{snapshot.step:010d}"
     root = folder_at(folder)
-    target = name + ".tmp" if root.renames else name
-    # where nothing can be renamed, a writer of an attempt that was given up may still be at work:
-    # not in these files
-    mark = "" if root.renames else f"-{secrets.token_hex(4)}"
+    target, mark = name + ".tmp", ""
+    if not root.renames:
+        # a writer of an attempt that was given up may still be at work: not in these files
+        target, mark = name, f"-{secrets.token_hex(4)}"
 
     def commit() -> None:
-        manifest = snapshot.manifest | {
-            "files": [entry for files, _ in shares for entry in files],
-            "rng": [rng for _, rng in shares],
-        }
+        files = [entry for files, _ in shares for entry in files]
+        manifest = snapshot.manifest | {"files": files, "rng": [rng for _, rng in shares]}
         _commit(root, name, target, manifest, snapshot.keep)
 
-    told = _vote(snapshot, (snapshot.nbytes, snapshot.step), _try(json.dumps, snapshot.manifest))
-    if len({step for _, step in told}) > 1:
-        raise CheckpointError(
-            f"ranks save different steps: got {[step for _, step in told]} of ranks 0, 1, ...,"
-            " expected one"
-        )
-    needed = sum(nbytes for nbytes, _ in told)
+    def on_first(function: Callable[..., Any], *args: Any) -> str | None:
+        return _try(function, *args) if snapshot.rank == 0 else None
+
+    error = _try(_check_loadable, snapshot.manifest)
+    needed = sum(_vote(snapshot, snapshot.nbytes, error))
+    collectives.agree(
+        "ranks save different steps",
+        {"step": snapshot.step},
+        group=snapshot.group,
+        raises=CheckpointError,
+    )
     try:
-        mark = _vote(
-            snapshot,
-            mark,
-            _try(_prepare, root, name, target, needed) if snapshot.rank == 0 else None,
-        )[0]
+        mark = _vote(snapshot, mark, on_first(_prepare, root, name, target, needed))[0]
         error = _try(_write_files, root.child(target), mark, snapshot)
         shares = _vote(snapshot, (snapshot.files, snapshot.rng), error)
-        _vote(snapshot, None, _try(commit) if snapshot.rank == 0 else None)
+        _vote(snapshot, None, on_first(commit))
     except CheckpointError:
         if snapshot.rank == 0 and root.child(name).size(MANIFEST) is None:
-            _try(root.remove, target)  # it would keep the room that the next one needs
+            _try(root.remove, target)  # the next one needs the space
         raise
-    return child(folder, name)
+    location, seconds = child(folder, name), time.monotonic() - start
+    _log.info("saved %s: %d bytes in %.2f s", location, snapshot.nbytes, seconds)
+    return location
+
+
+def _check_loadable(manifest: Mapping[str, Any]) -> None:
+    """Raise what loading would: of what JSON cannot hold, or the schema does not know."""
+    check_schema(json.loads(json.dumps({**manifest, "files": [], "rng": []})), "")
 
 
 def _try(function: Callable[..., Any], *args: Any) -> str | None:
+    """Return the error of a call: the other ranks wait for it."""
     try:
         function(*args)
-    except Exception as error:  # the other ranks wait to be told
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _vote(snapshot: _Snapshot, value: Any, error: str | None) -> list[Any]:
-    told = collectives.gather((value, error), group=snapshot.group, operation="a checkpoint's vote")
-    bad = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(told) if text is not None]
-    if bad:
-        raise CheckpointError(
-            f"checkpoint of step {snapshot.step} was not saved, earlier ones are untouched:"
-            f" {'; '.join(bad)}"
+    """Gather a value of each rank; raises on all ranks if one has an error."""
+    failure = None
+    if error is not None:
+        failure = CheckpointError(
+            f"checkpoint of step {snapshot.step} was not saved, earlier ones are untouched: rank"
+            f" {snapshot.rank}: {error}"
         )
-    return [value for value, _ in told]
+    return collectives.gather_or_raise(
+        value, failure, group=snapshot.group, operation="a checkpoint's vote"
+    )
 
 
 def _prepare(root: Folder, name: str, target: str, needed: int) -> None:
@@ -292,51 +290,45 @@ def _prepare(root: Folder, name: str, target: str, needed: int) -> None:
         raise FileExistsError(f"{name} exists: a finished checkpoint is never written again")
     root.remove(target)
     root.child(target).make()
-    check_room(root, needed)
+    check_space(root, needed)
 
 
-def check_room(root: Folder, needed: int) -> None:
-    """Raise OSError if a folder's disk has less room than these bytes, as far as can be known."""
+def check_space(root: Folder, needed: int) -> None:
+    """Raise OSError if a folder's disk has fewer free bytes than needed, as far as is known."""
     free = root.free_bytes()
     if free is not None and free < needed:
         raise OSError(
-            f"the disk is too full: got {free:,} free bytes, expected {needed:,}: make room, or"
+            f"the disk is too full: got {free:,} free bytes, expected {needed:,}: free some, or"
             " keep fewer"
         )
 
 
-def require_room(
+def require_space(
     folder: Location,
     model: nn.Module,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     keep: int = 2,
 ) -> None:
-    """Refuse, before training, a folder that cannot be written.
+    """Check before training that a folder can be written and holds its checkpoints. A collective.
 
-    Or whose disk is too small for its checkpoints. A collective.
-
-    The state that an optimizer will make is counted for those of :mod:`shardemb.optim`, and as it
-    is now for others.
+    The state that an optimizer will make is counted for those of :mod:`shardemb.optim`; for others,
+    only what exists.
 
     Raises:
-        CheckpointError: naming the folder, what is needed and what is free; on all ranks.
+        CheckpointError: naming the folder, and the bytes that are needed and free; on all ranks.
     """
-    rank, optimizers = dist.get_rank() if dist.is_initialized() else 0, list(optimizers)
-    pieces, names, _ = model_pieces(model)
-    pieces |= optimizer_pieces(optimizers, pieces, names)
-    mine = sum(
-        piece.nbytes for piece in pieces.values() if rank == 0 or (piece.sharded and not piece.copy)
-    )
+    rank, optimizers = collectives.rank_and_size()[0], list(optimizers)
+    shards, names, _ = local_shards(model)
+    shards |= optimizer_shards(optimizers, shards, names)
+    size = sum(shard.nbytes for shard in _written_by(rank, shards).values())
     for optimizer in optimizers:
-        for parameter in (
-            p
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p not in optimizer.state
-        ):
-            for per_row in getattr(optimizer, "state_per_row", {}).values():
-                mine += 4 * (len(parameter) if per_row else parameter.numel())
-    total = sum(collectives.gather(mine, operation="room for checkpoints"))
+        state_per_row = getattr(optimizer, "state_per_row", {}).values()
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter not in optimizer.state:
+                for per_row in state_per_row:
+                    size += 4 * (len(parameter) if per_row else parameter.numel())
+    operation = "space for checkpoints"
+    total = sum(collectives.gather(size, operation=operation))
 
     def check() -> None:
         root = folder_at(folder)
@@ -345,79 +337,71 @@ def require_room(
         with root.create(".probe") as file:
             file.write(b"can this folder be written?")
         root.remove(".probe")
-        check_room(root, total * max(1, keep + 1 - len(finished(root))))
+        check_space(root, total * max(1, keep + 1 - len(finished(root))))
 
-    error = collectives.gather(
-        _try(check) if rank == 0 else None, operation="room for checkpoints"
-    )[0]
-    if error is not None:
-        raise CheckpointError(f"{folder}: cannot hold the checkpoints: {error}")
+    error = _try(check) if rank == 0 else None
+    failure = error and CheckpointError(f"{folder}: cannot hold the checkpoints: {error}")
+    collectives.gather_or_raise(None, failure or None, operation=operation)
 
 
 def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
-    for number, pieces in enumerate(_shared_out(snapshot.pieces)):
-        for name, piece in pieces.items():
-            _check_finite(name, piece, snapshot)
-        file_name = (
-            f"rank-{snapshot.rank:05d}-of-{snapshot.world_size:05d}-{number:05d}{mark}.safetensors"
-        )
+    rank_of = f"rank-{snapshot.rank:05d}-of-{snapshot.world_size:05d}"
+    for number, shards in enumerate(_divided(snapshot.shards)):
+        for name, shard in shards.items():
+            _check_finite(name, shard, snapshot)
+        file_name = f"{rank_of}-{number:05d}{mark}.safetensors"
         with inside.create(file_name) as file:
-            size, digest = safetensors_io.write(
-                file, {name: piece.tensor for name, piece in pieces.items()}
-            )
-        tensors = {
+            tensors = {name: shard.tensor for name, shard in shards.items()}
+            size, digest = safetensors_io.write(file, tensors)
+        entries = {
             name: {
-                "first": piece.first,
-                "total": piece.total,
-                "sharded": piece.sharded,
-                "shape": list(piece.tensor.shape),
-                "dtype": dtype_name(piece.tensor.dtype),
+                "first": shard.first,
+                "total": shard.order.num_rows,
+                "sharded": shard.order.permuted,
+                "shape": list(shard.tensor.shape),
+                "dtype": dtype_name(shard.tensor.dtype),
             }
-            for name, piece in pieces.items()
+            for name, shard in shards.items()
         }
-        snapshot.files.append(
-            {"file": file_name, "size": size, "sha256": digest, "tensors": tensors}
-        )
+        entry = {"file": file_name, "size": size, "sha256": digest, "tensors": entries}
+        snapshot.files.append(entry)
 
 
-def _shared_out(pieces: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]]:
-    """Share pieces out to files of FILE_BYTES, cut between rows where they do not fit."""
+def _divided(shards: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]]:
+    """Divide shards among files of FILE_BYTES, cut between rows where they do not fit."""
     file: dict[str, LocalShard] = {}
-    room = FILE_BYTES
-    for name, piece in pieces.items():
-        done, length = 0, length_of(piece.tensor)
+    left = FILE_BYTES
+    for name, shard in shards.items():
+        done, length = 0, length_of(shard.tensor)
         while done < length:
-            row = -(-piece.nbytes // length)
-            stop = min(length, done + room // max(1, row))
-            if stop == done and file:
-                yield file
-                file, room = {}, FILE_BYTES
-                continue
-            stop = max(stop, done + 1)
-            part = piece if (done, stop) == (0, length) else piece.rows(done, stop)
-            file[name], room, done = part, room - part.nbytes, stop
+            row_bytes = -(-shard.nbytes // length)
+            stop = min(length, done + left // max(1, row_bytes))
+            if stop > done or not file:
+                stop = max(stop, done + 1)
+                part = shard if (done, stop) == (0, length) else shard.rows(done, stop)
+                file[name], left, done = part, left - part.nbytes, stop
             if done < length:
                 yield file
-                file, room = {}, FILE_BYTES
+                file, left = {}, FILE_BYTES
     if file:
         yield file
 
 
-def _check_finite(name: str, piece: LocalShard, snapshot: _Snapshot) -> None:
-    """Look for NaN and infinite values; it takes little beside the hashing."""
-    tensor = torch.view_as_real(piece.tensor) if piece.tensor.is_complex() else piece.tensor
+def _check_finite(name: str, shard: LocalShard, snapshot: _Snapshot) -> None:
+    """Look for NaN and infinite values; it costs little beside the hashing."""
+    tensor = torch.view_as_real(shard.tensor) if shard.tensor.is_complex() else shard.tensor
     if snapshot.nonfinite == "ignore" or not tensor.is_floating_point():
         return
     bad: list[int] = []
     start = 0
     for chunk in safetensors_io.row_chunks(tensor):
-        bad += piece.ids(kernels.nonfinite_rows(chunk) + start).tolist()
+        bad += shard.ids(kernels.nonfinite_rows(chunk) + start).tolist()
         start += len(chunk)
     if bad:
         text = (
-            f"table {piece.table!r}, rank {snapshot.rank}: {name!r} has NaN or infinite values in"
-            f" {len(bad)} rows: {few(bad)}: go on from an earlier checkpoint with a lower learning"
-            " rate, or save with nonfinite='ignore'"
+            f"table {shard.table!r}, rank {snapshot.rank}: {name!r} has NaN or infinite values in"
+            f" {len(bad)} rows: {few(bad)}: continue from an earlier checkpoint with a lower"
+            " learning rate, or save with nonfinite='ignore'"
         )
         if snapshot.nonfinite == "error":
             raise NonfiniteError(text)
@@ -426,26 +410,24 @@ def _check_finite(name: str, piece: LocalShard, snapshot: _Snapshot) -> None:
 
 def _commit(root: Folder, name: str, target: str, manifest: Mapping[str, Any], keep: int) -> None:
     body = json.dumps(manifest, sort_keys=True)
-    document = json.dumps(
-        {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
-    )
+    digest = hashlib.sha256(body.encode()).hexdigest()
     with root.child(target).create(MANIFEST) as file:
-        file.write(document.encode())
+        file.write(json.dumps({"manifest": manifest, "sha256": digest}, indent=1).encode())
     if target != name:
         root.rename(target, name)
-    # later ones are of a run that went on elsewhere: not ours to remove
-    earlier = finished(root)
-    for old in earlier[: earlier.index(name) + 1][:-keep]:
+    # later ones belong to a run that continued elsewhere
+    names = finished(root)
+    for old in names[: names.index(name) + 1][:-keep]:
         _retire(root, old)
 
 
 def _retire(root: Folder, name: str) -> None:
-    """Remove a checkpoint; a removal that is cut short must not look finished."""
+    """Remove a checkpoint; a removal that is interrupted must not look finished."""
     if root.renames:
-        gone = f"{name}.tmp"
-        root.remove(gone)
-        root.rename(name, gone)
-        name = gone
+        retired = f"{name}.tmp"
+        root.remove(retired)
+        root.rename(name, retired)
+        name = retired
     else:
         root.child(name).remove(MANIFEST)
     root.remove(name)
@@ -454,42 +436,34 @@ def _retire(root: Folder, name: str) -> None:
 def save_rows(
     folder: Location, step: int, tables: Mapping[str, Tensor], fingerprints: Mapping[str, str]
 ) -> Location:
-    """Write a checkpoint of rows ``(V, *shape)`` that are no model's, by the names of their tables.
-
-    They may be mapped files.
+    """Write a checkpoint of tables without a model: rows ``(V, *shape)`` by name, maybe mapped.
 
     Raises:
         CheckpointError: as :func:`save`.
     """
-    pieces, told = {}, {}
+    manifest = _manifest(step, 1, None, fingerprints, {})
+    shards = {}
     for name, rows in tables.items():
         stored = torch.view_as_real(rows) if rows.is_complex() else rows
-        pieces[dotted(name, "weight")] = LocalShard(
-            stored.reshape(len(rows), -1), 0, len(rows), False, table=name
-        )
-        told[name] = {
+        stored = stored.reshape(len(rows), -1)
+        shards[dotted(name, "weight")] = whole(stored, name)
+        manifest["tables"][name] = {
             "name": name,
             "max_id": len(rows),
             "shape": list(rows.shape[1:]),
             "complex": rows.is_complex(),
-        }
-        told[name] |= {
-            "normalizer": None,
-            "constrainer": None,
-            "gradient": None,
-            "optimizer": None,
             "stored": ["weight"],
+            **dict.fromkeys(("normalizer", "constrainer", "gradient", "optimizer")),
         }
-    manifest = _manifest(step, 1, None, fingerprints, {}, told)
-    return _write(folder, _Snapshot(step, 1, pieces, manifest, {}, "ignore", 0, 1))
+    return _write(folder, _Snapshot(step, 1, shards, manifest, {}, "ignore", 0, 1))
 
 
 class AsyncSaver:
     """Saves in the background: :meth:`save` copies this rank's rows, and a thread writes the copy.
 
-    The copy takes as much memory again as the rank's rows and optimizer state, kept from one save
-    to the next; where that is not free, the save is made in the foreground, with a warning. The
-    constructor is a collective: the threads of the ranks vote in a process group of their own.
+    The copy takes as much memory as the rank's rows and optimizer state, from the first save on;
+    where less is free, it saves in the foreground, with a warning. The constructor is a collective:
+    the threads of the ranks vote in a process group of their own.
 
     Args:
         folder: as in :func:`save`.
@@ -500,12 +474,12 @@ class AsyncSaver:
     def __init__(self, folder: Location, keep: int = 2, background: bool = True) -> None:
         self._folder, self._keep, self._background = folder, keep, background
         self._group = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            with watchdog.guarded(None, "a saver's process group"):
+        if collectives.rank_and_size()[1] > 1:
+            operation = "a saver's process group"
+            with watchdog.guarded(None, operation):
                 self._group = dist.new_group(backend="gloo")
-            # new_group returns before its peers have connected: one that ends at once would break
-            # their connections
-            collectives.gather(None, group=self._group, operation="a saver's process group")
+            # new_group returns before its peers have connected: the end of one would break it
+            collectives.gather(None, group=self._group, operation=operation)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -524,29 +498,21 @@ class AsyncSaver:
     ) -> None:
         """Copy the rows and return; the arguments are those of :func:`save`. A collective.
 
-        Waits for the save before, if it is still under way.
+        Waits for the previous save first.
 
         Raises:
-            CheckpointError: the save before failed, on all ranks.
+            CheckpointError: the previous save failed, on all ranks.
         """
         self.wait()
         snapshot = _snapshot(
-            step,
-            model,
-            list(optimizers),
-            state,
-            self._keep,
-            list(schedulers),
-            seed,
-            fingerprints,
-            nonfinite,
+            step, model, optimizers, state, self._keep, schedulers, seed, fingerprints, nonfinite
         )
         snapshot.group = self._group
         free = free_bytes(torch.device("cpu"))
-        more = snapshot.nbytes - sum(
-            buffer.numel() * buffer.itemsize for buffer in self._buffers.values()
-        )
-        if not self._background or (free is not None and more > free):
+        copied = sum(buffer.numel() * buffer.itemsize for buffer in self._buffers.values())
+        more = snapshot.nbytes - copied
+        fits = free is None or more <= free
+        if not self._background or not fits:
             if self._background:
                 warnings.warn(
                     f"checkpoint of step {step}, rank {snapshot.rank}: a copy of this rank's rows"
@@ -556,21 +522,16 @@ class AsyncSaver:
             self._run(snapshot)
             self.wait()
             return
-        snapshot.pieces = {
-            name: replace(piece, tensor=self._copy(name, piece.tensor))
-            for name, piece in snapshot.pieces.items()
+        snapshot.shards = {
+            name: replace(shard, tensor=self._copy(name, shard.tensor))
+            for name, shard in snapshot.shards.items()
         }
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name="shardemb-saver")
         self._thread.start()
 
     def close(self) -> None:
-        """Wait for the last save, keep its failure to itself (the job may have failed already).
-
-        And forget all.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait for the last save, ignore its failure (the job may have failed), free the memory."""
+        self._join()
         self._buffers.clear()
         if self._group is not None:
             watchdog.forget(self._group)
@@ -578,19 +539,16 @@ class AsyncSaver:
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            # scalars and small ones too: the writer must not see what the next step makes of them
-            shape = (
-                (len(tensor), tensor[0].numel() if len(tensor) else 0) if tensor.dim() else (1, 1)
-            )
+            shape = (1, 1)
+            if tensor.dim():
+                shape = (len(tensor), tensor[0].numel() if len(tensor) else 0)
             buffer = kernels.empty(shape, tensor.dtype, torch.device("cpu")).reshape(tensor.shape)
             self._buffers[name] = buffer
         return buffer.copy_(tensor)
 
     def _run(self, snapshot: _Snapshot) -> None:
         if threading.current_thread() is self._thread:
-            with suppress(
-                OSError
-            ):  # training comes first; a thread has a priority of its own on Linux
+            with suppress(OSError):  # training comes first; Linux threads have their own priority
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             _write(self._folder, snapshot)
@@ -598,20 +556,17 @@ class AsyncSaver:
             self._failure = error
 
     def check(self) -> None:
-        """Raise CheckpointError if the last save has failed; call it in each step.
-
-        Costs nothing.
-        """
+        """Raise CheckpointError if the last save has failed; cheap enough for each step."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def wait(self) -> None:
-        """Return when the last save is complete.
+        """Return when the last save is complete; raises CheckpointError, on all ranks, if not."""
+        self._join()
+        self.check()
 
-        Raises CheckpointError if it failed, on all ranks.
-        """
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()

@@ -1,4 +1,1 @@
-"""How ranks talk to each other.
-
-Collectives that end in time, shared memory, and the watchdog over peers.
-"""
+"""Communication between ranks: collectives that end in time, shared memory, the watchdog."""

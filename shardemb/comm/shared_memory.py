@@ -1,14 +1,14 @@
-"""Collectives between ranks that share one machine's memory.
+"""Collectives between ranks of one machine, through shared memory.
 
-Between two processes that are at work, gloo takes over a millisecond for a message of half a
-megabyte: a thread of its own must be woken on both sides. Here a rank copies its message into
-memory that all of them have mapped, and raises a flag.
+gloo takes over a millisecond for a message of half a megabyte between two busy processes: it wakes
+a thread on both sides. A rank copies its message into memory that all of them have mapped, and
+raises a flag.
 
-Each rank has a file in ``/dev/shm``, unlinked as soon as all have opened it, with room for two
-messages. A rank writes the message of its next collective but one over this one's only when all
-others have raised their flags for the next, and so have read this one's. It holds a lock on a
-second file, which ends with the process: so others learn of its end. (A process loses its lock on a
-file as soon as it closes any descriptor of it, and a mapping that goes closes one.)
+Each rank has a file in ``/dev/shm``, unlinked as soon as all have opened it, with two message
+buffers. A rank overwrites the buffer of message n for message n + 2 only when all others have
+raised their flags for message n + 1, and so have read message n. It locks a second file; the lock
+ends with the process, so that others notice its end. (A process loses its lock on a file as soon as
+it closes any descriptor of it, and unmapping closes one.)
 """
 
 import fcntl
@@ -27,19 +27,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardemb import kernels
+from shardemb.utils import logs
 
-#: bytes that a message has room for at first, and at most; larger ones go the ordinary way
+#: bytes of a message buffer at first, and at most; larger messages go through gloo
 FIRST_BYTES, MOST_BYTES = 1 << 20, 64 << 20
 _HEAD_BYTES = 8192
 #: 64-bit numbers before the headers: two flags, each in a cache line of its own
 _FLAGS = 16
-#: 64-bit numbers of a header before the ends: bytes of the message (-1: there was no room), where
-#: it begins in the file
+#: 64-bit numbers of a header before the ends: bytes of the message (-1: it did not fit) and its
+#: first byte in the file
 _HEAD = 2
-#: as many ranks' ends as two headers have room for
+#: ranks whose ends fit two headers
 MOST_RANKS = (_HEAD_BYTES // 8 - _FLAGS) // 2 - _HEAD - 1
 _FOLDER = Path("/dev/shm")
-#: seconds in which one question for the flags is repeated, with Python's lock released
+#: seconds that one look at the flags may take, with Python's lock released
 _AWAKE = 0.0001
 
 _REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
@@ -47,48 +48,44 @@ _REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     dist.ReduceOp.MAX: torch.maximum,
     dist.ReduceOp.MIN: torch.minimum,
 }
+_log = logs.logger(__name__)
 
 
 class _Memory:
-    """One rank's file: flags, headers, and room for messages."""
+    """One rank's file: flags, headers and message buffers."""
 
     def __init__(self, file: IO[bytes], lock: IO[bytes], world_size: int) -> None:
         self._file, self._lock = file, lock
         self._map()
         numbers = self._bytes[:_HEAD_BYTES].view(torch.int64)
         self.flags = [kernels.Flag(numbers[0:1]), kernels.Flag(numbers[8:9])]
-        #: ``(2, ...)``: bytes, begin, where the part for each rank begins, and the last one ends
-        self.heads = (
-            numbers[_FLAGS : _FLAGS + 2 * (_HEAD + world_size + 1)].view(2, -1).numpy()
-        )  # a number in 0.1 us
-        #: of each of two messages, in the owner's process
-        self._begins, self._room = [_HEAD_BYTES, _HEAD_BYTES + FIRST_BYTES], FIRST_BYTES
+        heads = numbers[_FLAGS : _FLAGS + 2 * (_HEAD + world_size + 1)].view(2, -1)
+        #: ``(2, ...)``: bytes, begin, and where the rows for each rank begin and the last ones end
+        self.heads = heads.numpy()  # reads a number in 0.1 us
+        #: of the two buffers, in the owner's process
+        self._begins, self._capacity = [_HEAD_BYTES, _HEAD_BYTES + FIRST_BYTES], FIRST_BYTES
 
     def _map(self) -> None:
         descriptor = self._file.fileno()
-        self._bytes = torch.frombuffer(
-            mmap.mmap(descriptor, os.fstat(descriptor).st_size), dtype=torch.uint8
-        )
+        mapped = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+        self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
 
-    def make_room(self, half: int, size: int) -> Tensor | None:
-        """Return memory ``(size,)`` for a message, and say in its header where it lies.
-
-        Without room None, and -1 there.
-        """
-        head = self.heads[half]
-        if self._room < size <= MOST_BYTES:
-            room, end = max(2 * self._room, size), len(self._bytes)
+    def reserve(self, half: int, size: int) -> Tensor | None:
+        """Return a buffer ``(size,)`` for a message, named in its header; None if it is full."""
+        if self._capacity < size <= MOST_BYTES:
+            capacity, end = max(2 * self._capacity, size), len(self._bytes)
             with suppress(OSError):
-                _reserve(self._file, end + 2 * room)
+                _reserve(self._file, end + 2 * capacity)
                 self._map()
-                self._begins, self._room = [end, end + room], room
-        head[0], head[1] = size if size <= self._room else -1, self._begins[half]
-        return self._bytes[self._begins[half] :][:size] if size <= self._room else None
+                self._begins, self._capacity = [end, end + capacity], capacity
+        fits, begin, head = size <= self._capacity, self._begins[half], self.heads[half]
+        head[0], head[1] = size if fits else -1, begin
+        return self._bytes[begin : begin + size] if fits else None
 
     def message(self, half: int) -> Tensor:
         """Return a message ``(bytes,)`` of this rank."""
         size, begin = self.heads[half, :_HEAD].tolist()
-        if begin + size > len(self._bytes):  # its owner has made more room
+        if begin + size > len(self._bytes):  # its owner has enlarged the file
             self._map()
         return self._bytes[begin : begin + size]
 
@@ -106,7 +103,7 @@ class HostRanks:
     """The ranks of a process group that share this machine's memory.
 
     Args:
-        rank: this one.
+        rank: of this process.
         files: of all ranks, open: memory and lock.
     """
 
@@ -121,103 +118,102 @@ class HostRanks:
         self._number = 0
 
     def send(self, tensor: Tensor, sent: Sequence[int] | None = None) -> "Message":
-        """Give all ranks a contiguous tensor on the CPU, or ``sent`` of its rows to each.
+        """Send all ranks a contiguous CPU tensor, or ``sent`` of its rows to each.
 
-        And return what to wait for.
+        Returns what to wait for.
         """
         self._number += 1
-        half, mine = self._number % 2, self.memories[self.rank]
+        half, memory = self._number % 2, self.memories[self.rank]
         size = tensor.numel() * tensor.itemsize
-        room = mine.make_room(half, size)
-        ends = [0, size]
-        if room is not None:
-            data = tensor.reshape(-1).view(torch.uint8)
+        buffer = memory.reserve(half, size)
+        if buffer is not None:
+            data, ends = tensor.reshape(-1).view(torch.uint8), [0]
+            row_bytes = size // max(1, len(tensor)) if sent is not None else 0
+            for rank, count in enumerate(sent or ()):
+                begin, end = ends[-1], ends[-1] + count * row_bytes
+                if rank != self.rank and end > begin:
+                    buffer[begin:end].copy_(data[begin:end])
+                ends.append(end)
             if sent is None:
-                room.copy_(data)
-            else:
-                row = size // max(1, len(tensor))
-                ends = [0]
-                for rank, count in enumerate(sent):
-                    begin, end = ends[-1], ends[-1] + count * row
-                    if rank != self.rank and end > begin:
-                        room[begin:end].copy_(data[begin:end])
-                    ends.append(end)
-            mine.heads[half, _HEAD : _HEAD + len(ends)] = ends
-        mine.flags[half].raise_to(self._number)
+                buffer.copy_(data)
+                ends = [0, size]
+            memory.heads[half, _HEAD : _HEAD + len(ends)] = ends
+        memory.flags[half].raise_to(self._number)
         return Message(self, self._number, tensor)
 
 
 class Message:
-    """The messages of all ranks in one collective; waited for as torch's works are."""
+    """The messages of all ranks in one collective; :meth:`wait` works as that of torch's works."""
 
-    def __init__(self, neighbours: HostRanks, number: int, tensor: Tensor) -> None:
-        self._near, self._number, self._half, self._mine = neighbours, number, number % 2, tensor
-        self._over = False
+    def __init__(self, host_ranks: HostRanks, number: int, tensor: Tensor) -> None:
+        self._ranks, self._number, self._half, self._own = host_ranks, number, number % 2, tensor
+        self._failed = False
 
     def is_completed(self) -> bool:
-        """Return whether all messages are there, or will not come any more."""
-        return self._over or self._reached(_AWAKE, _AWAKE) == len(self._near.others)
+        """Return whether all messages are there, or will never come."""
+        return self._failed or self._reached(_AWAKE, _AWAKE) == len(self._ranks.others)
 
     def _reached(self, awake: float, limit: float) -> int:
-        return self._near.flags[self._half].reached(self._number, awake, limit)
+        return self._ranks.flags[self._half].reached(self._number, awake, limit)
 
     def wait(self, limit: timedelta = timedelta()) -> None:
-        """Return when all are there.
+        """Return when all messages are there.
 
         Raises:
-            RuntimeError: they are not after the time; or a rank's process has ended.
+            RuntimeError: one is missing after the limit, or its process has ended.
         """
         reached = self._reached(0.0, limit.total_seconds())
-        if reached == len(self._near.others):
+        if reached == len(self._ranks.others):
             return
-        other = self._near.others[reached]
-        if self._near.memories[other].is_alive():
+        other = self._ranks.others[reached]
+        if self._ranks.memories[other].is_alive():
             raise RuntimeError(f"no message of rank {other}")
-        if self._reached(0.0, 0.0) < len(self._near.others):  # it may have written before it ended
-            self._over = True
+        # it may have written before it ended
+        if self._reached(0.0, 0.0) < len(self._ranks.others):
+            self._failed = True
             raise RuntimeError(f"the process of rank {other} of this group has ended")
 
     def fits(self) -> bool:
-        """Return whether there was room for all ranks' messages, so that they can be read."""
-        return all(memory.heads[self._half, 0] >= 0 for memory in self._near.memories)
+        """Return whether the messages of all ranks fitted their buffers."""
+        return all(memory.heads[self._half, 0] >= 0 for memory in self._ranks.memories)
 
     def scatter(self, out: Tensor, received: Sequence[int]) -> None:
-        """Put the rows that each rank has sent to this one into ``out``.
+        """Copy the rows that each rank has sent to this one into ``out``.
 
-        RuntimeError if they are not as many as expected.
+        Raises:
+            RuntimeError: a rank has sent another number of rows than ``received`` says.
         """
-        row = out.numel() * out.itemsize // max(1, len(out))
-        arriving, at, me = out.view(-1).view(torch.uint8), 0, self._near.rank
-        for other, (memory, count) in enumerate(zip(self._near.memories, received, strict=True)):
-            begin, end = memory.heads[self._half, _HEAD + me : _HEAD + me + 2].tolist()
-            if count and end - begin != count * row:
-                raise RuntimeError(
-                    f"rank {other} of this group sent {end - begin} bytes, expected {count * row}"
-                )
-            if count:
-                data = (
-                    self._mine.reshape(-1).view(torch.uint8)
-                    if other == me
-                    else memory.message(self._half)
-                )
-                arriving[at : at + count * row].copy_(data[begin:end])
-                at += count * row
+        row_bytes = out.numel() * out.itemsize // max(1, len(out))
+        arriving, place, rank = out.view(-1).view(torch.uint8), 0, self._ranks.rank
+        for other, (memory, count) in enumerate(zip(self._ranks.memories, received, strict=True)):
+            begin, end = memory.heads[self._half, _HEAD + rank : _HEAD + rank + 2].tolist()
+            size = count * row_bytes
+            if not count:
+                continue
+            if end - begin != size:
+                raise _other_size(other, end - begin, size)
+            own = other == rank
+            data = self._own.reshape(-1).view(torch.uint8) if own else memory.message(self._half)
+            arriving[place : place + size].copy_(data[begin:end])
+            place += size
 
     def reduce(self, tensor: Tensor, op: Any) -> None:
         """Put the reduction of all ranks' tensors, in the order of the ranks, into ``tensor``.
 
-        RuntimeError for other sizes.
+        Raises:
+            RuntimeError: they have different sizes.
         """
-        size, parts = tensor.numel() * tensor.itemsize, []
-        for other, memory in enumerate(self._near.memories):
-            parts.append(memory.message(self._half))
-            if len(parts[-1]) != size:
-                raise RuntimeError(
-                    f"rank {other} of this group sent {len(parts[-1])} bytes, expected {size}"
-                )
-        tensor.copy_(
-            reduce(_REDUCE[op], [part.view(tensor.dtype).view(tensor.shape) for part in parts])
-        )
+        size, tensors = tensor.numel() * tensor.itemsize, []
+        for other, memory in enumerate(self._ranks.memories):
+            data = memory.message(self._half)
+            if len(data) != size:
+                raise _other_size(other, len(data), size)
+            tensors.append(data.view(tensor.dtype).view(tensor.shape))
+        tensor.copy_(reduce(_REDUCE[op], tensors))
+
+
+def _other_size(rank: int, got: int, expected: int) -> RuntimeError:
+    return RuntimeError(f"rank {rank} of this group sent {got} bytes, expected {expected}")
 
 
 def reduces(op: Any) -> bool:
@@ -226,37 +222,53 @@ def reduces(op: Any) -> bool:
 
 
 def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> HostRanks | None:
-    """Return the neighbours, or None on all ranks if they do not share memory. A collective.
+    """Return the ranks of this machine, or None on all ranks if not all of them share its memory.
 
-    They do not on several machines, or in containers that have each a ``/dev/shm`` of their own or
-    too little room in it; without a C compiler; and if ``SHARDEMB_SHARED_MEMORY`` is 0.
+    A collective. Ranks do not share memory on several machines, in containers without a common or
+    large enough ``/dev/shm``, without a C compiler, or with ``SHARDEMB_SHARED_MEMORY=0``.
 
     Args:
         rank: of this process in its group.
         world_size: of the group.
-        gather: brings a value of each rank to all.
+        gather: returns the values of all ranks.
     """
     path = _FOLDER / f"shardemb-{secrets.token_hex(16)}"
     files: list[tuple[IO[bytes], IO[bytes]]] = []
+    reason = _why_not(world_size)
     try:
-        mine = _make(path) if _is_usable(world_size) else None
-        names = gather(None if mine is None else path.name)
-        if mine is not None and None not in names:
-            with suppress(OSError):
+        if reason is None:
+            try:
+                own = _make(path)
+            except OSError as error:
+                reason = f"{_FOLDER}: {error}"
+        gathered = gather((path.name, reason))
+        reasons = [f"rank {other}: {why}" for other, (_, why) in enumerate(gathered) if why]
+        if not reasons:
+            with suppress(OSError):  # that of another machine
                 files.extend(
-                    mine if other == rank else _open(_FOLDER / names[other])
-                    for other in range(world_size)
+                    own if other == rank else _open(_FOLDER / name)
+                    for other, (name, _) in enumerate(gathered)
                 )
-        met = all(gather(len(files) == world_size))
+            if not all(gather(len(files) == world_size)):
+                reasons = ["the ranks do not see each other's files: several machines?"]
     finally:
         path.unlink(missing_ok=True)
         _lock_of(path).unlink(missing_ok=True)
-    return HostRanks(rank, files) if met else None
+    if reasons:
+        _log.info("shared memory is off for %d ranks: %s", world_size, "; ".join(reasons))
+        return None
+    _log.info("shared memory is on: %d ranks of one machine", world_size)
+    return HostRanks(rank, files)
 
 
-def _is_usable(world_size: int) -> bool:
-    wanted = os.environ.get("SHARDEMB_SHARED_MEMORY", "1") != "0"
-    return wanted and kernels.why_not() is None and _FOLDER.is_dir() and world_size <= MOST_RANKS
+def _why_not(world_size: int) -> str | None:
+    if os.environ.get("SHARDEMB_SHARED_MEMORY", "1") == "0":
+        return "SHARDEMB_SHARED_MEMORY is 0"
+    if kernels.why_not() is not None:
+        return f"it needs the C kernels: {kernels.why_not()}"
+    if not _FOLDER.is_dir():
+        return f"there is no {_FOLDER}"
+    return f"{world_size} ranks, at most {MOST_RANKS} fit" if world_size > MOST_RANKS else None
 
 
 def _lock_of(path: Path) -> Path:
@@ -267,22 +279,16 @@ def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
     return path.open("r+b"), _lock_of(path).open("r+b")
 
 
-def _make(path: Path) -> tuple[IO[bytes], IO[bytes]] | None:
-    """Make this rank's files, and lock the second; None where there is no room."""
-    try:
-        for each in (path, _lock_of(path)):
-            each.touch(0o600, exist_ok=False)
-        file, lock = _open(path)
-        _reserve(file, _HEAD_BYTES + 2 * FIRST_BYTES)
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-    except OSError:
-        return None
+def _make(path: Path) -> tuple[IO[bytes], IO[bytes]]:
+    """Make this rank's files, and lock the second; OSError without space."""
+    for new in (path, _lock_of(path)):
+        new.touch(0o600, exist_ok=False)
+    file, lock = _open(path)
+    _reserve(file, _HEAD_BYTES + 2 * FIRST_BYTES)
+    fcntl.lockf(lock, fcntl.LOCK_EX)
     return file, lock
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Let a file have memory for so many bytes, OSError if there is none.
-
-    A write beyond it would end the process.
-    """
+    """Allocate a file's memory, or raise OSError: a write beyond it would end the process."""
     os.posix_fallocate(file.fileno(), 0, size)

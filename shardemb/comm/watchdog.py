@@ -1,12 +1,10 @@
-"""What ends a rank whose peer has died, stopped, raised, or run out of data.
+"""Ends a rank whose peer has died, stopped, raised or run out of data, with a named error.
 
-An error that says so, instead of a hang.
-
-gloo tells that a connection was lost, not whose, and of a stopped peer nothing at all. So each
-group of ranks has an alarm in the store of its process group. A rank whose collective fails, or
-takes longer than the timeout, rings it; a thread on every rank looks at it four times a second and
-answers with what the rank does. Who raised or ended has left a notice there; who does not answer is
-dead or stopped. The ranks that wait look at the alarm too, so that all of them end together.
+gloo reports that a connection was lost, not whose, and nothing at all of a stopped peer. So each
+process group has an alarm in its store. A rank whose collective fails, or takes longer than the
+timeout, sets it; a thread on every rank looks at it four times a second and answers with what the
+rank does. A rank that raised or ended has left a notice there; one that does not answer is dead or
+stopped. Waiting ranks look at the alarm too, so that all of them end together.
 """
 
 import atexit
@@ -18,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,16 +30,15 @@ from shardemb.exceptions import InputError, PeerFailureError, WorkerError, resta
 
 #: seconds between two looks at the alarm
 _LOOK = 0.25
-#: seconds in which a wait asks again and again before it sleeps
+#: seconds in which a wait polls before it sleeps
 _SPIN = 0.002
 #: seconds in which a live rank answers an alarm
 _GRACE = 1.0
-#: seconds after which a rank that waits looks whether others have ended
+#: seconds after which a waiting rank looks whether others have ended
 _LATE = 1.0
-#: looks at which all others must have ended or wait for the same as before, so that nobody will
-#: ever come
+#: looks in a row that show the others ended, or waiting as before, until nobody is expected to come
 _SURE = 3
-#: looks in a row that may fail before the watch ends; a store may be slow
+#: looks in a row that may fail before the watchdog gives up; a store may be slow
 _FAILURES = 240
 
 _timeout = float(os.environ.get("SHARDEMB_TIMEOUT", "300"))
@@ -49,9 +46,10 @@ _step = 0
 
 
 def set_timeout(seconds: float) -> None:
-    """Set how many seconds a collective may take, 300 by default (or ``SHARDEMB_TIMEOUT``).
+    """Set how many seconds a collective may take: by default 300, or ``SHARDEMB_TIMEOUT``.
 
-    ValueError unless above 0.
+    Raises:
+        ValueError: not above 0.
     """
     global _timeout
     if not seconds > 0:
@@ -65,13 +63,13 @@ def timeout() -> float:
 
 
 def at_step(step: int) -> None:
-    """Tell which training step follows, for errors; :class:`~shardemb.Coordinator` does."""
+    """Set the number of the next training step, for errors."""
     global _step
     _step = step
 
 
 def step() -> int:
-    """Return the training step that this rank is in."""
+    """Return the training step of this rank."""
     return _step
 
 
@@ -93,7 +91,7 @@ class PeerWatchdog:
     #: what this rank waits in, and since when
     operation: str = ""
     since: float = 0.0
-    #: whether somebody has rung the alarm, or the store is gone
+    #: whether a rank has set the alarm, or the store is gone
     alarmed: bool = False
     #: when this rank saw it
     alarmed_at: float = math.inf
@@ -105,36 +103,29 @@ class PeerWatchdog:
         self.rank = dist.get_rank()
         self.others = [rank for rank in self.ranks if rank != self.rank]
         self._leaves = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="shardemb-watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="shardemb-watchdog", daemon=True)
         self._thread.start()
         _looking.add(self)
 
     def _look(self) -> None:
-        failures, said, seen, times = 0, "", {}, 0  # type: int, str, dict[int, str], int
+        failures, announced, previous, times = 0, "", {}, 0  # type: int, str, dict[int, str], int
         while not self.alarmed and failures < _FAILURES:
             try:
-                if self._told("alarm", [None]):
+                if self._read("alarm", [None]):
                     self._set(f"answer/{self.rank}", self._state())
                     self.alarmed_at, self.alarmed = time.monotonic(), True
                     return
-                now, since = f"{self.operation} {self.since}", self.since
+                waits_for, since = f"{self.operation} {self.since}", self.since
                 late = bool(self.operation) and time.monotonic() - since > _LATE
-                if (late and said != now) or (said and not late):
-                    said = now if late else ""
-                    self._set(f"waits/{self.rank}", said)
-                ended = self._told("ended", self.others) if late else {}
-                waits = (
-                    self._told("waits", [rank for rank in self.others if rank not in ended])
-                    if ended
-                    else {}
-                )
-                sure = (
-                    bool(ended)
-                    and len(ended) + len(waits) == len(self.others)
-                    and all(waits.values())
-                )
-                times = times + 1 if sure and waits == seen else int(sure)
-                seen, self.deserted = waits, times >= _SURE and since == self.since
+                if (late and announced != waits_for) or (announced and not late):
+                    announced = waits_for if late else ""
+                    self._set(f"waits/{self.rank}", announced)
+                ended = self._read("ended", self.others) if late else {}
+                waits = self._read("waits", set(self.others) - ended.keys()) if ended else {}
+                everyone = len(ended) + len(waits) == len(self.others)
+                sure = bool(ended) and everyone and all(waits.values())
+                times = times + 1 if sure and waits == previous else int(sure)
+                previous, self.deserted = waits, times >= _SURE and since == self.since
                 failures = 0
             except dist.DistNetworkError:  # the store is gone, with the rank that held it
                 self.alarmed = True
@@ -144,10 +135,7 @@ class PeerWatchdog:
                 return
 
     def leave(self) -> None:
-        """Look no more.
-
-        A thread that is in the store when the interpreter ends would abort the process.
-        """
+        """End the thread: one that asks the store while the interpreter ends aborts the process."""
         self._leaves.set()
         self._thread.join(_GRACE)
 
@@ -158,8 +146,8 @@ class PeerWatchdog:
         with self._lock:
             self.store.set(key, text)
 
-    def _told(self, kind: str, ranks: Sequence[int | None]) -> dict[Any, str]:
-        """Return what ranks have left under a kind of key; None stands for a key without a rank."""
+    def _read(self, kind: str, ranks: Iterable[int | None]) -> dict[Any, str]:
+        """Return what ranks have set under a kind of key; None is a key without a rank."""
         keys = {rank: kind if rank is None else f"{kind}/{rank}" for rank in ranks}
         with self._lock:
             return {
@@ -169,7 +157,7 @@ class PeerWatchdog:
             }
 
     def notice(self, kind: str, text: str, alarm: bool = False) -> None:
-        """Leave word for the others, if the store still answers."""
+        """Leave a notice for the other ranks, if the store still answers."""
 
         def leave() -> None:
             self._set(f"{kind}/{self.rank}", text)
@@ -191,8 +179,7 @@ class PeerWatchdog:
             while not work.is_completed() and time.monotonic() < soon:
                 os.sched_yield()
         while True:
-            # it may complete between the end of a slice and this question, so that it is asked for
-            # its own result
+            # if it completes between the end of a slice and this call, ask it for its own result
             whole = not self.slices or work.is_completed()
             try:
                 work.wait() if whole else work.wait(_SLICE)
@@ -209,13 +196,13 @@ class PeerWatchdog:
                 return
 
     def failure(self, why: str, lost: bool) -> PeerFailureError:
-        """Ring the alarm, hear the others, and return what has happened.
+        """Set the alarm, wait for the other ranks' answers, and return what has happened.
 
         Args:
-            why: what the collective said.
+            why: the collective's own error.
             lost: a connection was lost.
         """
-        seconds, operation, here = time.monotonic() - self.since, self.operation, _step
+        seconds, operation, own_step = time.monotonic() - self.since, self.operation, _step
         heard: dict[str, dict[int, str]] = {"raised": {}, "ended": {}, "answer": {}}
         raised, ended, answers = heard.values()
 
@@ -224,8 +211,8 @@ class PeerWatchdog:
             self._set(f"answer/{self.rank}", self._state())
             deadline = min(time.monotonic(), self.alarmed_at) + _GRACE
             while True:
-                for kind, found in heard.items():
-                    found |= self._told(kind, self.others)
+                for kind, by_rank in heard.items():
+                    by_rank |= self._read(kind, self.others)
                 if raised or {*answers, *ended} >= {*self.others} or time.monotonic() > deadline:
                     return True
                 time.sleep(0.05)
@@ -234,53 +221,40 @@ class PeerWatchdog:
         # the group's destructor would wait for operations that nobody ends any more, and this
         # process could not exit
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+        states = {rank: json.loads(text) for rank, text in answers.items()}
         silent = [rank for rank in self.others if rank not in answers and rank not in ended]
-        differ = [
-            rank
-            for rank in answers
-            if json.loads(answers[rank]) != {"step": here, "operation": operation}
-        ]
+        own_state = {"step": own_step, "operation": operation}
+        elsewhere = [rank for rank, state in states.items() if state != own_state]
+        rank = self.others[0]
         if raised:
-            rank, what = min(raised), f"raised {json.loads(raised[min(raised)])['text']}"
+            rank = min(raised)
+            what = f"raised {json.loads(raised[rank])['text']}"
         elif not answered:
-            rank, what = (
-                self.others[0],
-                "has stopped or died, as far as can be told: the store does not answer",
-            )
+            what = "has stopped or died, as far as can be seen: the store does not answer"
         elif silent:
-            rank, what = (
-                silent[0],
-                (
-                    "has died: it does not answer"
-                    if lost
-                    else "has stopped or died: it does not answer"
-                ),
-            )
+            rank = silent[0]
+            what = f"has {'' if lost else 'stopped or '}died: it does not answer"
         elif ended:
-            rank, what = (
-                min(ended),
-                f"has ended {ended[min(ended)]}, while others go on: did it run out of data?",
-            )
-        elif differ:
-            told = json.loads(answers[differ[0]])
-            rank, what = (
-                differ[0],
-                f"is elsewhere, in step {told['step']}, {told['operation'] or 'no collective'}",
-            )
+            rank = min(ended)
+            what = f"has ended {ended[rank]}, while others go on: did it run out of data?"
+        elif elsewhere:
+            rank = elsewhere[0]
+            its_step, its_operation = states[rank]["step"], states[rank]["operation"]
+            what = f"is elsewhere, in step {its_step}, {its_operation or 'no collective'}"
         else:
-            rank, what = self.others[0], f"is in the same operation, which failed: {why[:200]}"
+            what = f"is in the same operation, which failed: {why[:200]}"
         return PeerFailureError(
-            f"rank {rank} {what}; rank {self.rank} waited {seconds:.1f} s for it in step {here},"
-            f" {operation}",
+            f"rank {rank} {what}; rank {self.rank} waited {seconds:.1f} s for it in step"
+            f" {own_step}, {operation}",
             rank=rank,
-            step=here,
+            step=own_step,
             operation=operation,
             seconds=seconds,
         )
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> bool:
-    """Run a function, which may hang; return whether it has come to a good end in this time."""
+    """Run a function that may hang; return whether it has succeeded within this time."""
     done: list[Any] = []
 
     def run() -> None:
@@ -294,20 +268,17 @@ def _within(seconds: float, function: Callable[[], Any]) -> bool:
 
 
 _SLICE = timedelta(seconds=_LOOK)
-_watches: dict[Any, PeerWatchdog] = {}
-#: also those of groups that are not used any more
+_watchdogs: dict[Any, PeerWatchdog] = {}
+#: also those of groups that are no longer used
 _looking: WeakSet[PeerWatchdog] = WeakSet()
 _begun: Counter[str] = Counter()
 
 
 def watch(group: Any) -> PeerWatchdog:
-    """Return the watch of a process group, None for the default one.
-
-    It begins when it is first asked for.
-    """
+    """Return the watchdog of a process group, None for the default one; it starts at first use."""
     key = dist.group.WORLD if group is None else group
-    found = _watches.get(key)
-    return found if found is not None else _begin(key)
+    watchdog = _watchdogs.get(key)
+    return watchdog if watchdog is not None else _begin(key)
 
 
 def _begin(group: Any) -> PeerWatchdog:
@@ -318,105 +289,114 @@ def _begin(group: Any) -> PeerWatchdog:
     default: Any = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore(f"shardemb-{name}-{_begun[name]}", default.clone())
     store.set_timeout(timedelta(seconds=2 * _GRACE))
-    _leave_word()
+    _hook_in()
     ranks, slices = dist.get_process_group_ranks(group), dist.get_backend(group) == "gloo"
-    _watches[group] = PeerWatchdog(group, ranks, store, slices)
-    return _watches[group]
+    _watchdogs[group] = PeerWatchdog(group, ranks, store, slices)
+    return _watchdogs[group]
 
 
 def forget(group: Any) -> None:
-    """End the watch of a group that is not used any more."""
-    found = _watches.pop(group, None)
-    if found is not None:
-        found.alarmed = True  # which ends its thread
+    """End the watchdog of a group that is no longer used."""
+    watchdog = _watchdogs.pop(group, None)
+    if watchdog is not None:
+        watchdog.alarmed = True  # ends its thread
+    _unhook()
 
 
-def _leave_word() -> None:
-    """Let the end of this process be known to the others, whether by an exception or not."""
-    global _has_left_word
-    if _has_left_word:
-        return
-    _has_left_word = True
-    hook = sys.excepthook
+#: the hook that was there before ours; None while ours is not installed
+_next_hook: Callable[..., Any] | None = None
 
-    def on_error(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        report(error)
-        hook(kind, error, trace)
 
-    sys.excepthook = on_error
+def _hook_in() -> None:
+    """Report what ends this process, exception or not, to the other ranks.
+
+    An exception's hook is ours only while a watchdog lives: at exit it would be known too
+    (sys.last_value), but only after waiting for threads, which may wait for the other ranks.
+    """
+    global _next_hook
+    if _next_hook is None:
+        _next_hook, sys.excepthook = sys.excepthook, _on_error
+    atexit.unregister(_leave)
     atexit.register(_leave)
 
 
-_has_left_word = False
+def _unhook() -> None:
+    global _next_hook
+    # whoever has replaced the hook since may call ours
+    if not _watchdogs and sys.excepthook is _on_error and _next_hook is not None:
+        sys.excepthook, _next_hook = _next_hook, None
+
+
+def _on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    hook = _next_hook or sys.__excepthook__
+    report(error)
+    hook(kind, error, trace)
 
 
 def report(error: BaseException) -> None:
-    """Tell the other ranks that this one has raised.
-
-    For a launcher that catches what a rank raises.
-    """
+    """Report to the other ranks that this one has raised."""
     if not isinstance(error, PeerFailureError):
-        for each in _watches.values():
-            text = f"{type(error).__name__}: {str(error)[:300]} (step {_step})"
-            told = {"text": text, "restart_may_help": restart_may_help(error)}
-            each.notice("raised", json.dumps(told), alarm=True)
-    _watches.clear()
+        text = f"{type(error).__name__}: {str(error)[:300]} (step {_step})"
+        notice = json.dumps({"text": text, "restart_may_help": restart_may_help(error)})
+        for watchdog in _watchdogs.values():
+            watchdog.notice("raised", notice, alarm=True)
+    _watchdogs.clear()
+    _unhook()
 
 
 def raised_elsewhere() -> WorkerError | None:
     """Return what another rank of the default group has raised; for a launcher."""
-    found = _watches.get(dist.group.WORLD) if dist.is_initialized() else None
-    heard: dict[int, str] = {}
-    if found is not None:
-        _within(_GRACE, lambda: heard.update(found._told("raised", found.others)))
-    if not heard:
+    watchdog = _of_default_group()
+    notices: dict[int, str] = {}
+    if watchdog is not None:
+        _within(_GRACE, lambda: notices.update(watchdog._read("raised", watchdog.others)))
+    if not notices:
         return None
-    told = json.loads(heard[min(heard)])
-    name, _, text = told["text"].partition(": ")
-    return WorkerError(min(heard), name, text, restart_may_help=told["restart_may_help"])
+    rank = min(notices)
+    notice = json.loads(notices[rank])
+    name, _, text = notice["text"].partition(": ")
+    return WorkerError(rank, name, text, restart_may_help=notice["restart_may_help"])
+
+
+def _of_default_group() -> PeerWatchdog | None:
+    return _watchdogs.get(dist.group.WORLD) if dist.is_initialized() else None
 
 
 def _end() -> None:
-    for each in _watches.values():
-        each.notice("ended", f"after step {max(0, _step - 1)}")
+    for watchdog in _watchdogs.values():
+        watchdog.notice("ended", f"after step {max(0, _step - 1)}")
 
 
 def _leave() -> None:
     _end()
-    for each in list(_looking):
-        each.leave()
+    for watchdog in list(_looking):
+        watchdog.leave()
 
 
 def finish() -> None:
-    """Tell the other ranks that this one has ended, and wait until they have.
-
-    For a launcher, when a rank's work is done.
+    """Report that this rank has ended, and wait until all others have; for a launcher.
 
     Raises:
         PeerFailureError: another rank has failed meanwhile.
     """
-    found = _watches.get(dist.group.WORLD) if dist.is_initialized() else None
-    if found is None:
+    watchdog = _of_default_group()
+    if watchdog is None:
         return
     _end()
-    found.operation, found.since = "the end", time.monotonic()
-    missing = set(found.others)
+    watchdog.operation, watchdog.since = "the end", time.monotonic()
+    missing = set(watchdog.others)
 
     def look() -> None:
-        missing.difference_update(found._told("ended", found.others))
+        missing.difference_update(watchdog._read("ended", watchdog.others))
 
     while missing and not (_within(_GRACE, look) and not missing):
-        if found.alarmed or time.monotonic() - found.since > _timeout:
-            raise found.failure("others have not ended", lost=False)
+        if watchdog.alarmed or time.monotonic() - watchdog.since > _timeout:
+            raise watchdog.failure("others have not ended", lost=False)
         time.sleep(0.02)
 
 
 def attend(fn: Callable[..., Any], *args: Any) -> Any:
-    """Return what a rank's function returns, watched from its beginning until all ranks have ended.
-
-    For a launcher.
+    """Run a rank's function, watched from its start until all ranks have ended; for a launcher.
 
     Raises:
         PeerFailureError: another rank has failed meanwhile.
@@ -429,20 +409,15 @@ def attend(fn: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def guarded(group: Any, operation: str) -> Iterator[None]:
-    """Turn the error of a collective that a library makes into PeerFailureError.
-
-    Its waits are the library's own.
-    """
-    found = watch(group)
-    found.operation, found.since = operation, time.monotonic()
+    """Turn the error of a collective that a library makes and waits for into PeerFailureError."""
+    watchdog = watch(group)
+    watchdog.operation, watchdog.since = operation, time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, PeerFailureError) and any(
-            word in str(error) for word in ("gloo", "Connection", "imed out")
-        ):
-            raise found.failure(
-                str(error), lost=time.monotonic() - found.since < _timeout
-            ) from error
+        lost = any(word in str(error) for word in ("gloo", "Connection", "imed out"))
+        if lost and not isinstance(error, PeerFailureError):
+            in_time = time.monotonic() - watchdog.since < _timeout
+            raise watchdog.failure(str(error), lost=in_time) from error
         raise
-    found.operation = ""
+    watchdog.operation = ""

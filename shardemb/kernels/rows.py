@@ -8,7 +8,6 @@ callers check row numbers before.
 
 import ctypes
 import hashlib
-import logging
 import math
 import os
 import shutil
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardemb.exceptions import IdRangeError, OutOfMemoryError
+from shardemb.utils import logs
 from shardemb.utils.files import cache_folder
 from shardemb.utils.types import RowFunction
 
@@ -44,7 +44,7 @@ _MADV_HUGEPAGE = 14
 #: the update rules' numbers in rows.c
 RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "rowwise_adam": 4}
 
-_log = logging.getLogger("shardemb")
+_log = logs.logger(__name__)
 
 
 @cache
@@ -97,6 +97,12 @@ def _libc() -> ctypes.CDLL:
 @cache
 def _library() -> ctypes.CDLL | str:
     """Return the compiled functions, or why there are none."""
+    library = _load_library()
+    _log.info("C kernels are %s", f"off: {library}" if isinstance(library, str) else "on")
+    return library
+
+
+def _load_library() -> ctypes.CDLL | str:
     if os.environ.get("SHARDEMB_NATIVE", "1") == "0":
         return "SHARDEMB_NATIVE is 0"
     compiler = shutil.which(os.environ.get("CC", "cc"))

@@ -31,12 +31,15 @@ from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
+from shardemb.utils import logs
 from shardemb.utils.memory import resident_bytes
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.run_metrics import MetricsFile, plot_metrics, read_metrics, tell
 from shardemb.utils.types import few
 from shardemb.utils.validation import at_least, one_of
 from shardemb.vocabulary import Vocabulary
+
+_log = logs.logger(__name__)
 
 #: settings of training that a run may go on without
 WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
@@ -295,7 +298,7 @@ class _Job:
                 self._resume(output / "checkpoints")
             else:
                 self._require_new(output)
-            checkpoint.require_room(
+            checkpoint.require_space(
                 output / "checkpoints", self.model, [self.optimizer], self.config.keep
             )
             self.saver = checkpoint.AsyncSaver(
@@ -381,6 +384,7 @@ class _Job:
                 damaged.append(Path(found.pop()))
                 if self.rank == 0:
                     warnings.warn(f"{error}; going back to {name_of(found[-1])}", stacklevel=2)
+                    _log.warning("%s; going back to %s", error, name_of(found[-1]))
             else:
                 self.at = _Progress(**state["progress"])
                 self._resume_best()

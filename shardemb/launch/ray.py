@@ -17,7 +17,9 @@ from typing import Any
 
 from shardemb.comm import watchdog
 from shardemb.exceptions import InputError, MissingExtraError, WorkerError, restart_may_help
-from shardemb.utils import run_metrics
+from shardemb.utils import logs, run_metrics
+
+_log = logs.logger(__name__)
 
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 #: of Ray Train's processes, unless the user has set them
@@ -304,6 +306,7 @@ def fit(
         datasets["share"] = ray.data.read_parquet(work.parquet)
         work = replace(work, rows=datasets["share"].count())
     environment = {"GLOO_SOCKET_IFNAME": "lo"} if work.local else {}
+    environment |= logs.environment()
     settings = _SETTINGS | {
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(work.timeout_s),  # of a report; Ray Train has none
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(work.timeout_s + 30),
@@ -449,6 +452,8 @@ def _rank_main(config: dict[str, Any]) -> Any:
     torch.set_num_threads(max(1, work.threads))
     watchdog.set_timeout(work.timeout_s)
     run_metrics.listen(_listener(rank, ray.train.report))
+    if rank == 0:  # also after a failure, where Ray Train does not say that it starts again
+        _log.info("Ray Train starts %d ranks", dist.get_world_size())
     try:
         return watchdog.attend(work.fn, *work.args)
     except Exception as error:

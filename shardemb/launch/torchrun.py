@@ -6,6 +6,9 @@ from datetime import timedelta
 from typing import Any
 
 from shardemb.exceptions import InputError
+from shardemb.utils import logs
+
+_log = logs.logger(__name__)
 
 
 def run_under_torchrun(
@@ -45,6 +48,8 @@ def run_under_torchrun(
         f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store
     )
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
+    if rank == 0 and (restarts := int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
+        _log.info("restart %d by torchrun, with %d ranks", restarts, world_size)
     try:
         result = watchdog.attend(fn, *args)
     except BaseException as error:

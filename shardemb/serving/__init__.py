@@ -25,15 +25,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Store": "store",
-    "open_store": "store",
-    "export_table": "export",
-    "import_table": "export",
-    "connect": "ray_service",
-    "serve": "ray_service",
-    "Client": "ray_service",
-    "Service": "ray_service",
-    "ShardHealth": "ray_service",
+    **dict.fromkeys(("Store", "open_store"), "store"),
+    **dict.fromkeys(("export_table", "import_table"), "export"),
+    **dict.fromkeys(("Client", "Service", "ShardHealth", "connect", "serve"), "ray_service"),
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -33,16 +33,15 @@ def export_table(
     raw: bool = False,
     shown: bool = False,
 ) -> Path:
-    """Write a checkpoint's table for other programs, in the order of ids, a chunk at a time.
+    """Write a checkpoint's table for other programs, in the order of ids.
 
     Args:
         source: a checkpoint or a run folder, see :func:`shardemb.open_store`.
-        out: a file, or a folder for "sharded"; it must not be there yet, and appears when all of it
-            is written.
+        out: a new file, or a folder for "sharded"; it appears when it is complete.
         format: "safetensors": one file; "sharded": safetensors files of 1 GiB and an index, as
             Hugging Face's; "parquet": id, label (if there are labels), vector; "npy": numpy's,
-            which ``np.load(mmap_mode="r")`` maps; "word2vec": text, the label (or id) and the
-            numbers of a row in a line. Without it the suffix decides.
+            which ``np.load(mmap_mode="r")`` maps; "word2vec": text, a row a line, its label (or id)
+            and its numbers. By default the suffix decides.
         table: its name in the model; by default the largest.
         raw: rows as they are stored, without the normalizer.
         shown: show a progress bar.
@@ -52,7 +51,7 @@ def export_table(
 
     Raises:
         ValueError: an unknown format; a label that word2vec's text cannot hold.
-        FileExistsError: ``out`` is there.
+        FileExistsError: ``out`` exists.
         CheckpointError: as :func:`shardemb.open_store`.
     """
     out = Path(out)
@@ -76,9 +75,8 @@ _Rows = Callable[[], Iterator[Tensor]]
 def _flat(rows: Tensor) -> Tensor:
     """Return ``(n, D)`` float32 or float64, a complex number as two."""
     rows = torch.view_as_real(rows) if rows.is_complex() else rows
-    return rows.reshape(len(rows), -1).to(
-        rows.dtype if rows.dtype == torch.float64 else torch.float32
-    )
+    dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
+    return rows.reshape(len(rows), -1).to(dtype)
 
 
 def _columns(table: StoredTable) -> int:
@@ -88,9 +86,8 @@ def _columns(table: StoredTable) -> int:
 def _write_safetensors(table: StoredTable, out: Path, rows: _Rows) -> None:
     with out.open("wb") as file:
         writer = safetensors_io.Writer(file)
-        writer.write(
-            [safetensors_io.header({"weight": (table.dtype, (table.max_id, *table.shape))})]
-        )
+        shape = (table.max_id, *table.shape)
+        writer.write([safetensors_io.header({"weight": (table.dtype, shape)})])
         writer.write(safetensors_io.as_bytes(chunk.contiguous()) for chunk in rows())
 
 
@@ -102,10 +99,8 @@ def _write_sharded(table: StoredTable, out: Path, rows: _Rows) -> None:
     chunks, left, index = rows(), None, {}
     for number in range(count):
         first, last = number * per_file, min((number + 1) * per_file, table.max_id)
-        name, tensor = (
-            f"model-{number + 1:05d}-of-{count:05d}.safetensors",
-            f"weight.rows-{first}-{last}",
-        )
+        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        tensor = f"weight.rows-{first}-{last}"
         index[tensor] = name
         with (out / name).open("wb") as file:
             writer, missing = safetensors_io.Writer(file), last - first
@@ -116,42 +111,38 @@ def _write_sharded(table: StoredTable, out: Path, rows: _Rows) -> None:
                 writer.write([safetensors_io.as_bytes(part.contiguous())])
                 missing -= len(part)
     document = {"metadata": {"total_size": table.max_id * row_bytes}, "weight_map": index}
-    (out / "model.safetensors.index.json").write_text(
-        json.dumps(document, indent=1), encoding="utf-8"
-    )
+    text = json.dumps(document, indent=1)
+    (out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _write_parquet(table: StoredTable, out: Path, rows: _Rows) -> None:
     number = pa.float64() if table.dtype in (torch.float64, torch.complex128) else pa.float32()
-    fields = [
-        ("id", pa.int64()),
-        ("label", pa.string()),
-        ("vector", pa.list_(number, _columns(table))),
-    ]
-    fields = [field for field in fields if field[0] != "label" or table.vocabulary is not None]
-    done = 0
-    with pq.ParquetWriter(out, pa.schema(fields)) as writer:
+    fields = {"id": pa.int64(), "label": pa.string(), "vector": pa.list_(number, _columns(table))}
+    if table.vocabulary is None:
+        del fields["label"]
+    schema, done = pa.schema(fields), 0
+    with pq.ParquetWriter(out, schema) as writer:
         for chunk in rows():
             flat = _flat(chunk)
             ids = range(done, done + len(flat))
             columns: dict[str, Any] = {"id": pa.array(ids, pa.int64())}
-            if table.vocabulary is not None:
+            if "label" in fields:
                 columns["label"] = pa.array([table.label(row) for row in ids], pa.string())
             values = pa.array(flat.reshape(-1).numpy(), number)
             columns["vector"] = pa.FixedSizeListArray.from_arrays(values, _columns(table))
-            writer.write_table(pa.table(columns, schema=pa.schema(fields)))
+            writer.write_table(pa.table(columns, schema=schema))
             done += len(flat)
 
 
 def _write_npy(table: StoredTable, out: Path, rows: _Rows) -> None:
-    plain = table.dtype not in (torch.bfloat16, torch.complex32)  # which numpy has not
-    kind = torch.empty(0, dtype=table.dtype if plain else torch.float32).numpy().dtype
+    plain = table.dtype not in (torch.bfloat16, torch.complex32)  # which numpy lacks
+    dtype = torch.empty(0, dtype=table.dtype if plain else torch.float32).numpy().dtype
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (table.max_id, *table.shape),
+    }
     with out.open("wb") as file:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(kind),
-            "fortran_order": False,
-            "shape": (table.max_id, *table.shape),
-        }
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in rows():
             file.write(safetensors_io.as_bytes((chunk if plain else chunk.float()).contiguous()))
@@ -163,7 +154,7 @@ def _write_word2vec(table: StoredTable, out: Path, rows: _Rows) -> None:
         file.write(f"{table.max_id} {_columns(table)}\n")
         for chunk in rows():
             for row in _flat(chunk).numpy():
-                label = table.label(done) if table.vocabulary is not None else str(done)
+                label = table.label(done)
                 if any(char.isspace() for char in label):
                     raise InputError(
                         f"table {table.name!r}: got label {label!r}, expected none with spaces,"
@@ -180,13 +171,8 @@ _WRITERS: dict[str, Callable[[StoredTable, Path, _Rows], None]] = {
     "npy": _write_npy,
     "word2vec": _write_word2vec,
 }
-_SUFFIXES = {
-    ".safetensors": "safetensors",
-    ".parquet": "parquet",
-    ".npy": "npy",
-    ".txt": "word2vec",
-    ".vec": "word2vec",
-}
+_SUFFIXES = {f".{format}": format for format in ("safetensors", "parquet", "npy")}
+_SUFFIXES |= {".txt": "word2vec", ".vec": "word2vec"}
 
 
 def import_table(
@@ -198,11 +184,10 @@ def import_table(
 ) -> Location:
     """Make a run folder with one table from other programs' rows.
 
-    ``OUT/checkpoints/step-0``, and the labels beside it.
-
-    :func:`shardemb.open_store` reads it, and :func:`shardemb.checkpoint.load` takes the table into
-    a model. A file of torch (``.pt``, ``.pkl``) is a pickle, which can run code: load it yourself,
-    and give the module or the state dict.
+    The rows become ``OUT/checkpoints/step-0``, which :func:`shardemb.open_store` opens and
+    :func:`shardemb.checkpoint.load` loads into a model; the labels lie beside it. A file of torch
+    (``.pt``, ``.pkl``) is a pickle, which can run code: load it yourself, and give the module or
+    the state dict.
 
     Args:
         source: an array or tensor ``(V, *shape)``; a module or state dict, such as
@@ -211,15 +196,15 @@ def import_table(
             ``.txt`` or ``.vec`` (word2vec's text).
         out: run folder; must not hold checkpoints.
         table: the table's name.
-        labels: of the rows; a file's own by default, for word2vec and Parquet.
+        labels: of the rows; by default those of a word2vec or Parquet file.
         key: the tensor to take, if there are several.
 
     Returns:
-        Where the checkpoint lies.
+        The checkpoint's location.
 
     Raises:
-        ValueError: another kind of file, a malformed one (with its line or row), several tensors,
-            labels of another number.
+        ValueError: an unknown type of file, a malformed one (with its line or row), several
+            tensors, labels of another number.
         FileExistsError: ``out`` has checkpoints.
     """
     out = Path(out)
@@ -240,32 +225,29 @@ def import_table(
         return save_rows(out / "checkpoints", 0, {table: rows}, fingerprints)
 
 
+_Imported = tuple[Tensor, list[str] | None]
+
+
 @contextmanager
-def _rows_of(
-    source: Any, key: str | None, scratch: Path
-) -> Iterator[tuple[Tensor, list[str] | None]]:
-    """Give rows ``(V, *shape)``, in memory or mapped, and the labels that came with them."""
-    if isinstance(source, nn.Module):
-        source = source.state_dict()
+def _rows_of(source: Any, key: str | None, scratch: Path) -> Iterator[_Imported]:
+    """Yield rows ``(V, *shape)``, in memory or mapped, and the labels that came with them."""
     if isinstance(source, str | Path):
         path = Path(source)
         if path.suffix not in _READERS:
-            pickled = (
-                " (a pickle, which can run code: load it yourself, and give import_table the module"
-                " or state dict)"
-            )
-            raise InputError(
-                f"{path}: got a"
-                f" file{pickled if path.suffix in ('.pt', '.pth', '.pkl', '.bin') else ''},"
-                f" expected one of {', '.join(_READERS)}"
-            )
+            pickled = ""
+            if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
+                pickled = (
+                    " (a pickle, which can run code: load it yourself, and give import_table the"
+                    " module or state dict)"
+                )
+            raise InputError(f"{path}: got a file{pickled}, expected one of {', '.join(_READERS)}")
         with tempfile.TemporaryDirectory(dir=scratch, prefix="import-") as folder:
             yield _READERS[path.suffix](path, key, Path(folder))
         return
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
     if isinstance(source, Mapping):
-        source = _one(
-            source, key, "state dict", lambda value: isinstance(value, Tensor) and value.dim() > 1
-        )
+        source = _one(source, key, "state dict", lambda x: isinstance(x, Tensor) and x.dim() > 1)
     rows = torch.as_tensor(source).detach()
     if rows.dim() < 2 or not (rows.is_floating_point() or rows.is_complex()):
         raise InputError(
@@ -276,13 +258,13 @@ def _rows_of(
 
 
 def _one(values: Mapping[str, Any], key: str | None, what: str, fits: Callable[[Any], bool]) -> Any:
-    found = [name for name, value in values.items() if fits(value) and key in (None, name)]
-    if len(found) != 1:
+    names = [name for name, value in values.items() if fits(value) and key in (None, name)]
+    if len(names) != 1:
         raise InputError(f"got a {what} with {sorted(values)}, expected one table: give its key=")
-    return values[found[0]]
+    return values[names[0]]
 
 
-def _read_npy(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, None]:
+def _read_npy(path: Path, key: str | None, scratch: Path) -> _Imported:
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -294,52 +276,47 @@ def _read_npy(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, None]
             f"{path}: got {getattr(array, 'dtype', type(array))}, expected floating point or"
             " complex rows (V, *shape)"
         )
-    return (
-        torch.from_numpy(array if array.flags.c_contiguous else np.ascontiguousarray(array)),
-        None,
-    )
+    contiguous = array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    return torch.from_numpy(contiguous), None
 
 
-def _read_safetensors(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, None]:
+def _read_safetensors(path: Path, key: str | None, scratch: Path) -> _Imported:
     with path.open("rb") as file:
         try:
             layouts = safetensors_io.layouts(file)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
-    layout = _one(
-        layouts,
-        key,
-        f"file {path}",
-        lambda layout: len(layout.shape) > 1 and layout.dtype.is_floating_point,
-    )
-    return map_rows(path, layout), None
+
+    def fits(layout: safetensors_io.Layout) -> bool:
+        return len(layout.shape) > 1 and layout.dtype.is_floating_point
+
+    return map_rows(path, _one(layouts, key, f"file {path}", fits)), None
 
 
-def _read_parquet(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, list[str] | None]:
+def _read_parquet(path: Path, key: str | None, scratch: Path) -> _Imported:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: got a file that is not Parquet ({error})") from error
-    name = key or "vector"
-    if name not in file.schema_arrow.names:
+    name, names = key or "vector", file.schema_arrow.names
+    if name not in names:
         raise InputError(
-            f"{path}: got columns {file.schema_arrow.names}, expected {name!r} and, if there are"
-            " labels, 'label'"
+            f"{path}: got columns {names}, expected {name!r} and, if there are labels, 'label'"
         )
     labels: list[str] = []
-    has_labels = "label" in file.schema_arrow.names
+    columns = [name, "label"] if "label" in names else [name]
 
     def rows() -> Iterator[np.ndarray]:
-        for batch in file.iter_batches(columns=[name, "label"] if has_labels else [name]):
+        for batch in file.iter_batches(columns=columns):
             column = batch.column(name)
-            if column.null_count or not (
-                pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
-            ):
+            type_of = column.type
+            is_list = pa.types.is_list(type_of) or pa.types.is_fixed_size_list(type_of)
+            if column.null_count or not is_list:
                 raise InputError(
-                    f"{path}: got column {name!r} of {column.type} with {column.null_count} nulls,"
+                    f"{path}: got column {name!r} of {type_of} with {column.null_count} nulls,"
                     " expected lists"
                 )
-            if has_labels:
+            if "label" in columns:
                 labels.extend(batch.column("label").to_pylist())
             values = column.flatten().to_numpy(zero_copy_only=False)
             if len(column) and len(values) % len(column):
@@ -349,10 +326,10 @@ def _read_parquet(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, l
                 )
             yield values.reshape(len(column), -1)
 
-    return _spooled(rows(), scratch, path), labels if has_labels else None
+    return _spooled(rows(), scratch, path), labels if "label" in columns else None
 
 
-def _read_word2vec(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, list[str]]:
+def _read_word2vec(path: Path, key: str | None, scratch: Path) -> _Imported:
     labels: list[str] = []
 
     def rows() -> Iterator[np.ndarray]:
@@ -365,17 +342,14 @@ def _read_word2vec(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, 
                 )
             count, columns = int(header[0]), int(header[1])
             for number, line in enumerate(file, 2):
+                where = f"{path}, line {number}"
                 label, *values = line.rstrip("\n").rstrip(" ").split(" ")
                 try:
                     row = np.array(values, dtype=np.float32)
                 except ValueError as error:
-                    raise InputError(
-                        f"{path}, line {number}: got a value that is no number ({error})"
-                    ) from error
+                    raise InputError(f"{where}: got a value that is no number ({error})") from error
                 if len(row) != columns:
-                    raise InputError(
-                        f"{path}, line {number}: got {len(row)} numbers, expected {columns}"
-                    )
+                    raise InputError(f"{where}: got {len(row)} numbers, expected {columns}")
                 labels.append(label)
                 yield row[None]
             if len(labels) != count:
@@ -392,32 +366,28 @@ def _read_word2vec(path: Path, key: str | None, scratch: Path) -> tuple[Tensor, 
         ) from error
 
 
-def _spooled(rows: Iterator[np.ndarray], scratch: Path, path: Path) -> Tensor:
+def _spooled(batches: Iterator[np.ndarray], scratch: Path, path: Path) -> Tensor:
     """Write rows of unknown number to a file, and map it into memory."""
-    spool, count, width = scratch / "rows", 0, -1
-    kind: Any = np.float32
+    spool, count, width = scratch / "rows", 0, 0
+    dtype: Any = np.float32
     with spool.open("wb") as file:
-        for batch in rows:
-            if width >= 0 and batch.shape[1] != width:
+        for batch in batches:
+            if not count:
+                width = batch.shape[1]
+                dtype = np.float64 if batch.dtype == np.float64 else np.float32
+            if batch.shape[1] != width:
                 raise InputError(
                     f"{path}, row {count}: got {batch.shape[1]} numbers, expected {width}, as in"
                     " the rows before"
                 )
-            if width < 0:
-                width, kind = (
-                    batch.shape[1],
-                    (np.float64 if batch.dtype == np.float64 else np.float32),
-                )
-            file.write(np.ascontiguousarray(batch, dtype=kind).data)
+            file.write(np.ascontiguousarray(batch, dtype=dtype).data)
             count += len(batch)
     if not count or not width:
-        raise InputError(
-            f"{path}: got {count} rows of {max(width, 0)} numbers, expected at least one"
-        )
-    return torch.from_numpy(np.memmap(spool, dtype=kind, mode="c", shape=(count, width)))
+        raise InputError(f"{path}: got {count} rows of {width} numbers, expected at least one")
+    return torch.from_numpy(np.memmap(spool, dtype=dtype, mode="c", shape=(count, width)))
 
 
-_READERS: dict[str, Callable[[Path, str | None, Path], tuple[Tensor, list[str] | None]]] = {
+_READERS: dict[str, Callable[[Path, str | None, Path], _Imported]] = {
     ".npy": _read_npy,
     ".safetensors": _read_safetensors,
     ".parquet": _read_parquet,

@@ -1,11 +1,8 @@
-"""The store as a service.
+"""The store as a service: named Ray actors hold shards of a checkpoint's rows for all jobs.
 
-Row shards of a checkpoint in named Ray actors, and one client for every job of the cluster.
-
-A shard maps the checkpoint's files into memory and reads its own rows of every table, those that
-lie together in the files. So a shard that dies comes back with what the files hold, and nothing
-else has to be kept. One lookup sends one request to each shard that owns some of the ids, however
-many ids there are; very many are sent in several rounds.
+A shard maps the checkpoint's files into memory and reads its own rows of every table, a block in
+the files' order. It keeps nothing else, so one that died returns with what the files hold. A lookup
+sends one request to each shard that owns some of the ids; very many ids take several rounds.
 """
 
 import asyncio
@@ -13,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,24 +30,24 @@ from shardemb.sharding.placement import RowOrder
 from shardemb.utils.types import RowFunction
 
 NAMESPACE = "shardemb"
-#: bytes of one request, or of its answer
+#: bytes of a request, or of its answer
 _REQUEST = 1 << 25
-#: labels of one request
+#: labels of a request
 _LABELS = 1 << 16
-#: calls that a shard may answer beside those that wait: refusals and health
+#: calls that a shard answers beside those that wait: refusals and health
 _SPARE = 100
 
 
 @dataclass(frozen=True)
 class TableInfo:
-    """What a client must know of a table."""
+    """What a client knows of a table."""
 
     name: str
     max_id: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    #: whether the files are in the order of slots, or of ids
-    sharded: bool
+    #: of the rows in the files
+    order: RowOrder
     labelled: bool
 
 
@@ -70,10 +67,7 @@ class Info:
     tables: dict[str, TableInfo]
 
     def rows(self, shard: int) -> dict[str, tuple[int, int]]:
-        """Return the rows ``[first, last)`` of each table that a shard holds.
-
-        In the order of the files.
-        """
+        """Return a shard's rows ``[first, last)`` of each table, in the order of the files."""
         return {
             prefix: (table.max_id * shard // self.shards, table.max_id * (shard + 1) // self.shards)
             for prefix, table in self.tables.items()
@@ -82,39 +76,37 @@ class Info:
     def who(self, shard: int, node: str | None) -> str:
         """Name a shard, for errors."""
         rows = ", ".join(
-            f"{prefix or self.tables[prefix].name} {a}-{b}"
-            for prefix, (a, b) in self.rows(shard).items()
+            f"{prefix or self.tables[prefix].name} {first}-{last}"
+            for prefix, (first, last) in self.rows(shard).items()
         )
-        return (
-            f"store {self.name!r}, shard {shard} of {self.shards} (rows of {rows}) on node"
-            f" {node or 'unknown'}"
-        )
+        place = f"shard {shard} of {self.shards} (rows of {rows}) on node {node or 'unknown'}"
+        return f"store {self.name!r}, {place}"
 
 
 @dataclass(frozen=True)
 class ShardHealth:
-    """How a shard is."""
+    """A shard's state."""
 
     shard: int
     #: it answered, and the checkpoint is open
     ok: bool
     #: rows [first, last) of each table, in the order of the files
     rows: dict[str, tuple[int, int]]
-    #: address; of the last time that it answered, if it did not now
+    #: address; the last one known, if it does not answer now
     node: str | None
     pid: int | None = None
     #: requests answered since it started
     served: int = 0
-    #: requests that wait or are under way
+    #: requests that wait or are being answered
     pending: int = 0
-    #: how often it came back
+    #: how often it was restarted
     restarts: int = 0
     #: why it is not ok
     error: str | None = None
 
 
 class Shard:
-    """The actor: some rows of every table, read when they are asked for."""
+    """The actor: reads some rows of every table on request."""
 
     def __init__(
         self,
@@ -123,29 +115,19 @@ class Shard:
         max_pending: int,
         normalizers: Mapping[str, RowFunction | None] | None,
     ) -> None:
-        self._info, self._number, self._max_pending, self._normalizers = (
-            info,
-            number,
-            max_pending,
-            normalizers,
-        )
+        self._info, self._number, self._max_pending = info, number, max_pending
+        self._normalizers = normalizers
         ray = load_ray()
         self._node = ray.util.get_node_ip_address()
-        # what was_current_actor_reconstructed reads, which tells only whether there were any
-        self._restarts = int(
-            ray._private.state.actors(actor_id=ray.get_runtime_context().get_actor_id())[
-                "NumRestarts"
-            ]
-        )
+        actor = ray.get_runtime_context().get_actor_id()
+        # was_current_actor_reconstructed reads this, but does not return the number
+        self._restarts = int(ray._private.state.actors(actor_id=actor)["NumRestarts"])
         # a search reads all rows of the shard: lookups do not wait for it
-        self._threads = {
-            name: ThreadPoolExecutor(1) for name in ("lookup", "search", "ids_of", "labels_of")
-        }
+        requests = ("lookup", "search", "ids_of", "labels_of")
+        self._threads = {name: ThreadPoolExecutor(1) for name in requests}
         self._pending = self._served = 0
         self._store: Store | None = None
-        with suppress(
-            ShardUnavailableError
-        ):  # asked again at each request: a file system that was away comes back
+        with suppress(ShardUnavailableError):  # each request tries again
             self._opened()
 
     def _opened(self) -> Store:
@@ -170,7 +152,7 @@ class Shard:
         return ShardUnavailableError(f"{self._info.who(self._number, self._node)}: {text}")
 
     async def health(self) -> ShardHealth:
-        """Say how the shard is, also while it is full."""
+        """Return the shard's state, also while it is full."""
         error = None
         try:
             self._opened()
@@ -189,7 +171,7 @@ class Shard:
         )
 
     async def info(self) -> Info:
-        """Say what is served."""
+        """Return what is served."""
         return self._info
 
     async def ask(self, key: tuple[str, int], what: str, *arguments: Any) -> Any:
@@ -207,9 +189,8 @@ class Shard:
             )
         self._pending += 1
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(
-                self._threads[what], getattr(self, f"_{what}"), *arguments
-            )
+            loop, function = asyncio.get_running_loop(), getattr(self, f"_{what}")
+            answer = await loop.run_in_executor(self._threads[what], function, *arguments)
         finally:
             self._pending -= 1
         self._served += 1
@@ -230,13 +211,10 @@ class Shard:
     ) -> tuple[np.ndarray, np.ndarray]:
         table = self._opened()[prefix]
         vectors = _tensor(*queries).reshape(-1, *table.shape)
-        scores, ids = table.best_among(
-            *self._info.rows(self._number)[prefix],
-            scores_of(vectors, metric),
-            k,
-            None if exclude is None else torch.tensor(exclude),
-            len(vectors),
-        )
+        first, last = self._info.rows(self._number)[prefix]
+        excluded = None if exclude is None else torch.tensor(exclude)
+        to_score = scores_of(vectors, metric)
+        scores, ids = table.best_among(first, last, to_score, k, excluded, len(vectors))
         return scores.numpy(), ids.numpy()
 
     def _ids_of(self, prefix: str, labels: list[str]) -> np.ndarray:
@@ -247,10 +225,7 @@ class Shard:
 
 
 def _bytes(x: Tensor) -> np.ndarray:
-    """Return a tensor's memory, for dtypes that numpy lacks too.
-
-    Ray moves arrays without a copy.
-    """
+    """Return a tensor's memory: numpy lacks some dtypes, and Ray moves arrays without a copy."""
     return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -264,13 +239,8 @@ class ServedTable(Table):
 
     def __init__(self, client: "Client", prefix: str) -> None:
         info = client.info.tables[prefix]
-        self.name, self.max_id, self.shape, self.dtype = (
-            info.name,
-            info.max_id,
-            info.shape,
-            info.dtype,
-        )
-        self.path = client.info.path
+        self.name, self.max_id, self.shape = info.name, info.max_id, info.shape
+        self.dtype, self.path = info.dtype, client.info.path
         self._client, self._prefix, self._info = client, prefix, info
         ends = [client.info.rows(shard)[prefix][1] for shard in range(client.info.shards)]
         self._ends = np.array(ends[:-1], dtype=np.int64)
@@ -281,70 +251,62 @@ class ServedTable(Table):
         return self._info.labelled
 
     def _ids_of(self, labels: list[str]) -> np.ndarray:
-        parts = [labels[start : start + _LABELS] for start in range(0, len(labels), _LABELS)]
-        return np.concatenate(
-            [self._client._ask_any("ids_of", self._prefix, part) for part in parts]
-        )
+        starts = range(0, len(labels), _LABELS)
+        parts = (labels[start : start + _LABELS] for start in starts)
+        ask = self._client._ask_any
+        return np.concatenate([ask("ids_of", self._prefix, part) for part in parts])
 
     def _labels_of(self, ids: Tensor) -> list[list[str]]:
-        step = max(1, _LABELS // max(1, ids.shape[1]))
-        parts = [
-            self._client._ask_any("labels_of", self._prefix, part.numpy())
-            for part in ids.split(step)
-        ]
-        return [line for part in parts for line in part]
+        parts = ids.split(max(1, _LABELS // max(1, ids.shape[1])))
+        ask = self._client._ask_any
+        return [line for part in parts for line in ask("labels_of", self._prefix, part.numpy())]
 
     def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
-        # numpy: torch's threads would wait for cores that the shards of this node have
-        order = (RowOrder(self.max_id, self._info.sharded).slots(ids)).numpy()
-        owner = np.searchsorted(self._ends, order, side="right")
-        owned, sent = (
-            [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)],
-            ids.numpy(),
-        )
+        slots = self._info.order.slots(ids).numpy()
+        # numpy: torch's threads would wait for cores that the shards of this node use
+        owner, sent = np.searchsorted(self._ends, slots, side="right"), ids.numpy()
+        owned = [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)]
         width = math.prod(self.shape)
         step = max(1, _REQUEST // max(1, width * self.dtype.itemsize))
         out = torch.empty(len(ids), width, dtype=self.dtype)
         for start in range(0, max(map(len, owned)), step):
-            parts = {
-                shard: where[start : start + step]
-                for shard, where in enumerate(owned)
-                if start < len(where)
+            places = {
+                shard: rows[start : start + step]
+                for shard, rows in enumerate(owned)
+                if start < len(rows)
             }
-            asked = {
-                shard: ("lookup", self._prefix, sent[where], raw) for shard, where in parts.items()
+            requests = {
+                shard: ("lookup", self._prefix, sent[rows], raw) for shard, rows in places.items()
             }
-            for shard, (memory, dtype) in self._client._ask(asked).items():
-                if dtype != out.dtype:  # a normalizer of one's own
+            for shard, (memory, dtype) in self._client._ask(requests).items():
+                if dtype != out.dtype:  # a normalizer of the user's
                     out = out.to(dtype)
-                _place(out, parts[shard], memory)
+                _place(out, places[shard], memory)
         return out.reshape(-1, *self.shape)
 
     def _search(
         self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         step = max(1, _REQUEST // max(1, vectors[:1].nbytes, 16 * min(k, self.max_id)))
-        found: list[tuple[Tensor, Tensor]] = []
+        best: list[tuple[Tensor, Tensor]] = []
         for start in range(0, max(1, len(vectors)), step):
             part = vectors[start : start + step]
-            left_out = None if exclude is None else exclude[start : start + step].numpy()
-            request = ("search", self._prefix, (_bytes(part), part.dtype), k, metric, left_out)
+            excluded = None if exclude is None else exclude[start : start + step].numpy()
+            request = ("search", self._prefix, (_bytes(part), part.dtype), k, metric, excluded)
             answers = self._client._ask(dict.fromkeys(range(self._client.info.shards), request))
-            scores, ids = (
-                torch.tensor(np.concatenate(parts, 1))
-                for parts in zip(*answers.values(), strict=True)
-            )
-            found.append(best_of(scores, ids, k))
-        scores, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
+            columns = zip(*answers.values(), strict=True)
+            scores, ids = (torch.tensor(np.concatenate(parts, 1)) for parts in columns)
+            best.append(best_of(scores, ids, k))
+        scores, ids = (torch.cat(parts) for parts in zip(*best, strict=True))
         return scores, ids
 
 
-def _place(out: Tensor, where: np.ndarray, memory: np.ndarray) -> None:
-    """Set ``out[where]`` to rows that came as memory."""
+def _place(out: Tensor, places: np.ndarray, memory: np.ndarray) -> None:
+    """Set ``out[places]`` to rows that came as memory."""
     if not memory.size:
         return
     row = np.dtype((np.void, out.shape[1] * out.itemsize))  # one copy a row
-    out.view(torch.uint8).numpy().view(row)[:, 0][where] = memory.view(row)
+    out.view(torch.uint8).numpy().view(row)[:, 0][places] = memory.view(row)
 
 
 class Client(Tables[ServedTable]):
@@ -356,7 +318,7 @@ class Client(Tables[ServedTable]):
         info: what is served.
         timeout_s: seconds that a round of requests may take; a call of ordinary size is one round,
             or two with labels.
-        wait_s: seconds that a call waits for a shard that is away or full; 0 to raise at once.
+        wait_s: seconds that a call waits for a shard that is down or full; 0 to raise at once.
     """
 
     def __init__(self, info: Info, timeout_s: float = 60.0, wait_s: float = 30.0) -> None:
@@ -370,11 +332,8 @@ class Client(Tables[ServedTable]):
         return Client, (self.info, self.timeout_s, self.wait_s)
 
     def health(self, timeout_s: float = 5.0) -> list[ShardHealth]:
-        """Ask all shards how they are; one that does not answer in time is not ok.
-
-        Raises nothing for it.
-        """
-        ray, end, found = _connected(), time.monotonic() + timeout_s, []
+        """Ask all shards for their state; one that does not answer in time is not ok."""
+        ray, end, states = _connected(), time.monotonic() + timeout_s, []
         sent: dict[int, Any] = {}
         for shard in range(self.info.shards):
             with suppress(ShardUnavailableError):
@@ -382,30 +341,27 @@ class Client(Tables[ServedTable]):
         for shard in range(self.info.shards):
             try:
                 if shard not in sent:
-                    raise self._away(shard, "there is no such actor")
-                found.append(ray.get(sent[shard], timeout=max(0.0, end - time.monotonic())))
-                self._nodes[shard] = found[-1].node
+                    raise self._unavailable(shard, "there is no such actor")
+                state = ray.get(sent[shard], timeout=max(0.0, end - time.monotonic()))
+                self._nodes[shard] = state.node
             except (ShardUnavailableError, ray.exceptions.RayError) as error:
                 self._handles.pop(shard, None)
                 text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                found.append(
-                    ShardHealth(
-                        shard, False, self.info.rows(shard), self._nodes.get(shard), error=text
-                    )
-                )
-        return found
+                rows, node = self.info.rows(shard), self._nodes.get(shard)
+                state = ShardHealth(shard, False, rows, node, error=text)
+            states.append(state)
+        return states
 
     def _handle(self, shard: int) -> Any:
         if shard not in self._handles:
+            name = f"{self.info.name}/{shard}"
             try:
-                self._handles[shard] = _connected().get_actor(
-                    f"{self.info.name}/{shard}", namespace=NAMESPACE
-                )
+                self._handles[shard] = _connected().get_actor(name, namespace=NAMESPACE)
             except ValueError:
-                raise self._away(shard, "there is no such actor") from None
+                raise self._unavailable(shard, "there is no such actor") from None
         return self._handles[shard]
 
-    def _away(self, shard: int, why: str) -> ShardUnavailableError:
+    def _unavailable(self, shard: int, why: str) -> ShardUnavailableError:
         return ShardUnavailableError(
             f"{self.info.who(shard, self._nodes.get(shard))}: {why}: a shard comes back by itself"
             f" while its service runs, so wait longer (wait_s={self.wait_s:g},"
@@ -417,38 +373,17 @@ class Client(Tables[ServedTable]):
         return answer
 
     def _ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Send a request to each of some shards at once, and again to those that are away or full.
-
-        Answers by shard, rising.
-        """
-        ray, start, pause = _connected(), time.monotonic(), 0.02
+        """Send some shards a request each, again if they are down or full; return the answers."""
+        start, pause = time.monotonic(), 0.02
         answers: dict[int, Any] = {}
         while True:
             failed: RuntimeError | None = None
-            sent: dict[int, Any] = {}
-            for shard in requests.keys() - answers.keys():
-                try:
-                    sent[shard] = self._handle(shard).ask.remote(
-                        (self.info.digest, self.info.shards), *requests[shard]
-                    )
-                except ShardUnavailableError as error:
-                    failed = error
-            for shard, answer in sent.items():
-                try:
-                    answers[shard] = ray.get(
-                        answer, timeout=max(0.0, start + self.timeout_s - time.monotonic())
-                    )
-                except ray.exceptions.GetTimeoutError:
-                    raise self._away(shard, f"got no answer within {self.timeout_s:g} s") from None
-                except ray.exceptions.RayTaskError as error:
-                    if not isinstance(error.cause, ShardBusyError | ShardUnavailableError):
-                        raise error.cause from error
-                    failed = error.cause
-                except ray.exceptions.RayError as error:
-                    self._handles.pop(shard, None)  # the name may be another actor's by now
-                    failed = self._away(
-                        shard, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                    )
+            left = {shard: requests[shard] for shard in requests.keys() - answers.keys()}
+            for shard, answer in self._round(left, start + self.timeout_s):
+                if isinstance(answer, ShardBusyError | ShardUnavailableError):
+                    failed = answer
+                else:
+                    answers[shard] = answer
             if failed is None:
                 return dict(sorted(answers.items()))
             if time.monotonic() + pause > start + min(self.wait_s, self.timeout_s):
@@ -456,18 +391,43 @@ class Client(Tables[ServedTable]):
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 
+    def _round(
+        self, requests: Mapping[int, tuple[Any, ...]], end: float
+    ) -> Iterator[tuple[int, Any]]:
+        """Send each shard its request at once; yield its answer, or why to ask it again."""
+        ray, sent = _connected(), {}
+        key = self.info.digest, self.info.shards
+        for shard, request in requests.items():
+            try:
+                sent[shard] = self._handle(shard).ask.remote(key, *request)
+            except ShardUnavailableError as error:
+                yield shard, error
+        for shard, reference in sent.items():
+            try:
+                yield shard, ray.get(reference, timeout=max(0.0, end - time.monotonic()))
+            except ray.exceptions.GetTimeoutError:
+                why = f"got no answer within {self.timeout_s:g} s"
+                raise self._unavailable(shard, why) from None
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, ShardBusyError | ShardUnavailableError):
+                    raise error.cause from error
+                yield shard, error.cause
+            except ray.exceptions.RayError as error:
+                self._handles.pop(shard, None)  # the name may be another actor's by now
+                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                yield shard, self._unavailable(shard, why)
+
 
 def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 30.0) -> Client:
     """Find a service by its name, from any job of the cluster.
 
-    A call that meets a shard that is away, because it died and is starting again, or that is full,
-    because ``max_pending`` requests wait there already, asks it again until ``wait_s`` have passed.
+    A call asks a shard that is down (it died and is starting) or full (``max_pending`` requests
+    wait there) again until ``wait_s`` have passed.
 
     Args:
         name: of the service.
-        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round,
-            or two with labels.
-        wait_s: seconds that it waits for a shard that is away or full; 0 to raise at once.
+        timeout_s: see :class:`Client`.
+        wait_s: see :class:`Client`.
 
     Raises:
         ValueError: this process is not connected to Ray; there is no service of that name.
@@ -481,31 +441,28 @@ def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 
             f"got name {name!r}, expected one of the services that run, {_names()}: shardemb serve"
             " starts one"
         ) from None
-    end = time.monotonic() + max(wait_s, 1.0)
+    limit = max(wait_s, 1.0)
+    end = time.monotonic() + limit
     while True:
         try:
-            client = Client(
-                ray.get(handle.info.remote(), timeout=max(0.0, end - time.monotonic())),
-                timeout_s,
-                wait_s,
-            )
+            info = ray.get(handle.info.remote(), timeout=max(0.0, end - time.monotonic()))
             break
         except ray.exceptions.RayError as error:
             if time.monotonic() + 0.5 > end:
                 raise ShardUnavailableError(
                     f"store {name!r}, shard 0: {type(error).__name__}: it did not answer within"
-                    f" {max(wait_s, 1.0):g} s: try again, or serve anew"
+                    f" {limit:g} s: try again, or serve anew"
                 ) from None
             time.sleep(0.5)
+    client = Client(info, timeout_s, wait_s)
     client.health()  # so that errors can name the nodes
     return client
 
 
 def _names() -> list[str]:
-    found = load_ray().util.list_named_actors(all_namespaces=True)
-    return sorted(
-        {actor["name"].rpartition("/")[0] for actor in found if actor["namespace"] == NAMESPACE}
-    )
+    actors = load_ray().util.list_named_actors(all_namespaces=True)
+    names = {actor["name"] for actor in actors if actor["namespace"] == NAMESPACE}
+    return sorted({name.rpartition("/")[0] for name in names})
 
 
 def _connected() -> Any:
@@ -519,9 +476,7 @@ def _connected() -> Any:
 
 
 class Service:
-    """The shards that this process has started.
-
-    They live until :meth:`stop`, the end of the block, or of the process.
+    """The shards that this process has started; they live until :meth:`stop`, or as long as it.
 
     Attributes:
         info: what is served.
@@ -573,8 +528,7 @@ def serve(
     must see the checkpoint under the same path.
 
     Args:
-        path: a checkpoint, or the newest one of a run folder, as :func:`shardemb.open_store` takes
-            it.
+        path: a checkpoint or run folder, as for :func:`shardemb.open_store`.
         shards: how many; 1 up to the rows of the largest table.
         name: by which clients find the service.
         normalizers: as for :func:`shardemb.open_store`.
@@ -595,9 +549,8 @@ def serve(
         raise InputError(f"got name {name!r}, expected one without '/'")
     if max_pending < 1:
         raise InputError(f"got max_pending={max_pending}, expected at least 1")
-    store = open_store(
-        path if "://" in str(path) else Path(path).resolve(), normalizers
-    )  # workers have another working directory
+    # workers have another working directory
+    store = open_store(path if "://" in str(path) else Path(path).resolve(), normalizers)
     if not 1 <= shards <= store.table.max_id:
         raise InputError(
             f"{store.path}: got {shards} shards, expected 1 to {store.table.max_id}, the rows of"
@@ -609,10 +562,8 @@ def serve(
             " give another name"
         )
     tables = {
-        prefix: TableInfo(
-            table.name, table.max_id, table.shape, table.dtype, table.sharded, table.labelled
-        )
-        for prefix, table in store.tables.items()
+        prefix: TableInfo(t.name, t.max_id, t.shape, t.dtype, t.order, t.labelled)
+        for prefix, t in store.tables.items()
     }
     info = Info(name, store.path, store.manifest.digest, store.step, shards, tables)
     options = {"num_cpus": 1, **(resources or {}), "namespace": NAMESPACE, "max_restarts": -1}
@@ -634,12 +585,9 @@ def serve(
         for shard, answer in enumerate(asked):
             try:
                 health = ray.get(answer)
-            except (
-                ray.exceptions.RayError
-            ) as error:  # a node without this package, or with another version of it
-                raise ShardUnavailableError(
-                    f"{info.who(shard, None)}: did not start: {error}"
-                ) from error
+            except ray.exceptions.RayError as error:  # another version of this package, or none
+                why = f"{info.who(shard, None)}: did not start: {error}"
+                raise ShardUnavailableError(why) from error
             if not health.ok:
                 raise ShardUnavailableError(health.error)
     except BaseException:

@@ -1,11 +1,8 @@
-"""What can be asked of tables that are only read, wherever their rows lie.
-
-Rows, neighbours, labels.
-"""
+"""The interface of tables that are only read, wherever their rows lie: rows, neighbours, labels."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -14,10 +11,10 @@ import torch
 from torch import Tensor
 
 from shardemb.exceptions import (
-    CheckpointError,
     IdRangeError,
     InputError,
     InputTypeError,
+    NoTableError,
     UnknownNameError,
 )
 
@@ -32,7 +29,7 @@ class Nearest:
 
     #: (q, k) int64
     ids: Tensor
-    #: (q, k): cosine or dot product, which fall, or distances, which rise
+    #: (q, k): cosines or dot products, falling, or distances, rising
     scores: Tensor
     #: q lists of k labels; None without a vocabulary
     labels: list[list[str]] | None
@@ -44,7 +41,7 @@ class Table(ABC):
     Attributes:
         name: the table's own.
         max_id: its rows.
-        shape: of one.
+        shape: of a row.
         dtype: of what :meth:`lookup` returns.
         path: of the checkpoint.
     """
@@ -76,10 +73,7 @@ class Table(ABC):
     def _search(
         self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return scores, the higher the nearer, and ids ``(q, k)`` as :func:`best_of` does.
-
-        -inf for those left out.
-        """
+        """Return scores (higher is nearer) and ids ``(q, k)`` as `best_of`; -inf: excluded."""
 
     def ids(self, keys: Keys) -> Tensor:
         """Return int64 ids for ids or labels of any shape.
@@ -91,27 +85,24 @@ class Table(ABC):
         """
         where = f"{self.path}: table {self.name!r}"
         labels = [keys] if isinstance(keys, str) else keys
-        if (
-            isinstance(labels, Sequence)
-            and labels
-            and all(isinstance(label, str) for label in labels)
-        ):
+        if isinstance(labels, Sequence) and labels and all(isinstance(x, str) for x in labels):
             if not self.labelled:
                 raise UnknownNameError(
                     f"{where}: got a label, but there is no vocabulary beside the checkpoint:"
                     " give ids"
                 )
             try:
-                found = torch.from_numpy(self._ids_of([str(label) for label in labels]))
+                ids = torch.from_numpy(self._ids_of([str(label) for label in labels]))
             except KeyError as error:
                 raise UnknownNameError(f"{where}: {error.args[0]}") from None
-            return found[0] if isinstance(keys, str) else found
+            return ids[0] if isinstance(keys, str) else ids
         ids = torch.as_tensor(keys)
         if ids.dtype not in (torch.int32, torch.int64) and ids.numel():
             raise InputTypeError(f"{where}: got keys of {ids.dtype}, expected integers or labels")
         ids = ids.long()
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.max_id):
-            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, -1)
+        if low < 0 or high >= self.max_id:
+            bad = low if low < 0 else high
             raise IdRangeError(f"{where}: got id {bad}, expected 0 <= id < {self.max_id}")
         return ids
 
@@ -120,8 +111,8 @@ class Table(ABC):
         """Look rows up by ids or labels.
 
         Args:
-            keys: an id, a label, or many of one kind, of any shape ``s``.
-            raw: leave the normalizer out.
+            keys: an id, a label, or many of one type, of any shape ``s``.
+            raw: leave out the normalizer.
 
         Returns:
             ``(*s, *shape)``, normalized as the table's forward does; a copy.
@@ -136,7 +127,7 @@ class Table(ABC):
     def nearest(
         self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True
     ) -> Nearest:
-        """Find the nearest rows exactly, by comparing with all of them.
+        """Find the nearest rows exactly: compare with all of them.
 
         Args:
             query: ids or labels, one or ``(q,)``; or a floating point or complex tensor ``(q,
@@ -144,7 +135,7 @@ class Table(ABC):
             k: how many.
             metric: "cosine" (0 for a zero row), "dot" (complex: the real part of the Hermitian
                 product), or "l2", the distance.
-            exclude_query: leave the rows that were asked for out.
+            exclude_query: leave out the rows of the query.
 
         Raises:
             ValueError: another metric, vectors of another shape, k below 1.
@@ -165,11 +156,11 @@ class Table(ABC):
         else:
             ids = self.ids(query).reshape(-1)
             vectors, exclude = self.lookup(ids), ids if exclude_query else None
-        found = self._named(*self._search(vectors, k, metric, exclude))
-        return found if metric != "l2" else Nearest(found.ids, -found.scores, found.labels)
+        nearest = self._named(*self._search(vectors, k, metric, exclude))
+        return nearest if metric != "l2" else replace(nearest, scores=-nearest.scores)
 
     def _named(self, scores: Tensor, ids: Tensor) -> Nearest:
-        # those that are left out come last, if there are not k others
+        # excluded rows come last, if there are not k others
         kept = int((scores > -torch.inf).sum(1).min()) if scores.numel() else 0
         scores, ids = scores[:, :kept], ids[:, :kept]
         return Nearest(ids, scores, self._labels_of(ids) if self.labelled else None)
@@ -203,12 +194,15 @@ class Tables(Generic[AnyTable]):
     def table(self) -> AnyTable:
         """The table with the most rows: the entities' of a knowledge graph, or the only one."""
         if not self.tables:
-            raise CheckpointError(f"{self.path}: has no table")
+            raise NoTableError(f"{self.path}: has no table")
         return max(self.tables.values(), key=lambda table: table.max_id)
+
+    def _chosen(self, name: str | None) -> AnyTable:
+        return self.table if name is None else self[name]
 
     def lookup(self, keys: Keys, table: str | None = None, raw: bool = False) -> Tensor:
         """Look rows of a table up, by default of :attr:`table`; see :meth:`Table.lookup`."""
-        return (self.table if table is None else self[table]).lookup(keys, raw)
+        return self._chosen(table).lookup(keys, raw)
 
     def nearest(
         self,
@@ -218,49 +212,37 @@ class Tables(Generic[AnyTable]):
         exclude_query: bool = True,
         table: str | None = None,
     ) -> Nearest:
-        """Find the nearest rows of a table, by default of :attr:`table`.
-
-        See :meth:`Table.nearest`.
-        """
-        return (self.table if table is None else self[table]).nearest(
-            query, k, metric, exclude_query
-        )
+        """Find the nearest rows, by default of :attr:`table`; see :meth:`Table.nearest`."""
+        return self._chosen(table).nearest(query, k, metric, exclude_query)
 
 
 def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k highest of scores ``(q, n)``, falling, and their ids.
+    """Return the k highest of scores ``(q, n)``, falling, and their ids; equal scores by id.
 
-    Of equal scores those of the smallest ids, rising.
-
-    So the best of all rows do not depend on how the rows were parted, as topk's choice among equal
-    scores does.
+    Unlike with topk, the best of all rows do not depend on how the rows are divided.
 
     Args:
         scores: ``(q, n)``.
-        ids: ``(q, n)``, or ``(n,)`` for all lines.
+        ids: ``(q, n)``, or ``(n,)`` for all queries.
         k: how many; fewer if there are fewer.
     """
     ids, n, k = ids.expand(scores.shape), scores.shape[1], min(k, scores.shape[1])
-    best, found = scores.topk(
-        min(k + 1, n), dim=1
-    )  # one more, which tells whether there are more of the last score
+    # one more shows whether others have the last score too
+    best, places = scores.topk(min(k + 1, n), dim=1)
     tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1).tolist() if 0 < k < n else []
-    best, found = best[:, :k], ids.gather(1, found[:, :k])
+    best, best_ids = best[:, :k], ids.gather(1, places[:, :k])
     for line in tied:
         equal = (scores[line] == best[line, -1]).nonzero().squeeze(1)
-        room = int((best[line] == best[line, -1]).sum())
-        found[line, k - room :] = ids[line, equal].topk(room, largest=False).values
-    order = found.argsort(dim=1)
-    found, best = found.gather(1, order), best.gather(1, order)
+        count = int((best[line] == best[line, -1]).sum())
+        best_ids[line, k - count :] = ids[line, equal].topk(count, largest=False).values
+    order = best_ids.argsort(dim=1)
+    best_ids, best = best_ids.gather(1, order), best.gather(1, order)
     best, order = best.sort(dim=1, descending=True, stable=True)
-    return best, found.gather(1, order)
+    return best, best_ids.gather(1, order)
 
 
 def scores_of(queries: Tensor, metric: Metric) -> Callable[[Tensor], Tensor]:
-    """Return what maps rows ``(n, *shape)`` to their scores for queries ``(q, *shape)``, ``(q.
-
-    N)``, the higher the nearer.
-    """
+    """Return what maps rows ``(n, *shape)`` to scores ``(q, n)`` of queries; higher is nearer."""
     flat = _real(queries)
 
     def scores(rows: Tensor) -> Tensor:
@@ -270,9 +252,8 @@ def scores_of(queries: Tensor, metric: Metric) -> Callable[[Tensor], Tensor]:
         product = flat @ other.T
         if metric == "dot":
             return product
-        return product / (flat.norm(dim=1, keepdim=True) * other.norm(dim=1)).clamp_min(
-            torch.finfo(flat.dtype).tiny
-        )
+        norms = flat.norm(dim=1, keepdim=True) * other.norm(dim=1)
+        return product / norms.clamp_min(torch.finfo(flat.dtype).tiny)
 
     return scores
 

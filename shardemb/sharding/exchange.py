@@ -171,8 +171,8 @@ class Exchange:
         lines = answer.tolist() if short else answer[:, :_HEAD].tolist()
         received = [line[0] for line in lines]
         if error is not None or min(received) < 0:
-            collectives.raise_together(
-                error, group=self.group, operation=self._operation("bad ids")
+            collectives.gather_or_raise(
+                None, error, group=self.group, operation=self._operation("bad ids")
             )
         if any(line[2] != self._mark for line in lines):
             self._raise_different_lookups()

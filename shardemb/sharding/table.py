@@ -3,7 +3,6 @@
 Nothing here knows of other ranks: a lookup takes row numbers of this shard.
 """
 
-import logging
 import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -21,9 +20,10 @@ from shardemb.exceptions import UsageError
 from shardemb.kernels import CHUNK_ROWS
 from shardemb.optim import moves_touched_rows_only, why_refused
 from shardemb.sharding.placement import RowPlan
+from shardemb.utils import logs
 from shardemb.utils.types import RowFunction
 
-_log = logging.getLogger(__name__)
+_log = logs.logger(__name__)
 
 
 class RowSet:
@@ -203,11 +203,7 @@ class Table(nn.Module):
             return rows.shape[0]
         self._passes_over_all += 1
         if self._passes_over_all == 2:  # the first pass is due: no row was constrained before
-            _log.info(
-                "table %r: the constrainer runs over all %d rows of this rank's shard",
-                self.plan.table,
-                len(weight),
-            )
+            _log.info("table %r: constrains all %d rows again", self.plan.table, len(weight))
         for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
             chunk.copy_(function(chunk))
         return len(weight)

@@ -298,7 +298,7 @@ class TorchRecTable(FusedTable):
         bad = torch.tensor(int(error is not None), device=self.device)
         collectives.all_reduce(bad, collectives.MAX, group=group, operation=operation)
         if bad:
-            collectives.raise_together(error, group=group, operation=operation)
+            collectives.gather_or_raise(None, error, group=group, operation=operation)
 
     def _operation(self, what: str) -> str:
         return f"table {self.plan.table!r}: {what}"

@@ -1,4 +1,1 @@
-"""What every package below uses.
-
-Files, memory, progress bars, a run's metrics, types, checks of settings.
-"""
+"""What every package uses: files, memory, logs, progress bars, metrics, types, checks."""

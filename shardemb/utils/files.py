@@ -1,31 +1,39 @@
-"""Files that are whole or not there, and text that is UTF-8 or refused."""
+"""Files that are complete or absent, hashes of files, and UTF-8 text."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from shardemb.exceptions import InputError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` for a file or folder.
+    """Yield a path beside ``path`` to write a file or folder; it replaces ``path`` at the end.
 
-    It takes the place of ``path`` once the block has ended well.
+    If the block raises, ``path`` stays as it was.
     """
     partial = path.with_name(path.name + ".tmp")
     _remove(partial)
     try:
         yield partial
-        for written in [*partial.rglob("*"), partial]:
+        for written in partial.rglob("*"):
             fsync(written)
-        partial.replace(path)
-        fsync(path.parent)
+        move(partial, path)
     except BaseException:  # Ctrl-C too
         _remove(partial)
         raise
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within a folder, atomically; on return, the change is on the disk."""
+    fsync(source)
+    source.replace(target)
+    fsync(target.parent)
 
 
 def _remove(path: Path) -> None:
@@ -35,8 +43,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sha256_of(source: Path | BinaryIO) -> str:
+    """Return the sha256 of a whole file, as hexadecimal digits."""
+    if isinstance(source, Path):
+        with source.open("rb", buffering=0) as file:
+            return sha256_of(file)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
+    source.seek(0)
+    while size := source.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
 def cache_folder() -> Path:
-    """Return this user's folder for what can be made again; it may not be there."""
+    """Return this user's cache folder, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardemb"
 
 
@@ -58,7 +78,7 @@ def read_text(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
+    """Wait until a file, or a folder's list of entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

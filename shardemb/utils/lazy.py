@@ -1,7 +1,4 @@
-"""Names of a package that are imported when they are first used.
-
-So that importing the package stays cheap.
-"""
+"""Names of a package that are imported at their first use, so that importing it is cheap."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -15,8 +12,7 @@ def lazy_names(
 
     Args:
         package: its name.
-        modules: name and the module below the package that defines it; a module is a name with
-            itself.
+        modules: the module below the package that defines each name; a module maps to itself.
     """
 
     def get(name: str) -> Any:

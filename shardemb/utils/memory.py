@@ -1,4 +1,4 @@
-"""The memory that is free and in use, here or in this container; and the processor."""
+"""Memory of this machine or container, free and in use; and the processor's name."""
 
 import os
 import platform
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def free_bytes(device: "torch.device") -> int | None:
-    """Bytes that can be allocated on a device now, shared by the ranks of this machine.
+    """Bytes that a rank can allocate on a device now; None if unknown.
 
-    None where it cannot be known.
+    On CPUs, the machine's free memory divided by its number of ranks.
     """
     if device.type == "cuda":
         import torch
@@ -23,29 +23,24 @@ def free_bytes(device: "torch.device") -> int | None:
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process has; 0 where it cannot be known."""
+    """Bytes of memory that this process occupies; 0 if unknown."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if status.exists() else 0
 
 
 def available_bytes() -> int | None:
-    """Bytes of memory that are free, or can be made so at once, here or in this container.
-
-    None where it cannot be known.
-    """
+    """Bytes that this machine or container can allocate now; None if unknown."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
-    available = next(
-        line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")
-    )
-    free = int(available.split()[1]) * 1024
-    limit = container_bytes()
+    lines = meminfo.read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable"))
+    free, limit = int(available.split()[1]) * 1024, container_bytes()
     return free if limit is None else min(free, limit[1])
 
 
 def total_bytes() -> int:
-    """Bytes of memory that this machine has, or that this container may have."""
+    """Bytes of memory of this machine, or the limit of this container."""
     total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), container_bytes()
     return total if limit is None else min(total, limit[0])
 
@@ -53,45 +48,38 @@ def total_bytes() -> int:
 def container_bytes(
     root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
 ) -> tuple[int, int] | None:
-    """Bytes of memory that this process's container, or job, may have.
+    """Return the memory limit of this process's container, and how much of it is free, in bytes.
 
-    And those of them that are free; None without a limit.
-
-    Read from Linux' control groups, version 2 or 1, of this process and all above it
-    (https://docs.kernel.org/admin-guide/cgroup-v2.html, "Memory").
+    None without a limit. Read from Linux' control groups, version 2 or 1, of this process and all
+    above it (https://docs.kernel.org/admin-guide/cgroup-v2.html, "Memory").
     """
-    found = []
+    limits = []
     for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, kinds, path = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, names, prefix = root, ("memory.max", "memory.current"), ""
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            base, prefix = root / "memory", "total_"
+        else:
             continue
-        base, old = (root / "memory", "total_") if kinds else (root, "")
-        limit, used = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if old
-            else ("memory.max", "memory.current")
-        )
         group = base / path.lstrip("/")
         for folder in (group, *(above for above in group.parents if above.is_relative_to(base))):
             try:
-                most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
-                stat = dict(
-                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
-                )
+                limit, used = ((folder / name).read_text().strip() for name in names)
+                stat = (folder / "memory.stat").read_text().splitlines()
             except OSError:  # a container sees its own group as the root
                 continue
-            if most != "max" and int(most) < 1 << 60:  # version 1 has no word for "no limit"
-                found.append(
-                    (int(most), max(0, int(most) - now + int(stat[old + "inactive_file"])))
-                )
-    return (min(most for most, _ in found), min(free for _, free in found)) if found else None
+            if limit != "max" and int(limit) < 1 << 60:  # version 1 has no word for "no limit"
+                cached = int(dict(entry.split() for entry in stat)[prefix + "inactive_file"])
+                limits.append((int(limit), max(0, int(limit) - int(used) + cached)))
+    return (min(a for a, _ in limits), min(b for _, b in limits)) if limits else None
 
 
 def cpu_name() -> str:
     """Return the processor's name as Linux gives it."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

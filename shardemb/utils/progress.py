@@ -10,14 +10,19 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
+class _Bar(tqdm):
+    #: tqdm's own lock is a semaphore between processes, which a killed rank leaks
+    _lock = threading.RLock()
+
+
 def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = True) -> Iterator[T]:
-    """Go over items with a progress bar, which appears after a few seconds.
+    """Iterate with a progress bar, which appears after three seconds.
 
     Args:
-        items: to go over.
-        what: is being done.
-        unit: rows in an item.
-        shown: whether there is a bar at all, on this rank.
+        items: to iterate over.
+        what: the bar's title.
+        unit: rows of an item.
+        shown: False shows no bar, on this rank.
     """
     bar = progress_bar(
         total=round(len(items) * unit), desc=what, unit=" rows", delay=3, disable=not shown
@@ -30,7 +35,4 @@ def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = Tru
 
 def progress_bar(**options: Any) -> tqdm:
     """Make a tqdm bar that writes few lines into a log file."""
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its default lock is a semaphore between processes, which a killed rank leaks
-    return tqdm(unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
+    return _Bar(unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10, **options)

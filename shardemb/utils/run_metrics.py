@@ -1,41 +1,30 @@
-"""A run's figures: one JSON object a line while it goes, one picture of them.
-
-And the memory that is free.
-"""
+"""A run's metrics: a JSON object a line while it trains, a summary in text, a plot."""
 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardemb.utils.files import replacing
 
-if TYPE_CHECKING:  # those that make a dataset have no use for it
-    pass
-
 
 class MetricsFile:
-    """Appends records to ``metrics.jsonl``, each with the time (seconds since 1970).
-
-    Flushed at once.
+    """Appends records to ``metrics.jsonl``, each with the time in seconds since 1970.
 
     Args:
-        path: of the file.
-        step: keep an earlier run's records up to this step, drop later ones and its test; 0 starts
-            a new file.
-        tensorboard: folder for TensorBoard's event files, in which the numbers stand too; None for
-            none.
+        path: the file.
+        step: keep an earlier run's records up to this step, except its test; 0 starts a new file.
+        tensorboard: folder for TensorBoard's event files with the same numbers; None for none.
     """
 
     def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None) -> None:
         old = read_metrics(path) if step and path.exists() else []
         kept = [record for record in old if record["step"] <= step and record["kind"] != "test"]
         with replacing(path) as partial:
-            partial.write_text(
-                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
-            )
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            partial.write_text(text, encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard is not None:
@@ -44,42 +33,39 @@ class MetricsFile:
             self._events = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
-        """Append a record of a kind ("train", "valid", "test") at an optimizer step."""
+        """Append a record ("train", "valid", "test") at an optimizer step, and flush it."""
         record = {"time": round(time.time(), 3), "kind": kind, "step": step, **figures}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for name, figure in figures.items():
-                for place, value in (
-                    enumerate(figure) if isinstance(figure, list) else [("", figure)]
-                ):
-                    if isinstance(value, int | float):
-                        self._events.add_scalar(f"{kind}/{name}{place}", value, step)
-            self._events.flush()
+        if self._events is None:
+            return
+        for name, figure in figures.items():
+            numbered = enumerate(figure) if isinstance(figure, list) else [("", figure)]
+            for number, value in numbered:
+                if isinstance(value, int | float):
+                    self._events.add_scalar(f"{kind}/{name}{number}", value, step)
+        self._events.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()
 
 
-#: (kind, step, figures), on every rank: see :func:`listen`
+#: (kind, step, figures), called on every rank
 Listener = Callable[[str, int, dict[str, Any]], None]
 _listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> None:
-    """Let a function hear of the records of this process's jobs, on every rank.
-
-    For a launcher that passes them on.
-    """
+    """Call a function with each record of this process's jobs, on every rank."""
     _listeners.append(listener)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Let a function hear of them within the block alone."""
+    """Call a function with each record, within the block."""
     listen(listener)
     try:
         yield
@@ -88,24 +74,19 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def tell(kind: str, step: int, figures: dict[str, Any]) -> None:
-    """Let all listeners hear of a record."""
+    """Pass a record to all listeners."""
     for listener in _listeners:
         listener(kind, step, figures)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file; a last line that was cut off by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
+    """Read a metrics file, except for a last line that a kill has cut off."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def describe(records: Sequence[dict[str, Any]], now: float) -> str:
-    """Return the state of a run in a few lines.
-
-    Where it is, how fast, what each rank holds, and how good it was.
+    """Summarize a run in a few lines: progress, speed, memory by rank, metrics.
 
     Args:
         records: of the metrics file.
@@ -115,45 +96,29 @@ def describe(records: Sequence[dict[str, Any]], now: float) -> str:
     train = next((record for record in reversed(records) if record["kind"] == "train"), None)
     if train is not None:
         memory = " ".join(f"{size / 2**30:.2f}" for size in train["memory_bytes"])
+        ago, speed = now - train["time"], train["triples_per_second"]
+        sent = train["exchange_bytes"] / 2**20
         lines = [
-            (
-                f"epoch {train['epoch']:.2f}  step {train['step']:,}  loss {train['loss']:.4f} "
-                f" ({now - train['time']:.0f} s ago)"
-            ),
-            (
-                f"{train['triples_per_second']:,} triples/s  {1000 * train['step_seconds']:.2f} ms"
-                " a step"
-            ),
-            (
-                f"a step: {train['touched_rows']:,} rows updated,"
-                f" {train['exchange_bytes'] / 2**20:.2f} MiB sent between ranks"
-            ),
-            (
-                f"the busiest rank updates {train['imbalance']:.2f} times the mean; GiB of memory"
-                f" by rank: {memory}"
-            ),
+            f"epoch {train['epoch']:.2f}  step {train['step']:,}  loss {train['loss']:.4f}"
+            f"  ({ago:.0f} s ago)",
+            f"{speed:,} triples/s  {1000 * train['step_seconds']:.2f} ms a step",
+            f"a step: {train['touched_rows']:,} rows updated, {sent:.2f} MiB sent between ranks",
+            f"the busiest rank updates {train['imbalance']:.2f} times the mean; GiB of memory by"
+            f" rank: {memory}",
         ]
     for kind in ("valid", "test"):
-        found = [record for record in records if record["kind"] == kind]
-        if found:
-            best = max(found, key=lambda record: record["mrr"])
-            last = f"{kind} MRR {found[-1]['mrr']:.4f} after epoch {found[-1]['epoch']:g}"
-            lines.append(
-                last
-                + (
-                    f", best {best['mrr']:.4f} after epoch {best['epoch']:g}"
-                    if len(found) > 1
-                    else ""
-                )
-            )
+        ranked = [record for record in records if record["kind"] == kind]
+        if ranked:
+            text = f"{kind} MRR {ranked[-1]['mrr']:.4f} after epoch {ranked[-1]['epoch']:g}"
+            if len(ranked) > 1:
+                best = max(ranked, key=lambda record: record["mrr"])
+                text += f", best {best['mrr']:.4f} after epoch {best['epoch']:g}"
+            lines.append(text)
     return "\n".join(lines)
 
 
 def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, MRR and triples a second over epochs, in the format of the path's suffix (".png".
-
-    ".svg", ".pdf").
-    """
+    """Plot loss, MRR and triples a second over epochs; the suffix gives the format (.png, .svg)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -166,13 +131,12 @@ def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
     left.plot(epochs, [r["loss"] for r in train], color="tab:gray", label="training loss")
     below.plot(epochs, [r["triples_per_second"] for r in train], color="tab:gray")
     best = max((r["mrr"] for r in records if "mrr" in r), default=1.0)
-    for kind, style in (("valid", "o-"), ("test", "*")):
-        of_kind = [r for r in records if r["kind"] == kind]
-        if of_kind:
-            last = of_kind[-1]["mrr"]
-            label = f"{kind} MRR, {of_kind[-1]['triples']:,} triples ({last:.3f})"
-            epochs, mrr = [r["epoch"] for r in of_kind], [r["mrr"] for r in of_kind]
-            right.plot(epochs, mrr, style, label=label, markersize=12 if kind == "test" else 5)
+    for kind, style, size in (("valid", "o-", 5), ("test", "*", 12)):
+        ranked = [r for r in records if r["kind"] == kind]
+        if ranked:
+            label = f"{kind} MRR, {ranked[-1]['triples']:,} triples ({ranked[-1]['mrr']:.3f})"
+            epochs, mrr = [r["epoch"] for r in ranked], [r["mrr"] for r in ranked]
+            right.plot(epochs, mrr, style, label=label, markersize=size)
     left.set(ylabel="loss per query", ylim=(0, None))
     right.set(ylabel="MRR", ylim=(0, 1.15 * best))
     below.set(xlabel="epoch", ylabel="triples per second", ylim=(0, None))

@@ -1,4 +1,4 @@
-"""Names that every room shares.
+"""Type names of the whole package.
 
 Shape legend, used in every docstring:
 
@@ -17,29 +17,24 @@ from typing import Literal
 
 import torch
 
-#: Maps rows ``(n, *shape)`` to rows of the same shape, each output row depending on its own input
-#: row alone.
+#: Maps rows ``(n, *shape)`` to rows of the same shape, each row by itself.
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
 
-#: Fills (or returns) rows ``(n, *shape)``; complex shapes come as real ones with a last dimension
-#: of 2.
+#: Fills (or returns) rows ``(n, *shape)``; complex numbers come as a last dimension of 2.
 Initializer = Callable[[torch.Tensor], torch.Tensor]
 
 #: Where a table's rows live: each on one rank, or all of them on every rank.
 Placement = Literal["row_wise", "replicated"]
 
-#: What becomes of the gradients that several ranks have for one row.
+#: How the gradients of several ranks for one row are combined.
 GradientReduction = Literal["mean", "sum"]
 
 
 def normalize_name(name: str) -> str:
-    """Fold case, underscores, dashes and spaces, so that "xavier_uniform".
-
-    "XavierUniform" are one name.
-    """
+    """Remove case, underscores, dashes and spaces: "xavier_uniform" equals "XavierUniform"."""
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
 def few(ids: list[int]) -> str:
-    """Name the five least of some ids, for messages."""
+    """Name the five smallest of some ids, for messages."""
     return ", ".join(map(str, sorted(ids)[:5])) + ", ..." * (len(ids) > 5)

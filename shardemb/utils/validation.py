@@ -1,4 +1,4 @@
-"""Checks of a setting's value; each error names the key."""
+"""Checks of settings; each error names the key."""
 
 import math
 import re
@@ -19,10 +19,7 @@ def one_of(section: str, settings: Any, allowed: Mapping[str, Iterable[str]]) ->
 
 
 def at_least(section: str, settings: Any, **least: float) -> None:
-    """Raise ValueError unless each named setting is a finite number.
-
-    And not below its least value.
-    """
+    """Raise ValueError unless each named setting is finite and at least its lower bound."""
     for name, low in least.items():
         value = getattr(settings, name)
         if not low <= value < math.inf:
@@ -39,19 +36,14 @@ def within(section: str, settings: Any, **ranges: tuple[float, float]) -> None:
 
 
 def bytes_of(name: str, text: str | int, least: int = 1) -> int:
-    """Read a size such as 512MiB, 4GiB or 80GB.
-
-    ValueError, which names the setting, for anything else and for less.
-    """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", str(text).strip().lower())
-    size = (
-        int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
-        if match
-        else 0
-    )
+    """Read a size such as 512MiB, 4GiB or 80GB; ValueError names the setting."""
+    text = str(text)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    size = 0
+    if match:
+        unit = (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")
+        size = int(float(match[1]) * unit)
     if size < least:
         expected = f"at least {least >> 20}MiB" if least >> 20 else "a number of bytes above 0"
-        raise InputError(
-            f"{name}: got {str(text)[:80]!r}, expected {expected}, such as 4GiB or 512MiB"
-        )
+        raise InputError(f"{name}: got {text[:80]!r}, expected {expected}, such as 4GiB or 512MiB")
     return size

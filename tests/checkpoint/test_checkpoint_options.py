@@ -157,7 +157,8 @@ def _load_one(rank: int, world_size: int, path: Path) -> dict[str, torch.Tensor]
     partly = nn.Module()
     partly.item = Embedding(71, shape=6, name="item")
     with pytest.raises(
-        CheckpointError, match=r"holds \['user.weight'\], which the model has not: name the tables"
+        CheckpointError,
+        match=r"holds \['user.weight'\], which the model does not have: name the tables",
     ):
         checkpoint.load(path, partly)
     checkpoint.load(path, partly, tables=["item"])
@@ -263,6 +264,8 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     table = Embedding(5, shape=2)
     with pytest.raises(CheckpointError, match="TypeError: Object of type set is not JSON"):
         checkpoint.save(tmp_path, 1, table, state={"x": {1}})
+    with pytest.raises(CheckpointError, match=r"manifest.fingerprints.x: got 5, expected str"):
+        checkpoint.save(tmp_path, 1, table, fingerprints={"x": 5})
     with pytest.raises(
         ValueError, match=r"SGD has a parameter of shape \(3, 4\) that is not the model's"
     ):
@@ -309,7 +312,7 @@ def _other_steps(rank: int, world_size: int, folder: Path) -> str:
 
 def test_ranks_that_save_other_steps_are_told(run_ranks, tmp_path: Path) -> None:
     for text in run_ranks(_other_steps, 2, tmp_path):
-        assert "ranks save different steps: got [5, 6]" in text
+        assert "ranks save different steps: ranks disagree in step: got step 5 on rank 0" in text
     assert not checkpoint.checkpoints(tmp_path)
 
 
@@ -477,13 +480,14 @@ def _full_disk(folder: Path) -> str:
     code = f"""
 import torch
 from pathlib import Path
-from shardemb import Embedding, checkpoint, saving
+from shardemb import Embedding, checkpoint
+from shardemb.checkpoint import writer
 folder, free = Path({str(folder)!r}), writer.Folder.free_bytes
 small, large = Embedding(1000, shape=64, seed=1), Embedding(4000, shape=64, seed=1)
 checkpoint.save(folder, 1, small)
 for step, known in ((2, True), (3, False)):  # it is known before, or found out in mid-save
     if not known:
-        writer.check_room = lambda root, needed: None
+        writer.check_space = lambda root, needed: None
     try:
         checkpoint.save(folder, step, large)
     except checkpoint.CheckpointError as error:
@@ -521,16 +525,16 @@ def test_a_folder_that_cannot_hold_the_checkpoints_is_told_before_training(
     with pytest.raises(
         CheckpointError, match=r"file: cannot hold the checkpoints: FileExistsError"
     ):
-        checkpoint.require_room(tmp_path / "file", table)
+        checkpoint.require_space(tmp_path / "file", table)
     with pytest.raises(CheckpointError, match="cannot hold the checkpoints: NotADirectoryError"):
-        checkpoint.require_room(tmp_path / "file" / "below", table)
+        checkpoint.require_space(tmp_path / "file" / "below", table)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40_000))
-    checkpoint.require_room(tmp_path / "here", table)
+    checkpoint.require_space(tmp_path / "here", table)
     with pytest.raises(
         CheckpointError, match=r"got 40,000 free bytes, expected 42,084"
     ):  # 3 times rows and sums
-        checkpoint.require_room(tmp_path / "here", table, [RowWiseAdagrad(table.parameters())])
+        checkpoint.require_space(tmp_path / "here", table, [RowWiseAdagrad(table.parameters())])
     assert not list((tmp_path / "here").iterdir())
 
 

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardemb.checkpoint import safetensors_io
+from shardemb.utils.files import sha256_of
 
 TENSORS = {
     "half": torch.randn(7, 3).half(),
@@ -25,7 +26,7 @@ def test_its_own_library_reads_what_we_write(tmp_path: Path) -> None:
         size, digest = safetensors_io.write(file, TENSORS)
     assert size == path.stat().st_size
     with path.open("rb") as file:
-        assert digest == safetensors_io.sha256_of(file)
+        assert digest == sha256_of(file) == sha256_of(path)
     for name, tensor in load_file(path).items():
         assert torch.equal(tensor, TENSORS[name]), name
         assert tensor.dtype == TENSORS[name].dtype

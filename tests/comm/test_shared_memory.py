@@ -18,7 +18,7 @@ from shardemb.comm.watchdog import watch
 
 def _way() -> Any:
     """Return what the default group's collectives go through; None for gloo."""
-    return collectives._near.get(watch(None))
+    return collectives._host_ranks.get(watch(None))
 
 
 def _exchanged(
@@ -65,7 +65,7 @@ def _exchange(rank: int, world_size: int, most_bytes: int) -> tuple[bool, list[i
         )
         assert torch.equal(equal, expected[:, None].expand(-1, 2))
         way = _way()
-        return way is not None, [memory._room for memory in way.memories] if way else []
+        return way is not None, [memory._capacity for memory in way.memories] if way else []
     finally:
         shared_memory.MOST_BYTES = before
 

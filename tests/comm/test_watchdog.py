@@ -23,9 +23,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardemb import Coordinator, Embedding, Fused, FusedOptimizer, RowWiseAdagrad, checkpoint
+from shardemb import (
+    Coordinator,
+    Embedding,
+    Fused,
+    FusedOptimizer,
+    RowWiseAdagrad,
+    checkpoint,
+    exceptions,
+)
 from shardemb.comm import collectives, watchdog
-from shardemb.comm.watchdog import PeerFailureError
+from shardemb.exceptions import CheckpointError, PeerFailureError
 
 _context = multiprocessing.get_context("forkserver")
 #: seconds
@@ -63,7 +71,7 @@ def in_lookup_by_gloo(
 ) -> None:
     os.environ["SHARDEMB_SHARED_MEMORY"] = "0"  # as between machines
     in_lookup(rank, model, coordinator, step, fail, folder)
-    assert not any(collectives._near.values())
+    assert not any(collectives._host_ranks.values())
 
 
 def in_backward(
@@ -604,4 +612,65 @@ def _leave(rank: int, world_size: int) -> list[str]:
 def test_no_thread_asks_the_store_when_a_process_ends(run_ranks) -> None:
     """One that does when the interpreter is gone aborts the process, after all has gone well."""
     for names in run_ranks(_leave, 2):
-        assert "shardemb-watch" not in names
+        assert "shardemb-watchdog" not in names
+
+
+def _hooks(rank: int, world_size: int) -> list[str]:
+    """Return what was the exception hook, in order; a user's own is called and stays."""
+    calls: list[str] = []
+
+    def before(*error: object) -> None:
+        calls.append("before")
+
+    def after(*error: object) -> None:
+        calls.append("after")
+        watchdog._on_error(*error)
+
+    sys.excepthook = before
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    for group in (None, *groups):
+        watchdog.watch(group)
+    assert sys.excepthook is watchdog._on_error
+    watchdog.forget(groups[0])
+    assert sys.excepthook is watchdog._on_error  # as long as one is alive
+    error = ValueError("bad luck")
+    sys.excepthook(ValueError, error, None)
+    assert sys.excepthook is before  # the report was the end of all
+    watchdog.watch(None)
+    sys.excepthook = after
+    watchdog.forget(dist.group.WORLD)
+    assert sys.excepthook is after
+    watchdog.watch(None)  # does not hook in twice
+    sys.excepthook(ValueError, error, None)
+    assert sys.excepthook is after
+    return calls
+
+
+def test_the_exception_hook_is_only_borrowed(run_ranks) -> None:
+    assert run_ranks(_hooks, 2) == [["before", "after", "before"]] * 2
+
+
+def _fail_together(rank: int, world_size: int) -> list[str]:
+    texts = []
+    for errors in ({1: IndexError("id 7")}, {0: ValueError("same"), 1: ValueError("same")}):
+        try:
+            collectives.gather_or_raise(rank, errors.get(rank), operation="a test")
+        except (ValueError, IndexError) as error:
+            texts.append(f"{type(error).__name__}: {error}")
+    both = {0: CheckpointError("a"), 1: exceptions.IdRangeError("b")}
+    with pytest.raises(CheckpointError, match=r"^a; b$"):
+        collectives.gather_or_raise(rank, both.get(rank), operation="a test")
+    assert collectives.gather_or_raise(rank, None, operation="a test") == [*range(world_size)]
+    return texts
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_error_of_any_rank_is_raised_on_all(run_ranks, ranks: int) -> None:
+    expected = ["IndexError: id 7", "ValueError: same"]
+    assert run_ranks(_fail_together, ranks) == [expected] * ranks
+
+
+def test_in_one_process_its_own_error_is_raised() -> None:
+    assert collectives.gather_or_raise((1, 2), None, operation="a test") == [(1, 2)]
+    with pytest.raises(exceptions.IdRangeError, match=r"^id 7$"):
+        collectives.gather_or_raise(1, exceptions.IdRangeError("id 7"), operation="a test")

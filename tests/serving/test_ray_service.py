@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 import shardemb
-from shardemb import Embedding, checkpoint, serving
+from shardemb import Embedding, checkpoint
 from shardemb.checkpoint.manifest import CheckpointError
 from shardemb.cli import main
 from shardemb.launch.ray import connected
+from shardemb.serving import ray_service
 from shardemb.serving.ray_service import (
     Client,
     ShardBusyError,
@@ -118,8 +119,8 @@ def test_lookup_gives_what_the_store_gives(both) -> None:
 
 def test_what_is_large_goes_in_several_rounds(both, monkeypatch: pytest.MonkeyPatch) -> None:
     store, client = both
-    monkeypatch.setattr(serving, "_REQUEST", 500)
-    monkeypatch.setattr(serving, "_LABELS", 30)
+    monkeypatch.setattr(ray_service, "_REQUEST", 500)
+    monkeypatch.setattr(ray_service, "_LABELS", 30)
     before = sum(health.served for health in client.health())
     ids = torch.arange(501).flip(0)
     assert torch.equal(client.lookup(ids), store.lookup(ids))
@@ -369,7 +370,7 @@ def test_what_cannot_be_served(small: Path, tmp_path: Path, ray) -> None:
     told = r"shard 0 of 1 .*did not start within 1 s .*\{'num_cpus': 64\}, free in the cluster"
     with pytest.raises(ShardUnavailableError, match=told):
         serve(small, 1, "huge", resources={"num_cpus": 64}, timeout_s=1)
-    assert "huge" not in serving._names()
+    assert "huge" not in ray_service._names()
 
 
 def test_the_command_line_serves_until_it_is_told_to_end(small: Path) -> None:

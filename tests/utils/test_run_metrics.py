@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import shardemb
 from shardemb.utils.memory import available_bytes, container_bytes, free_bytes, total_bytes
-from shardemb.utils.progress import progress
+from shardemb.utils.progress import progress, progress_bar
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (1.1, True), (1.1, False)])
@@ -74,3 +75,10 @@ def test_a_container_has_the_memory_of_its_groups(
         MemoryError, match=r"table 'people', rank 0 of 1: 100 rows .*, 100 are free"
     ):
         shardemb.Embedding(100, shape=8, name="people")
+
+
+def test_a_bar_leaves_tqdm_as_it_is() -> None:
+    lock = tqdm.get_lock()
+    progress_bar(total=1, disable=False, leave=False).close()
+    assert tqdm.get_lock() is lock
+    assert progress_bar(total=1, disable=True).get_lock() is not lock

@@ -15,6 +15,7 @@ import numpy as np
 
 from shardemb.exceptions import InputError
 from shardemb.kge.data.splits import SPLITS
+from shardemb.utils.files import sha256_of
 from shardemb.vocabulary import Vocabulary
 
 FORMAT = "shardemb-dataset/1"
@@ -62,12 +63,6 @@ def read(
 def dtype_of(*counts: int) -> str:
     """Return the smallest dtype for the ids of so many entities and relations."""
     return "int32" if max(counts) <= 1 << 31 else "int64"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_array(array: np.ndarray) -> str:

@@ -25,10 +25,10 @@ import pyarrow as pa
 
 from shardemb import __version__, vocabulary
 from shardemb.exceptions import InputError, OutOfMemoryError
-from shardemb.kge.data.dataset import DESCRIPTION, FORMAT, dtype_of, sha256_of
+from shardemb.kge.data.dataset import DESCRIPTION, FORMAT, dtype_of
 from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks
-from shardemb.utils.files import fsync
+from shardemb.utils.files import fsync, sha256_of
 from shardemb.utils.memory import available_bytes, resident_bytes
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.validation import bytes_of

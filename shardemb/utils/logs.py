@@ -1,0 +1,74 @@
+"""The package's loggers, ``shardemb.<module>``, and what they print.
+
+As in any library they print nothing by themselves, and the root logger stays as it is. With
+``SHARDEMB_LOG`` (or ``shardemb --verbose``) their lines go to stderr, each with its rank::
+
+    SHARDEMB_LOG=INFO
+    SHARDEMB_LOG=WARNING,checkpoint=INFO,comm.shared_memory=DEBUG
+"""
+
+import logging
+import os
+import sys
+
+from shardemb.exceptions import InputError
+
+VARIABLE = "SHARDEMB_LOG"
+_FORMAT = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
+_package = logging.getLogger("shardemb")
+_handler: logging.Handler | None = None
+
+
+def logger(module: str) -> logging.Logger:
+    """Return the logger of a module, given its ``__name__``; its records have a ``rank``."""
+    log = logging.getLogger(module)
+    log.addFilter(_add_rank)
+    return log
+
+
+def _add_rank(record: logging.LogRecord) -> bool:
+    dist = sys.modules.get("torch.distributed")  # utils work without it
+    grouped = dist is not None and dist.is_available() and dist.is_initialized()
+    record.rank = dist.get_rank() if dist and grouped else int(os.environ.get("RANK", "0"))
+    return True
+
+
+def configure(levels: str) -> None:
+    """Print log lines to stderr, in this process and in those that it starts from now on.
+
+    Args:
+        levels: a level's name, or pairs ``module=level``, separated by commas.
+
+    Raises:
+        ValueError: an unknown level.
+    """
+    global _handler
+    for entry in filter(None, (part.strip() for part in levels.split(","))):
+        module, _, level = entry.rpartition("=")
+        if level.strip().upper() not in logging.getLevelNamesMapping():
+            raise InputError(
+                f"{VARIABLE}: got {entry!r}, expected a level (DEBUG, INFO, WARNING, ERROR) or"
+                " module=level, separated by commas"
+            )
+        name = "shardemb." + module.strip().removeprefix("shardemb.") if module else "shardemb"
+        logging.getLogger(name).setLevel(level.strip().upper())
+    if _handler is None:
+        _handler = logging.StreamHandler()
+        _handler.setFormatter(logging.Formatter(_FORMAT, defaults={"rank": "?"}))
+        _package.addHandler(_handler)
+    os.environ[VARIABLE] = levels
+
+
+def verbose() -> None:
+    """Print what the package does, at level INFO; levels of single modules stay as they are set."""
+    configure(f"{os.environ.get(VARIABLE, '')},INFO".lstrip(","))
+
+
+def environment() -> dict[str, str]:
+    """Return what a launcher must set for ranks that do not inherit this process's environment."""
+    return {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
+
+
+_package.addHandler(logging.NullHandler())
+if os.environ.get(VARIABLE):
+    configure(os.environ[VARIABLE])
