@@ -94,11 +94,7 @@ def run(folder: Path, epochs: int, kills: int) -> tuple[list[dict[str, Any]], di
     def call() -> None:
         options = RayOptions(address=None, max_failures=kills)
         with ray.connected("local", cpus=2, log_to_driver=False):
-            done.append(
-                run_on_ray(
-                    job, 2, folder, epochs, options=options, storage=folder / "ray"
-                )
-            )
+            done.append(run_on_ray(job, 2, folder, epochs, options=options, storage=folder / "ray"))
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()

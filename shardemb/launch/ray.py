@@ -140,7 +140,7 @@ def connected(
             # workers find the modules that this process finds, as spawned processes do
             variables["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
             variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # it needs the dashboard
-            options |= {"num_cpus": cpus, "include_dashboard": False}  # type: ignore[dict-item]
+            options |= {"num_cpus": cpus, "include_dashboard": False}
         try:
             ray.init(**options, runtime_env={"env_vars": variables})
         except ConnectionError as error:

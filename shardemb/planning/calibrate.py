@@ -22,10 +22,11 @@ from shardemb import kernels
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
 from shardemb.kge.data.triples import Triples
+from shardemb.kge.job import train
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.trainer import LOG_STEPS, TrainingConfig, train
+from shardemb.kge.trainer import LOG_STEPS, TrainingConfig
 from shardemb.launch.local import run_local
 from shardemb.planning.cost_model import Job, Machine, estimate
 from shardemb.utils import memory, run_metrics

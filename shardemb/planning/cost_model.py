@@ -284,7 +284,7 @@ class Estimate:
         return sum(self.memory.values())
 
     @property
-    def room_bytes(self) -> int | None:
+    def usable_bytes(self) -> int | None:
         """Of a rank's memory that may be full; ranks beyond those of a host are on other hosts."""
         if self.machine is None:
             return None
@@ -294,7 +294,7 @@ class Estimate:
     @property
     def fits(self) -> bool | None:
         """Whether the memory is enough; None without a machine."""
-        return None if self.room_bytes is None else self.memory_bytes <= self.room_bytes
+        return None if self.usable_bytes is None else self.memory_bytes <= self.usable_bytes
 
     @property
     def step_seconds(self) -> float | None:

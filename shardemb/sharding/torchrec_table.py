@@ -16,7 +16,6 @@ when it is imported, and fails on two of TorchRec's that have the same one.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -476,91 +475,6 @@ class _Reduce(torch.autograd.Function):
         return (grad if scale == 1 else grad * scale), None, None
 
 
-def place(
-    plan: RowPlan,
-    optimizer: str,
-    device: str,
-    memory_bytes: int,
-    ranks_per_host: int,
-    rates: Mapping[str, float],
-    ids: int,
-) -> dict[str, Any]:
-    """Let TorchRec's planner place a table that is not there, on ranks that are not there.
-
-    It need not take rows.
-
-    Args:
-        plan: rows, columns and ranks.
-        optimizer: that updates the rows in backward.
-        device: that they lie on, "cpu" or "cuda".
-        memory_bytes: of a rank.
-        ranks_per_host: at most; as many of them on each host.
-        rates: bytes a second of "memory", of "host", between a host's ranks, and of "network",
-            between hosts.
-        ids: that a rank looks up in a step.
-
-    Returns:
-        The planner's "sharding_type", "compute_kernel", "ranks" with rows, "memory_bytes" of the
-        fullest rank, and the "seconds" that it expects a rank's lookup, exchange and update to
-        take.
-
-    Raises:
-        ValueError: an optimizer that the planner does not know.
-        MemoryError: it finds no room.
-    """
-    import torchrec
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.planner import ParameterConstraints
-    from torchrec.distributed.planner.types import HardwareConfig, PlannerError, TrainerConfig
-
-    classes = _optimizer_classes()
-    if optimizer not in classes:
-        raise InputError(
-            f"TorchRec's planner: got optimizer {optimizer!r}, expected one of"
-            f" {', '.join(sorted(classes))}"
-        )
-    gpu = device == "cuda"
-    config = torchrec.EmbeddingConfig(
-        name=plan.table, num_embeddings=plan.num_rows, embedding_dim=plan.dim, feature_names=[_IDS]
-    )
-    collection = torchrec.EmbeddingCollection(tables=[config], device=torch.device("meta"))
-    (parameter,) = collection.parameters()
-    parameter._optimizer_classes = [classes[optimizer]]  # so that the planner counts the state
-    local = next(n for n in range(ranks_per_host, 0, -1) if plan.world_size % n == 0)
-    memory, near, far = (
-        rates[name] / 1000 for name in ("memory", "host", "network")
-    )  # bytes a millisecond
-    trainer = TrainerConfig(
-        world_size=plan.world_size,
-        local_world_size=local,
-        hbm_cap_bytes=memory_bytes if gpu else 0,
-        ddr_cap_bytes=0 if gpu else memory_bytes,
-    )
-    hardware = HardwareConfig(
-        intra_host_bw=near, inter_host_bw=far, hbm_mem_bw=memory, ddr_mem_bw=memory
-    )
-    planner = _planner(
-        device, trainer, {plan.table: ParameterConstraints(pooling_factors=[1.0])}, ids, hardware
-    )
-    try:
-        found = planner.plan(collection, [EmbeddingCollectionSharder()]).plan[""][plan.table]
-    except PlannerError as error:
-        raise OutOfMemoryError(
-            f"TorchRec's planner finds no room for {plan.num_rows:,} rows x {plan.dim} columns and"
-            f" their state on {plan.world_size:,} ranks with {memory_bytes:,} bytes each: use more"
-            " ranks"
-        ) from error
-    (option,) = planner._best_plan
-    shards = option.shards
-    return {
-        "sharding_type": found.sharding_type,
-        "compute_kernel": found.compute_kernel,
-        "ranks": len({shard.rank for shard in shards}),
-        "memory_bytes": max(shard.storage.hbm if gpu else shard.storage.ddr for shard in shards),
-        "seconds": max(shard.perf.total for shard in shards) / 1000,
-    }
-
-
 def _optimizer_classes() -> dict[str, Any]:
     import torchrec
 
@@ -572,9 +486,7 @@ def _optimizer_classes() -> dict[str, Any]:
     }
 
 
-def _planner(
-    device: str, trainer: Any, constraints: dict[str, Any], batch_size: int, hardware: Any = None
-) -> Any:
+def _planner(device: str, trainer: Any, constraints: dict[str, Any], batch_size: int) -> Any:
     """Return TorchRec's planner, silent, for ranks that keep no memory back."""
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -582,7 +494,7 @@ def _planner(
 
     return EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(
-            trainer, hardware, KernelConfig(compute_device=device)
+            trainer, None, KernelConfig(compute_device=device)
         ),
         batch_size=batch_size,
         storage_reservation=FixedPercentageStorageReservation(0.0),

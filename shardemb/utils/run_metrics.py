@@ -1,47 +1,33 @@
-"""A run's figures: one JSON object a line while it goes, one picture of them.
-
-And the memory that is free.
-"""
+"""A run's figures: one JSON object a line while it goes, TensorBoard's events, one picture."""
 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardemb.utils.files import replacing
 
-if TYPE_CHECKING:  # those that make a dataset have no use for it
-    pass
-
 
 class MetricsFile:
-    """Appends records to ``metrics.jsonl``, each with the time (seconds since 1970).
-
-    Flushed at once.
+    """Appends records to ``metrics.jsonl``, each with the time (seconds since 1970), flushed.
 
     Args:
         path: of the file.
         step: keep an earlier run's records up to this step, drop later ones and its test; 0 starts
             a new file.
-        tensorboard: folder for TensorBoard's event files, in which the numbers stand too; None for
-            none.
+        tensorboard: folder for TensorBoard's event files, which get the numbers too; None for none.
     """
 
     def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None) -> None:
         old = read_metrics(path) if step and path.exists() else []
         kept = [record for record in old if record["step"] <= step and record["kind"] != "test"]
         with replacing(path) as partial:
-            partial.write_text(
-                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
-            )
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            partial.write_text(text, encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._events: Any = None
-        if tensorboard is not None:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self._events = None if tensorboard is None else _Events(tensorboard, step + 1)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Append a record of a kind ("train", "valid", "test") at an optimizer step."""
@@ -49,19 +35,40 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, figure in figures.items():
-                for place, value in (
-                    enumerate(figure) if isinstance(figure, list) else [("", figure)]
-                ):
-                    if isinstance(value, int | float):
-                        self._events.add_scalar(f"{kind}/{name}{place}", value, step)
-            self._events.flush()
+            self._events.write(record)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+class _Events:
+    """TensorBoard's event file, written without SummaryWriter's thread and queue."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._writer = Event, EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)  # later steps of an earlier run do not count
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, record: dict[str, Any]) -> None:
+        event = self._event(wall_time=record["time"], step=record["step"])
+        for name, figure in record.items():
+            several = isinstance(figure, list)
+            for place, value in enumerate(figure) if several else [("", figure)]:
+                if isinstance(value, int | float) and name not in ("time", "step"):
+                    tag = f"{record['kind']}/{name}{place}"
+                    event.summary.value.add(tag=tag, simple_value=value)
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 #: (kind, step, figures), on every rank: see :func:`listen`

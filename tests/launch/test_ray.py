@@ -165,7 +165,11 @@ def _die() -> None:
 def test_a_worker_that_dies_too_often_ends_the_job(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="rank 1: died: ") as caught:
         run_on_ray(
-            _die, 2, options=replace(HERE, max_failures=0), storage=tmp_path / "storage", timeout_s=20
+            _die,
+            2,
+            options=replace(HERE, max_failures=0),
+            storage=tmp_path / "storage",
+            timeout_s=20,
         )
     assert (caught.value.rank, caught.value.error) == (1, "died")
 
@@ -180,9 +184,7 @@ def test_a_cluster_without_room_is_said_so(ray: Any) -> None:
     with pytest.raises(ValueError, match="got 1 workers of 1 CPU, 1 GPU each"):
         run_on_ray(_train, 1, options=impatient, gpus=True)
     with pytest.raises(ValueError, match="got 1 workers of 2 gold, 1 CPU each"):
-        run_on_ray(
-            _train, (1, 3), options=replace(impatient, resources_per_worker={"gold": 2})
-        )
+        run_on_ray(_train, (1, 3), options=replace(impatient, resources_per_worker={"gold": 2}))
     assert time.monotonic() - start < 20
 
 
