@@ -206,11 +206,14 @@ def _load(config: JobConfig) -> Triples:
 
 
 def _require_dataset(config: JobConfig, folder: RunFolder) -> None:
-    if not config.dataset:
+    if config.dataset:
+        return
+    if folder.config.exists():
         raise InputError(
             f"{folder.config}: got no dataset, as the run was trained from Python on a graph in"
             " memory: give files of the same graph by --dataset"
         )
+    raise InputError("dataset: got '', expected a graph: give --dataset")
 
 
 def evaluate_run(
