@@ -178,9 +178,8 @@ class Triples:
         for kind, columns in _COLUMNS.items():
             used = np.unique(np.concatenate([part[:, columns].ravel() for part in codes.values()]))
             vocabulary = Vocabulary.from_labels(labels[kind].take(column_of(used)).to_pylist())
-            ids[kind] = numbers(
-                pc.fill_null(pc.index_in(labels[kind], text_column(vocabulary.labels)), 0)
-            )
+            # labels that are not used get no number, and are not looked up
+            ids[kind] = numbers(pc.index_in(labels[kind], text_column(vocabulary.labels)))
             vocabularies[kind] = vocabulary
         dtype = dataset_folder.dtype_of(*map(len, vocabularies.values()))
         arrays = {}
