@@ -98,6 +98,7 @@ def test_a_run_from_python_goes_on_on_the_command_line(
     assert tomllib.loads((run / "config.toml").read_text()) == config
 
 
+@pytest.mark.filterwarnings("ignore:.*going back to step")
 def test_a_graph_in_memory_needs_its_files_on_the_command_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
