@@ -29,8 +29,8 @@ from torch import Tensor
 
 from shardemb.kge import KnowledgeGraphModel, ModelConfig
 from shardemb.kge.evaluation import EvaluationConfig, evaluate
+from shardemb.kge.known_answers import KnownAnswers
 from shardemb.kge.ranking import _BATCH, _TILE, with_all, with_drawn
-from shardemb.kge.sampling import Known
 from shardemb.kge.scorers import SCORERS
 
 RELATIONS = 50
@@ -98,7 +98,7 @@ def one_worker(
     """Tails of triples among all entities, raw and filtered, against the product alone."""
     true, found = make_triples(rows, TRUE), []
     asked = true[:queries]
-    known = Known([true], RELATIONS, only=asked)
+    known = KnownAnswers([true], RELATIONS, only=asked)
     for scorer in scorers:
         model = make_model(scorer, rows, dim)
         table, query = model.entity.local_rows(), torch.randn(queries, dim)
@@ -189,7 +189,7 @@ def two_workers(
 def drawn(rows: int, dim: int, number: int, queries: int, rounds: int) -> dict[str, Any]:
     """Drawn candidates of a large table."""
     model, true = make_model("complex", rows, dim), make_triples(rows, TRUE)
-    known = Known([true], RELATIONS, only=true[:queries])
+    known = KnownAnswers([true], RELATIONS, only=true[:queries])
 
     def run() -> None:
         with_drawn(model, "tail", true[:queries], known, number, 0)

@@ -26,7 +26,7 @@ from report import write
 
 from shardemb.kge import ModelConfig, SamplingConfig, TrainingConfig, Triples, train
 from shardemb.launch import ray
-from shardemb.launch.ray import run_on_ray
+from shardemb.launch.ray import RayOptions, run_on_ray
 from shardemb.utils import run_metrics
 
 
@@ -92,12 +92,9 @@ def run(folder: Path, epochs: int, kills: int) -> tuple[list[dict[str, Any]], di
     done: list[Any] = []
 
     def call() -> None:
+        options = RayOptions(address=None, max_failures=kills)
         with ray.connected("local", cpus=2, log_to_driver=False):
-            done.append(
-                run_on_ray(
-                    job, 2, folder, epochs, address=None, max_failures=kills, storage=folder / "ray"
-                )
-            )
+            done.append(run_on_ray(job, 2, folder, epochs, options=options, storage=folder / "ray"))
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()

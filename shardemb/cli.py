@@ -1,15 +1,16 @@
-"""The command line; ``--help`` answers without loading torch."""
+"""The command line: parsers and printing. ``--help`` answers without loading torch."""
 
 import argparse
 import dataclasses
 import json
 import os
 import resource
+import shlex
 import signal
 import sys
-import tempfile
 import time
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,12 +19,13 @@ from shardemb import __version__
 from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
 from shardemb.utils import logs
 
+_RUN: dict[str, Any] = {"type": Path, "metavar": "RUN"}
+_JSON: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+_NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
+
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line.
-
-    ``run`` of what it parses is the function that does it.
-    """
+    """Return the parser of the command line; ``run`` of what it parses is the function to call."""
     parser = argparse.ArgumentParser(
         prog="shardemb", description="Embedding tables, row-sharded over processes."
     )
@@ -32,81 +34,16 @@ def parser() -> argparse.ArgumentParser:
         "--verbose", action="store_true", help="log what the package does, to stderr"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser(
-        "train", help="train and rank a knowledge-graph model on sharded tables"
-    )
-    train.add_argument(
-        "config",
-        nargs="?",
-        type=Path,
-        metavar="CONFIG.toml",
-        help="settings; without it the defaults",
-    )
-    train.add_argument(
-        "--dataset",
-        help=(
-            "wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a"
-            " file of triples"
-        ),
-    )
-    train.add_argument(
-        "--workers",
-        metavar="N[:MOST]",
-        help="ranks, one process each (default: 1); on Ray also a least and a most",
-    )
-    train.add_argument(
-        "--launcher",
-        choices=("local", "torchrun", "ray"),
-        help="what starts the ranks (default: local)",
-    )
-    train.add_argument(
-        "--address",
-        help=(
-            "Ray: local, one of our own on this machine (default); auto, that of this node; or"
-            " HOST:PORT of its head"
-        ),
-    )
-    train.add_argument(
-        "--max-failures",
-        type=int,
-        metavar="N",
-        help="Ray: start again after so many failures (default: 3)",
-    )
-    train.add_argument(
-        "--use-gpu", action="store_true", help="a GPU for each rank: training.device = cuda"
-    )
-    train.add_argument(
-        "--output", type=Path, required=True, metavar="RUN", help="run folder, made anew"
-    )
-    train.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in RUN"
-    )
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting, e.g. training.epochs=3; repeatable",
-    )
-    train.add_argument(
-        "--timeout",
-        type=float,
-        default=300,
-        metavar="SECONDS",
-        help="of a collective (default: 300)",
-    )
-    train.set_defaults(run=_train)
-    _add_evaluate(commands)
-    _add_ingest(commands)
-    _add_query(commands)
-    _add_serve(commands)
-    _add_checkpoint(commands)
-    _add_plan(commands)
+    for add_command in (
+        *(_add_train, _add_evaluate, _add_watching, _add_ingest, _add_query, _add_serve),
+        *(_add_checkpoint, _add_plan, _add_bench),
+    ):
+        add_command(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line; return the exit code.
 
     0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM.
     """
@@ -114,164 +51,217 @@ def main(argv: list[str] | None = None) -> int:
     arguments.argv = sys.argv[1:] if argv is None else argv
     if arguments.verbose:
         logs.verbose()
+    resumes = "; --resume goes on from the newest checkpoint" * (arguments.command == "train")
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        hint = (
-            "; --resume goes on from the newest checkpoint" if arguments.command == "train" else ""
-        )
-        print(f"shardemb: interrupted{hint}", file=sys.stderr)
+        _say(f"shardemb: interrupted{resumes}")
         return 130
-    except TerminatedError as error:
-        print(f"shardemb: {error}; --resume goes on from there", file=sys.stderr)
-        return 143  # as a shell reports SIGTERM
     except Exception as error:
-        if isinstance(error, WorkerError) and error.error == TerminatedError.__name__:
-            print(f"shardemb: {error.message}; --resume goes on from there", file=sys.stderr)
-            return 143
+        message = error.message if isinstance(error, WorkerError) else str(error)
+        name = error.error if isinstance(error, WorkerError) else type(error).__name__
+        if name == TerminatedError.__name__:
+            _say(f"shardemb: {message}; --resume goes on from there")
+            return 143  # as a shell reports SIGTERM
         if not for_user(error):
             if not isinstance(error, WorkerError) or not error.trace:
                 raise
-            print(error.trace, file=sys.stderr)
+            _say(error.trace)
         rank = f"rank {error.rank}: " if isinstance(error, WorkerError) else ""
-        message = error.message if isinstance(error, WorkerError) else str(error)
-        lost = arguments.command == "train" and restart_may_help(error)
-        hint = "; --resume goes on from the newest checkpoint" if lost else ""
-        print(f"shardemb: error: {rank}{'; '.join(message.splitlines())}{hint}", file=sys.stderr)
+        hint = resumes if restart_may_help(error) else ""
+        _say(f"shardemb: error: {rank}{'; '.join(message.splitlines())}{hint}")
         return 1
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _cleaning_up_after_sigterm() -> Iterator[None]:
+    """End by an exception on SIGTERM, so that what is under way cleans up."""
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _add_overrides(command: Any, metavar: str = "KEY=VALUE", example: str = "") -> None:
+    text = f"override a setting{example}; repeatable"
+    command.add_argument("--set", action="append", default=[], metavar=metavar, help=text)
+
+
+def _add_timeout(command: Any) -> None:
+    text = "of a collective (default: 300)"
+    command.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help=text)
+
+
+def _add_train(commands: Any) -> None:
+    text = "train and rank a knowledge-graph model on sharded tables"
+    command = commands.add_parser("train", help=text)
+    add = command.add_argument
+    text = "settings; without it the defaults"
+    add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
+    text = (
+        "wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a file of"
+        " triples"
+    )
+    add("--dataset", help=text)
+    text = "ranks, one process each (default: 1); on Ray also a least and a most"
+    add("--workers", metavar="N[:MOST]", help=text)
+    text = "what starts the ranks (default: local)"
+    add("--launcher", choices=("local", "torchrun", "ray"), help=text)
+    text = (
+        "Ray: local, one of our own on this machine (default); auto, that of this node; or"
+        " HOST:PORT of its head"
+    )
+    add("--address", help=text)
+    add("--max-failures", help="Ray: start again after so many failures (default: 3)", **_NUMBER)
+    text = "a GPU for each rank: training.device = cuda"
+    add("--use-gpu", action="store_true", help=text)
+    add("--output", required=True, help="run folder, made anew", **_RUN)
+    add("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    _add_overrides(command, example=", e.g. training.epochs=3")
+    _add_timeout(command)
+    command.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from shardemb.kge.config import JobConfig
+    from shardemb.kge.job import train_run
+    from shardemb.kge.run_folder import RunFolder
+
+    run = RunFolder(arguments.output)
+    least, separator, most = (arguments.workers or "").partition(":")
+    options = {
+        "launch.launcher": arguments.launcher,
+        "launch.workers": least or None,
+        "launch.max_workers": most if separator else None,
+        "launch.address": None if arguments.address is None else json.dumps(arguments.address),
+        "launch.max_failures": arguments.max_failures,
+        "training.device": "cuda" if arguments.use_gpu else None,
+    }
+    overrides = [f"{key}={value}" for key, value in options.items() if value is not None]
+    # --resume alone keeps the run's settings
+    base = arguments.config or (run.resumable_config if arguments.resume else None)
+    config = JobConfig.load(base, [*arguments.set, *overrides], arguments.dataset)
+    result = train_run(
+        config,
+        arguments.output,
+        resume=arguments.resume,
+        timeout_s=arguments.timeout,
+        command=shlex.join(["shardemb", *arguments.argv]),
+        notify=_say,
+    )
+    if result is None:  # torchrun's other ranks
+        return 0
+    for name, value in result.items():
+        print(f"test {'filtered' if config.evaluation.filtered else 'raw'} {name:10} {value:.4f}")
+    print(f"run folder: {run} (loss and MRR: {run.plot})")
+    return 0
+
+
 def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "evaluate", help="rank a split's triples with a run's newest, or best, checkpoint"
+    text = "rank a split's triples with a run's newest, or best, checkpoint"
+    command = commands.add_parser("evaluate", help=text)
+    add = command.add_argument
+    add("path", help="run folder", **_RUN)
+    splits = ("train", "valid", "test")
+    add("--split", choices=splits, default="test", help="default: test")
+    add("--dataset", metavar="PATH", help="the run's dataset, if it is not where it was")
+    add("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
+    add("--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's")
+    _add_overrides(command, "evaluation.KEY=VALUE")
+    add("--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)")
+    add("--json", help="write the figures there too", **_JSON)
+    _add_timeout(command)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from shardemb.kge.job import evaluate_run
+    from shardemb.utils.files import replacing
+
+    result = evaluate_run(
+        arguments.path,
+        split=arguments.split,
+        workers=arguments.workers,
+        overrides=arguments.set,
+        dataset=arguments.dataset,
+        checkpoint=arguments.checkpoint,
+        device=arguments.device,
+        timeout_s=arguments.timeout,
+        notify=_say,
     )
-    evaluate.add_argument("path", type=Path, metavar="RUN", help="run folder")
-    evaluate.add_argument(
-        "--split", choices=("train", "valid", "test"), default="test", help="default: test"
-    )
-    evaluate.add_argument(
-        "--workers", type=int, default=1, help="ranks, one process each (default: 1)"
-    )
-    evaluate.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's"
-    )
-    evaluate.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="evaluation.KEY=VALUE",
-        help="override a setting; repeatable",
-    )
-    evaluate.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)"
-    )
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    evaluate.add_argument(
-        "--timeout",
-        type=float,
-        default=300,
-        metavar="SECONDS",
-        help="of a collective (default: 300)",
-    )
-    evaluate.set_defaults(run=_evaluate)
+    names = list(result["sides"]["both"])
+    queries = {"both": 2 * result["triples"]}
+    rows = [
+        (side, queries.get(side, result["triples"]), figures)
+        for side, figures in result["sides"].items()
+    ]
+    _print_figures(names, rows)
+    if result["relations"]:
+        relations = result["relations"]
+        rows = [(f"{row['side']} of {row['label']}", row["count"], row) for row in relations]
+        _print_figures(names, rows)
+    if arguments.json is not None:
+        with replacing(arguments.json) as partial:
+            text = json.dumps(result, indent=1, ensure_ascii=False)
+            partial.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _print_figures(names: list[str], rows: list[tuple[str, int, Any]]) -> None:
+    print(" ".join([*(f"{name:>11}" for name in names), f"{'queries':>9}"]))
+    for title, queries, figures in rows:
+        print(
+            " ".join([*(f"{figures[name]:11.4f}" for name in names), f"{queries:9,}", f" {title}"])
+        )
+
+
+def _add_watching(commands: Any) -> None:
     plot = commands.add_parser("plot", help="draw a run's loss, MRR and throughput")
-    plot.add_argument("path", type=Path, metavar="RUN", help="run folder")
+    plot.add_argument("path", help="run folder", **_RUN)
     plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
     plot.set_defaults(run=_plot)
-    top = commands.add_parser(
-        "top", help="show a run's progress, speed and memory by rank while it goes"
-    )
-    top.add_argument("path", type=Path, metavar="RUN", help="run folder")
-    top.add_argument(
-        "--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)"
-    )
+    text = "show a run's progress, speed and memory by rank while it goes"
+    top = commands.add_parser("top", help=text)
+    top.add_argument("path", help="run folder", **_RUN)
+    text = "between two looks (default: 2)"
+    top.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help=text)
     top.add_argument("--once", action="store_true", help="look once, and end")
     top.set_defaults(run=_top)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from shardemb.kge.config import JobConfig
-    from shardemb.launch.local import run_local
-    from shardemb.serving.store import newest
-    from shardemb.utils.files import replacing
-
-    run: Path = arguments.path
-    written = _of_run(run, "config.toml")
-    for override in arguments.set:
-        if not override.strip().startswith("evaluation."):
-            raise InputError(
-                f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was"
-                " trained"
-            )
-    config = JobConfig.load(written, arguments.set)
-    checkpoint = newest(arguments.checkpoint or run)
-    print(f"ranking {arguments.split} triples of {config.dataset} by {checkpoint}", file=sys.stderr)
-    device = arguments.device or config.training.device
-    result = run_local(
-        _evaluate_rank,
-        arguments.workers,
-        config,
-        checkpoint,
-        arguments.split,
-        device,
-        timeout_s=arguments.timeout,
-        backend="nccl" if device == "cuda" else "gloo",
-    )
-    names = list(result["sides"]["both"])
-    for side, figures in result["sides"].items():
-        _print_figures(
-            side, figures, result["triples"] * (1 + (side == "both")), names, header=side == "both"
-        )
-    for number, row in enumerate(result["relations"]):
-        _print_figures(
-            f"{row['side']} of {row['label']}", row, row["count"], names, header=number == 0
-        )
-    if arguments.json is not None:
-        with replacing(arguments.json) as partial:
-            partial.write_text(
-                json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-    return 0
-
-
-def _of_run(run: Path, name: str) -> Path:
-    """Return a file of a run folder; FileNotFoundError if it is not there."""
-    if not (run / name).is_file():
-        raise FileNotFoundError(
-            f"{run / name}: no such file, expected a run folder that shardemb train has made"
-        )
-    return run / name
-
-
-def _print_figures(title: str, figures: Any, queries: int, names: list[str], header: bool) -> None:
-    if header:
-        print(" ".join([*(f"{name:>11}" for name in names), f"{'queries':>9}"]))
-    print(" ".join([*(f"{figures[name]:11.4f}" for name in names), f"{queries:9,}", f" {title}"]))
-
-
 def _plot(arguments: argparse.Namespace) -> int:
+    from shardemb.kge.run_folder import RunFolder
     from shardemb.utils.run_metrics import plot_metrics, read_metrics
 
-    output = arguments.output or arguments.path / "metrics.png"
-    plot_metrics(read_metrics(_of_run(arguments.path, "metrics.jsonl")), output)
+    run = RunFolder(arguments.path)
+    output = arguments.output or run.plot
+    plot_metrics(read_metrics(run.existing(run.metrics)), output)
     print(output)
     return 0
 
 
 def _top(arguments: argparse.Namespace) -> int:
+    from shardemb.kge.run_folder import RunFolder
     from shardemb.utils.run_metrics import describe, read_metrics
 
-    clear = "\x1b[H\x1b[2J" * sys.stdout.isatty()
+    run, clear = RunFolder(arguments.path), "\x1b[H\x1b[2J" * sys.stdout.isatty()
     if not arguments.every > 0:
         raise InputError(f"--every: got {arguments.every} seconds, expected more than 0")
     shown = None
     while True:
-        records = read_metrics(_of_run(arguments.path, "metrics.jsonl"))
+        records = read_metrics(run.existing(run.metrics))
         if clear or len(records) != shown:  # a log file gets what is new
-            print(
-                f"{clear}{arguments.path}\n{describe(records, time.time()) or 'no record yet'}",
-                flush=True,
-            )
+            text = describe(records, time.time()) or "no record yet"
+            print(f"{clear}{run}\n{text}", flush=True)
         shown = len(records)
         if arguments.once or (records and records[-1]["kind"] == "test"):
             return 0
@@ -279,50 +269,29 @@ def _top(arguments: argparse.Namespace) -> int:
 
 
 def _add_ingest(commands: Any) -> None:
-    ingest = commands.add_parser(
-        "ingest",
-        help="make a dataset folder of files of triples of any size",
-        usage="%(prog)s [options] SOURCE... OUT",
+    text = "make a dataset folder of files of triples of any size"
+    usage = "%(prog)s [options] SOURCE... OUT"
+    command = commands.add_parser("ingest", help=text, usage=usage)
+    add = command.add_argument
+    text = (
+        "a folder with train/valid/test files or folders of part files; or files, or folders of"
+        " part files, of one graph to be split; then the dataset folder, made anew. Files are .tsv,"
+        " .txt, .nt (also .gz) or .parquet"
     )
-    ingest.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="SOURCE... OUT",
-        help=(
-            "a folder with train/valid/test files or folders of part files; or files, or folders of"
-            " part files, of one graph to be split; then the dataset folder, made anew. Files are"
-            " .tsv, .txt, .nt (also .gz) or .parquet"
-        ),
-    )
-    ingest.add_argument(
-        "--memory", default="4GiB", help="that the process may take (default: 4GiB)"
-    )
-    ingest.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
+    add("paths", nargs="+", type=Path, metavar="SOURCE... OUT", help=text)
+    add("--memory", default="4GiB", help="that the process may take (default: 4GiB)")
+    add("--threads", help="default: one for each core", **_NUMBER)
     for split in ("valid", "test"):
         text = f"triples of one graph that become {split} (default: a twentieth, 5,000 at most)"
-        ingest.add_argument(f"--{split}", type=int, metavar="N", help=text)
-    ingest.add_argument(
-        "--unseen",
-        choices=("keep", "drop", "error"),
-        default="keep",
-        help=(
-            "what becomes of valid and test triples with labels that no training triple holds"
-            " (default: keep)"
-        ),
-    )
-    ingest.add_argument(
-        "--literals",
-        choices=("error", "drop", "keep"),
-        default="error",
-        help="what becomes of N-Triples whose object is a literal (default: error)",
-    )
-    ingest.add_argument(
-        "--verify",
-        action="store_true",
-        help="check the hashes of a dataset folder, the only path, instead",
-    )
-    ingest.set_defaults(run=_ingest)
+        add(f"--{split}", help=text, **_NUMBER)
+    text = "what becomes of valid and test triples with labels that no training triple holds"
+    choices = ("keep", "drop", "error")
+    add("--unseen", choices=choices, default="keep", help=f"{text} (default: keep)")
+    text = "what becomes of N-Triples whose object is a literal (default: error)"
+    add("--literals", choices=("error", "drop", "keep"), default="error", help=text)
+    text = "check the hashes of a dataset folder, the only path, instead"
+    add("--verify", action="store_true", help=text)
+    command.set_defaults(run=_ingest)
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
@@ -336,114 +305,66 @@ def _ingest(arguments: argparse.Namespace) -> int:
             " FOLDER"
         )
     if arguments.verify:
-        told, _, _ = dataset.read(out, verify=True)
-        print(
-            f"{out}: {len(told['files'])} files, {sum(e['size'] for e in told['files'].values()):,}"
-            " bytes: undamaged"
-        )
+        files = dataset.read(out, verify=True)[0]["files"].values()
+        size = sum(entry["size"] for entry in files)
+        print(f"{out}: {len(files)} files, {size:,} bytes: undamaged")
         return 0
-    start, options = (
-        time.perf_counter(),
-        ("memory", "threads", "valid", "test", "unseen", "literals"),
-    )
-    before = signal.signal(signal.SIGTERM, _end)
-    try:
-        ingest(sources, out, **{name: getattr(arguments, name) for name in options}, progress=True)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    told, _, _ = dataset.read(out)
+    start, names = time.perf_counter(), ("memory", "threads", "valid", "test", "unseen", "literals")
+    options = {name: getattr(arguments, name) for name in names}
+    with _cleaning_up_after_sigterm():
+        ingest(sources, out, **options, progress=True)
+    made = dataset.read(out)[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{out}: {told['entities']:,} entities, {told['relations']:,} relations")
-    for split, count in told["triples"].items():
-        print(f"{split:>7}: {count:>13,} triples, {told['duplicates'][split]:,} of them repeated")
-    if told["literals"]["dropped"]:
-        print(f"dropped: {told['literals']['dropped']:>13,} triples with a literal")
+    print(f"{out}: {made['entities']:,} entities, {made['relations']:,} relations")
+    for split, count in made["triples"].items():
+        print(f"{split:>7}: {count:>13,} triples, {made['duplicates'][split]:,} of them repeated")
+    if made["literals"]["dropped"]:
+        print(f"dropped: {made['literals']['dropped']:>13,} triples with a literal")
     print(f"{time.perf_counter() - start:,.1f} s, {peak:,} MiB of memory at most")
     return 0
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)  # what is under way cleans up
-
-
 def _add_query(commands: Any) -> None:
-    query = commands.add_parser(
-        "query", help="print an entity's nearest neighbours, or the best tails of (head, relation)"
-    )
-    query.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint")
-    query.add_argument("entity", help="label, or id if there are no labels")
-    query.add_argument(
-        "relation", nargs="?", help="with it: the best tails of (entity, relation, ?)"
-    )
-    query.add_argument("-k", type=int, default=10, help="how many (default: 10)")
-    query.add_argument(
-        "--metric",
-        choices=("cosine", "dot", "l2"),
-        default="cosine",
-        help="of neighbours (default: cosine)",
-    )
-    query.add_argument(
-        "--inverse", action="store_true", help="the best heads of (?, relation, entity) instead"
-    )
-    query.add_argument("--table", help="the table to search for neighbours (default: the largest)")
-    query.set_defaults(run=_query)
+    text = "print an entity's nearest neighbours, or the best tails of (head, relation)"
+    command = commands.add_parser("query", help=text)
+    add = command.add_argument
+    add("path", help="run folder or checkpoint", **_RUN)
+    add("entity", help="label, or id if there are no labels")
+    add("relation", nargs="?", help="with it: the best tails of (entity, relation, ?)")
+    add("-k", type=int, default=10, help="how many (default: 10)")
+    metrics, text = ("cosine", "dot", "l2"), "of neighbours (default: cosine)"
+    add("--metric", choices=metrics, default="cosine", help=text)
+    text = "the best heads of (?, relation, entity) instead"
+    add("--inverse", action="store_true", help=text)
+    add("--table", help="the table to search for neighbours (default: the largest)")
+    command.set_defaults(run=_query)
 
 
 def _query(arguments: argparse.Namespace) -> int:
-    from shardemb.serving.store import StoredTable, open_store
+    from shardemb.kge.job import query_run
 
-    store = open_store(arguments.path)
-
-    def key(table: StoredTable, text: str) -> str | int:
-        if table.vocabulary is None and text.removeprefix("-").isdigit():
-            return int(text)
-        return text
-
-    if arguments.relation is not None:
-        from shardemb.kge.predict import best_tails
-
-        head, relation = (
-            key(store["entity"], arguments.entity),
-            key(store["relation"], arguments.relation),
-        )
-        table, found = (
-            store["entity"],
-            best_tails(store, head, relation, arguments.k, arguments.inverse),
-        )
-    else:
-        table = store.table if arguments.table is None else store[arguments.table]
-        found = table.nearest(key(table, arguments.entity), arguments.k, arguments.metric)
-    for row, score in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True):
-        print(f"{score:12.6g}  {table.label(row)}")
+    names = ("k", "metric", "inverse", "table")
+    options = {name: getattr(arguments, name) for name in names}
+    for label, score in query_run(arguments.path, arguments.entity, arguments.relation, **options):
+        print(f"{score:12.6g}  {label}")
     return 0
 
 
 def _add_serve(commands: Any) -> None:
-    serve = commands.add_parser(
-        "serve",
-        help="serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM",
-    )
-    serve.add_argument(
-        "path", type=Path, metavar="RUN", help="run folder or checkpoint, which every node must see"
-    )
-    serve.add_argument(
-        "--shards",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes that share the rows (default: 1)",
-    )
-    serve.add_argument(
-        "--name", default="shardemb", help="by which clients find it (default: shardemb)"
-    )
+    text = "serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM"
+    command = commands.add_parser("serve", help=text)
+    add = command.add_argument
+    add("path", help="run folder or checkpoint, which every node must see", **_RUN)
+    add("--shards", default=1, help="processes that share the rows (default: 1)", **_NUMBER)
+    add("--name", default="shardemb", help="by which clients find it (default: shardemb)")
     text = (
         "of Ray: local starts one for this machine, auto is the cluster that it is a node of"
         " (default: local)"
     )
-    serve.add_argument("--address", default="local", metavar="local|auto|HOST:PORT", help=text)
+    add("--address", default="local", metavar="local|auto|HOST:PORT", help=text)
     text = "requests that may wait at a shard; more are refused, and asked again (default: 64)"
-    serve.add_argument("--max-pending", type=int, default=64, metavar="K", help=text)
-    serve.set_defaults(run=_serve)
+    add("--max-pending", type=int, default=64, metavar="K", help=text)
+    command.set_defaults(run=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -452,34 +373,24 @@ def _serve(arguments: argparse.Namespace) -> int:
     from shardemb.serving.store import newest
 
     path = newest(arguments.path)  # before Ray is started for nothing
-    cpus = max(os.cpu_count() or 1, arguments.shards) if arguments.address == "local" else None
-    with connected(arguments.address, cpus=cpus, log_to_driver=False) as ray:
-        before = signal.signal(signal.SIGTERM, _end)  # after Ray has set its own
-        try:
-            with serve(
-                path, arguments.shards, arguments.name, max_pending=arguments.max_pending
-            ) as service:
-                tables = ", ".join(
-                    f"{prefix or t.name} ({t.max_id:,} rows)"
-                    for prefix, t in service.info.tables.items()
-                )
-                address = ray.get_runtime_context().gcs_address
-                print(
-                    f"serving {service.info.path} as {arguments.name!r} from {arguments.shards}"
-                    f" shard(s): {tables}"
-                )
-                print(f"on Ray at {address}; until Ctrl-C or SIGTERM")
-                print(
-                    f"in a job of it: client = shardemb.serving.connect({arguments.name!r});"
-                    " client.lookup([0, 1])"
-                )
-                print(
-                    f"elsewhere on its nodes: with shardemb.launch.ray.connected({address!r}): ...",
-                    flush=True,
-                )
-                _watch(service)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    shards, name = arguments.shards, arguments.name
+    cpus = max(os.cpu_count() or 1, shards) if arguments.address == "local" else None
+    with (
+        connected(arguments.address, cpus=cpus, log_to_driver=False) as ray,
+        _cleaning_up_after_sigterm(),  # after Ray has set its own handler
+        serve(path, shards, name, max_pending=arguments.max_pending) as service,
+    ):
+        tables = ", ".join(
+            f"{prefix or table.name} ({table.max_id:,} rows)"
+            for prefix, table in service.info.tables.items()
+        )
+        address = ray.get_runtime_context().gcs_address
+        print(f"serving {service.info.path} as {name!r} from {shards} shard(s): {tables}")
+        print(f"on Ray at {address}; until Ctrl-C or SIGTERM")
+        print(f"in a job of it: client = shardemb.serving.connect({name!r}); client.lookup([0, 1])")
+        elsewhere = f"with shardemb.launch.ray.connected({address!r}): ..."
+        print(f"elsewhere on its nodes: {elsewhere}", flush=True)
+        _watch(service)
     return 0
 
 
@@ -490,131 +401,95 @@ def _watch(service: Any) -> None:
     while True:
         time.sleep(1)
         for old, new in zip(last, now := client.health(), strict=True):
-            if (old.ok, old.pid) != (new.ok, new.pid):
-                told = (
-                    f"serves on node {new.node}, process {new.pid}, restart {new.restarts}"
-                    if new.ok
-                    else f"is away: {new.error}"
-                )
-                print(f"{time.strftime('%H:%M:%S')} shard {new.shard} {told}", flush=True)
+            if (old.ok, old.pid) == (new.ok, new.pid):
+                continue
+            state = f"is away: {new.error}"
+            if new.ok:
+                state = f"serves on node {new.node}, process {new.pid}, restart {new.restarts}"
+            print(f"{time.strftime('%H:%M:%S')} shard {new.shard} {state}", flush=True)
         last = now
 
 
 def _add_checkpoint(commands: Any) -> None:
-    parser = commands.add_parser("checkpoint", help="list, verify, export and import checkpoints")
-    actions = parser.add_subparsers(dest="action", required=True)
-    for name, run, text in (
-        ("ls", _list, "list the finished checkpoints of a run, and what they hold"),
-        (
-            "verify",
-            _verify,
-            "check all files of all checkpoints; the exit code is 1 at the first fault",
-        ),
-    ):
+    command = commands.add_parser("checkpoint", help="list, verify, export and import checkpoints")
+    actions = command.add_subparsers(dest="action", required=True)
+    listed = "list the finished checkpoints of a run, and what they hold"
+    verified = "check all files of all checkpoints; the exit code is 1 at the first fault"
+    for name, run, text in (("ls", _list, listed), ("verify", _verify, verified)):
         action = actions.add_parser(name, help=text)
-        action.add_argument(
-            "path",
-            type=Path,
-            metavar="RUN",
-            help="run folder, folder of checkpoints, or one checkpoint",
-        )
+        text = "run folder, folder of checkpoints, or one checkpoint"
+        action.add_argument("path", help=text, **_RUN)
         action.set_defaults(run=run)
     export = actions.add_parser("export", help="write a table for other programs")
-    export.add_argument(
-        "path", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint"
-    )
-    export.add_argument(
-        "out", type=Path, metavar="OUT", help="file, or folder for sharded; must not be there"
-    )
+    add = export.add_argument
+    add("path", help="run folder (its newest checkpoint), or a checkpoint", **_RUN)
+    text = "file, or folder for sharded; must not be there"
+    add("out", type=Path, metavar="OUT", help=text)
     formats = ("safetensors", "sharded", "parquet", "npy", "word2vec")
-    export.add_argument(
-        "--format",
-        choices=formats,
-        help="default: by the suffix .safetensors, .parquet, .npy, .txt or .vec",
-    )
-    export.add_argument("--table", help="default: the largest")
-    export.add_argument("--raw", action="store_true", help="rows as stored, without the normalizer")
+    text = "default: by the suffix .safetensors, .parquet, .npy, .txt or .vec"
+    add("--format", choices=formats, help=text)
+    add("--table", help="default: the largest")
+    add("--raw", action="store_true", help="rows as stored, without the normalizer")
     export.set_defaults(run=_export)
     importing = actions.add_parser("import", help="make a run folder of other programs' rows")
-    importing.add_argument(
-        "source",
-        type=Path,
-        metavar="FILE",
-        help=".npy, .safetensors, .parquet, or word2vec's .txt or .vec",
-    )
-    importing.add_argument("out", type=Path, metavar="RUN", help="run folder, made anew")
-    importing.add_argument("--table", default="entity", help="name of the table (default: entity)")
-    importing.add_argument("--key", help="the tensor or column to take, if there are several")
-    importing.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="text with a label a line, in the order of the rows",
-    )
+    add = importing.add_argument
+    text = ".npy, .safetensors, .parquet, or word2vec's .txt or .vec"
+    add("source", type=Path, metavar="FILE", help=text)
+    add("out", help="run folder, made anew", **_RUN)
+    add("--table", default="entity", help="name of the table (default: entity)")
+    add("--key", help="the tensor or column to take, if there are several")
+    add("--labels", help="text with a label a line, in the order of the rows", **_JSON)
     importing.set_defaults(run=_import)
 
 
-def _found(path: Path) -> list[Path]:
+def _checkpoints(path: Path) -> list[Path]:
     """Return a checkpoint itself, or all of a folder's."""
     from shardemb.checkpoint.manifest import MANIFEST, checkpoints
+    from shardemb.kge.run_folder import RunFolder
     from shardemb.serving.store import newest
 
     if (path / MANIFEST).is_file():
         return [path]
-    folders = dict.fromkeys([path / "checkpoints", newest(path).parent])
-    return [Path(found) for folder in folders for found in checkpoints(folder)]
+    folders = dict.fromkeys([RunFolder(path).checkpoints, newest(path).parent])
+    return [Path(finished) for folder in folders for finished in checkpoints(folder)]
 
 
 def _list(arguments: argparse.Namespace) -> int:
     from shardemb.checkpoint.manifest import Manifest
 
-    for path in _found(arguments.path):
+    for path in _checkpoints(arguments.path):
         manifest = Manifest(path)
-        values, size = manifest.values, sum(entry["size"] for entry in manifest.files.values())
-        print(
-            f"{path}  {values['time']}  {values['world_size']} rank(s)  {len(manifest.files)}"
-            f" file(s)  {size:,} bytes"
-        )
-        for prefix, told in values["tables"].items():
-            dtype = manifest.shards.get(f"{prefix}.weight" if prefix else "weight", [None])[0]
-            shape = " x ".join(f"{size:,}" for size in (told["max_id"], *told["shape"]))
-            print(
-                f"  {prefix or told['name']}: {shape} "
-                f" {dtype.dtype if dtype else ''}{' complex' * told['complex']}"
-            )
-        if values["optimizers"]:
-            print(
-                "  optimizers:"
-                f" {', '.join(optimizer['class'] for optimizer in values['optimizers'])}"
-            )
+        values, files = manifest.values, _files(manifest)
+        print(f"{path}  {values['time']}  {values['world_size']} rank(s)  {files}")
+        for prefix, table in values["tables"].items():
+            parts = manifest.shards.get(f"{prefix}.weight" if prefix else "weight")
+            dtype = parts[0].dtype if parts else ""
+            shape = " x ".join(f"{size:,}" for size in (table["max_id"], *table["shape"]))
+            name = prefix or table["name"]
+            print(f"  {name}: {shape}  {dtype}{' complex' * table['complex']}")
+        if optimizers := [optimizer["class"] for optimizer in values["optimizers"]]:
+            print(f"  optimizers: {', '.join(optimizers)}")
     return 0
+
+
+def _files(manifest: Any) -> str:
+    size = sum(entry["size"] for entry in manifest.files.values())
+    return f"{len(manifest.files)} file(s)  {size:,} bytes"
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from shardemb.checkpoint.manifest import verify
 
-    for path in _found(arguments.path):
-        manifest = verify(path)
-        print(
-            f"{path}: {len(manifest.files)} file(s),"
-            f" {sum(e['size'] for e in manifest.files.values()):,} bytes: undamaged"
-        )
+    for path in _checkpoints(arguments.path):
+        print(f"{path}: {_files(verify(path)).replace('  ', ', ')}: undamaged")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from shardemb.serving.export import export_table
 
-    print(
-        export_table(
-            arguments.path,
-            arguments.out,
-            arguments.format,
-            arguments.table,
-            arguments.raw,
-            shown=True,
-        )
-    )
+    path, out, table = arguments.path, arguments.out, arguments.table
+    print(export_table(path, out, arguments.format, table, arguments.raw, shown=True))
     return 0
 
 
@@ -627,105 +502,6 @@ def _import(arguments: argparse.Namespace) -> int:
     labels = read_text(arguments.labels).splitlines() if arguments.labels else None
     print(import_table(arguments.source, arguments.out, arguments.table, labels, arguments.key))
     return 0
-
-
-def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser(
-        "plan",
-        help="estimate memory, exchange and time of a job, and the fewest workers that hold it",
-    )
-    plan.add_argument(
-        "config",
-        nargs="?",
-        type=Path,
-        metavar="CONFIG.toml",
-        help="settings of the job; without it the defaults",
-    )
-    plan.add_argument(
-        "--entities",
-        type=_count,
-        required=True,
-        metavar="N",
-        help="rows of the sharded table, e.g. 1e9",
-    )
-    plan.add_argument(
-        "--relations", type=_count, default=1000, metavar="N", help="of the graph (default: 1000)"
-    )
-    plan.add_argument(
-        "--triples",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="of an epoch, to tell how long it takes",
-    )
-    for option, key, text in _PLANNED:
-        kind: Any = (
-            {"metavar": "NAME"} if option == "optimizer" else {"type": _count, "metavar": "N"}
-        )
-        plan.add_argument(f"--{option}", help=f"{text}: {key}", **kind)
-    plan.add_argument(
-        "--batch-size",
-        type=_count,
-        metavar="N",
-        help="triples of a step of all ranks (default: a chunk a rank)",
-    )
-    plan.add_argument(
-        "--workers", type=_count, metavar="N", help="ranks (default: the fewest that fit)"
-    )
-    plan.add_argument(
-        "--zipf",
-        type=float,
-        default=0.8,
-        metavar="A",
-        help="exponent of entities' frequency (default: 0.8)",
-    )
-    text = (
-        "cpu, the machine that bench calibrate has measured last (default); its FILE.json; or h100"
-        " or h200 by their data sheets"
-    )
-    plan.add_argument("--device", default="cpu", metavar="cpu|h100|h200|FILE.json", help=text)
-    plan.add_argument(
-        "--memory", metavar="SIZE", help="another memory of a GPU, or of a host, e.g. 80GiB"
-    )
-    plan.add_argument(
-        "--ranks-per-host",
-        type=_count,
-        metavar="N",
-        help="another number of ranks that share a host",
-    )
-    plan.add_argument(
-        "--network",
-        metavar="SIZE",
-        help="bytes a second that a rank sends to other hosts, e.g. 3GB",
-    )
-    plan.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting; repeatable",
-    )
-    plan.add_argument(
-        "--torchrec", action="store_true", help="let TorchRec's planner place the same table too"
-    )
-    plan.add_argument("--json", type=Path, metavar="FILE", help="write the estimate there too")
-    plan.set_defaults(run=_plan)
-    bench = commands.add_parser("bench", help="measure this machine")
-    actions = bench.add_subparsers(dest="action", required=True)
-    calibrate = actions.add_parser(
-        "calibrate",
-        help="measure the rates that plan needs, a quarter of a minute on an idle machine",
-    )
-    calibrate.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="that rows lie on (default: cpu)"
-    )
-    calibrate.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="of a rank (default: 1)"
-    )
-    calibrate.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="default: where plan --device cpu looks"
-    )
-    calibrate.set_defaults(run=_calibrate)
 
 
 #: options of plan that are settings too
@@ -750,6 +526,37 @@ def _count(text: str) -> int:
     return int(number)
 
 
+def _add_plan(commands: Any) -> None:
+    text = "estimate memory, exchange and time of a job, and the fewest workers that hold it"
+    command = commands.add_parser("plan", help=text)
+    add, count = command.add_argument, {"type": _count, "metavar": "N"}
+    text = "settings of the job; without it the defaults"
+    add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
+    add("--entities", required=True, help="rows of the sharded table, e.g. 1e9", **count)
+    add("--relations", default=1000, help="of the graph (default: 1000)", **count)
+    add("--triples", default=0, help="of an epoch, to tell how long it takes", **count)
+    for option, key, text in _PLANNED:
+        kind: Any = {"metavar": "NAME"} if option == "optimizer" else count
+        add(f"--{option}", help=f"{text}: {key}", **kind)
+    add("--batch-size", help="triples of a step of all ranks (default: a chunk a rank)", **count)
+    add("--workers", help="ranks (default: the fewest that fit)", **count)
+    text = "exponent of entities' frequency (default: 0.8)"
+    add("--zipf", type=float, default=0.8, metavar="A", help=text)
+    text = (
+        "cpu, the machine that bench calibrate has measured last (default); its FILE.json; or h100"
+        " or h200 by their data sheets"
+    )
+    add("--device", default="cpu", metavar="cpu|h100|h200|FILE.json", help=text)
+    text = "another memory of a GPU, or of a host, e.g. 80GiB"
+    add("--memory", metavar="SIZE", help=text)
+    add("--ranks-per-host", help="another number of ranks that share a host", **count)
+    text = "bytes a second that a rank sends to other hosts, e.g. 3GB"
+    add("--network", metavar="SIZE", help=text)
+    _add_overrides(command)
+    add("--json", help="write the estimate there too", **_JSON)
+    command.set_defaults(run=_plan)
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from shardemb.kge.config import JobConfig
     from shardemb.planning import report
@@ -758,24 +565,28 @@ def _plan(arguments: argparse.Namespace) -> int:
     for option, key, _ in _PLANNED:
         if (value := getattr(arguments, option.replace("-", "_"))) is not None:
             overrides.append(f"{key}={value}")
-    machine = report.machine_of(
-        arguments.device, arguments.memory, arguments.ranks_per_host, arguments.network
-    )
-    plan = report.plan(
-        JobConfig.load(arguments.config, overrides),
-        machine,
-        entities=arguments.entities,
-        relations=arguments.relations,
-        triples=arguments.triples,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        zipf=arguments.zipf,
-        torchrec=arguments.torchrec,
-    )
+    names = ("device", "memory", "ranks_per_host", "network")
+    machine = report.machine_of(*(getattr(arguments, name) for name in names))
+    names = ("entities", "relations", "triples", "batch_size", "workers", "zipf")  # type: ignore
+    sizes = {name: getattr(arguments, name) for name in names}
+    plan = report.plan(JobConfig.load(arguments.config, overrides), machine, **sizes)
     print(plan.text())
     if arguments.json is not None:
         plan.save(arguments.json)
     return 0
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure this machine")
+    actions = bench.add_subparsers(dest="action", required=True)
+    text = "measure the rates that plan needs, a quarter of a minute on an idle machine"
+    command = actions.add_parser("calibrate", help=text)
+    add, text = command.add_argument, "that rows lie on (default: cpu)"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=text)
+    add("--threads", default=1, help="of a rank (default: 1)", **_NUMBER)
+    text = "default: where plan --device cpu looks"
+    add("--output", type=Path, metavar="FILE.json", help=text)
+    command.set_defaults(run=_calibrate)
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -785,230 +596,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     path = arguments.output or calibrated()
     machine = calibrate(arguments.device, arguments.threads)
     machine.save(path, shardemb=__version__)
-    for field in dataclasses.fields(machine):
-        value = getattr(machine, field.name)
-        print(
-            f"{field.name:>26}: {value:,.4g}"
-            if isinstance(value, float)
-            else f"{field.name:>26}: {value}"
-        )
+    for name, value in dataclasses.asdict(machine).items():
+        print(f"{name:>26}: {value:,.4g}" if isinstance(value, float) else f"{name:>26}: {value}")
     print(path)
     return 0
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from shardemb.launch.config import run
-
-    config = _job(arguments)
-    launch, output = config.launch, arguments.output.resolve()
-    if launch.launcher == "torchrun":
-        call: tuple[Any, ...] = (_prepare_and_train, launch, arguments, config)
-    else:
-        _prepare(arguments, config)
-        # Ray starts again after a failure
-        call = (_train_rank, launch, config, output, arguments.resume or launch.launcher == "ray")
-    gpus = config.training.device == "cuda"
-    result = run(*call, gpus=gpus, timeout_s=arguments.timeout, storage=output / "ray")
-    if result is None:  # torchrun's other ranks
-        return 0
-    for name, value in result.items():
-        print(f"test {'filtered' if config.evaluation.filtered else 'raw'} {name:10} {value:.4f}")
-    print(f"run folder: {arguments.output} (loss and MRR: {arguments.output / 'metrics.png'})")
-    return 0
-
-
-def _holds_a_run(output: Path) -> bool:
-    return output.is_dir() and any(
-        path.name not in ("config.toml", "run.json") for path in output.iterdir()
-    )
-
-
-def _job(arguments: argparse.Namespace) -> Any:
-    """Return the configuration of a run.
-
-    ValueError if it is not that of the run that shall be resumed.
-    """
-    from shardemb.kge.config import JobConfig
-
-    written = arguments.output / "config.toml"
-    resumed = arguments.resume and _holds_a_run(arguments.output) and written.exists()
-    base = arguments.config or (
-        written if resumed else None
-    )  # --resume alone keeps the run's settings
-    config = JobConfig.load(
-        base, [*arguments.set, *_launch_overrides(arguments)], arguments.dataset
-    )
-    if resumed and (changed := config.differences(JobConfig.load(written))):
-        raise InputError(
-            f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}"
-        )
-    return config
-
-
-def _prepare(arguments: argparse.Namespace, config: Any) -> None:
-    """Make the run folder, or find it.
-
-    FileExistsError if there is a run that shall not be resumed.
-    """
-    from shardemb.checkpoint.manifest import checkpoints
-    from shardemb.checkpoint.storage import name_of
-    from shardemb.utils.files import replacing
-
-    output: Path = arguments.output
-    started, written = _holds_a_run(output), output / "config.toml"
-    if started and not arguments.resume:
-        raise FileExistsError(
-            f"{output} is not empty: give another --output, or go on with --resume"
-        )
-    _make_writable(output)
-    if not (started and written.exists()):
-        with replacing(written) as partial:
-            partial.write_text(config.to_toml(), encoding="utf-8")
-    launch = config.launch
-    workers = (
-        f"{launch.workers} to {launch.max_workers}" if launch.max_workers else str(launch.workers)
-    )
-    if launch.launcher == "torchrun":
-        workers = os.environ["WORLD_SIZE"]
-    _write_run(output, arguments, workers)
-    found = checkpoints(output / "checkpoints")
-    how = (
-        f"resuming from {name_of(found[-1])}"
-        if found
-        else "no checkpoint to resume from, starting anew"
-    )
-    print(
-        f"training on {config.dataset}, {workers} worker(s), into {output}"
-        + f": {how}" * arguments.resume,
-        file=sys.stderr,
-    )
-
-
-def _prepare_and_train(arguments: argparse.Namespace, config: Any) -> dict[str, float] | None:
-    """Train on a rank that torchrun has started.
-
-    Rank 0 makes the run folder, and alone returns the result.
-    """
-    import torch.distributed as dist
-
-    from shardemb.comm import collectives
-
-    arguments.resume = arguments.resume or int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
-    if dist.get_rank() == 0:
-        _prepare(arguments, config)
-    collectives.gather(None, operation="rank 0 makes the run folder")
-    result = _train_rank(config, arguments.output.resolve(), arguments.resume)
-    return result if dist.get_rank() == 0 else None
-
-
-def _launch_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Return the settings that the command line has options of their own for."""
-    least, separator, most = (arguments.workers or "").partition(":")
-    given = {
-        "launch.launcher": arguments.launcher,
-        "launch.workers": least or None,
-        "launch.max_workers": most if separator else None,
-        "launch.address": None if arguments.address is None else json.dumps(arguments.address),
-        "launch.max_failures": arguments.max_failures,
-        "training.device": "cuda" if arguments.use_gpu else None,
-    }
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
-
-
-def _write_run(output: Path, arguments: argparse.Namespace, workers: str) -> None:
-    """Add to ``run.json`` how the run was started, and with what.
-
-    Beside ``config.toml``, all that reproduces it.
-    """
-    import platform
-    import shlex
-    from datetime import datetime
-    from importlib.metadata import version
-
-    from shardemb.utils.files import replacing
-
-    path = output / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    packages = {name: version(name) for name in ("numpy", "torch", "torchrec")} | {
-        "shardemb": __version__
-    }
-    here = {"python": platform.python_version(), "platform": platform.platform(), **packages}
-    started = datetime.now().astimezone().isoformat(timespec="seconds")
-    command = shlex.join(["shardemb", *arguments.argv])
-    starts.append({"started": started, "command": command, "workers": workers, "versions": here})
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
-
-
-def _make_writable(output: Path) -> None:
-    """Make the run folder and try to write there.
-
-    A run that cannot save anything ends before it starts.
-    """
-    try:
-        str(output).encode()  # Arrow writes under no other names
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except (OSError, UnicodeEncodeError) as error:
-        raise OSError(
-            f"--output {output}: expected a folder that can be made and written to: {error}"
-        ) from error
-
-
-def _evaluate_rank(config: Any, path: Path, split: str, device: str) -> dict[str, Any]:
-    import torch.distributed as dist
-
-    from shardemb import checkpoint
-    from shardemb.kge.evaluation import report
-    from shardemb.kge.model import KnowledgeGraphModel
-    from shardemb.kge.trainer import resolve_device
-
-    data = _load(config)
-    triples = getattr(data, split)
-    if not len(triples):
-        raise InputError(f"{config.dataset}: got no {split} triples, expected some to rank")
-    model = KnowledgeGraphModel(
-        len(data.entities),
-        len(data.relations),
-        config.model,
-        config.training.seed,
-        device=resolve_device(device),
-    )
-    told = {name: getattr(data, name).fingerprint for name in ("entities", "relations")}
-    checkpoint.load(path, model, optimizer_state=False, fingerprints=told)
-    shown = not dist.is_initialized() or dist.get_rank() == 0
-    found = report(model, triples, data.splits, config.evaluation, config.training.seed, shown)
-    rows = [{"label": data.relations.labels[row["relation"]], **row} for row in found.table]
-    rows.sort(key=lambda row: -row["count"])
-    settings = {
-        "checkpoint": str(path),
-        "split": split,
-        "triples": len(triples),
-        **dataclasses.asdict(config.evaluation),
-    }
-    return {**settings, "sides": found.sides, "relations": rows}
-
-
-def _load(config: Any) -> Any:
-    """Load the job's triples; rank 0 alone warns."""
-    import torch.distributed as dist
-
-    from shardemb.kge.data.triples import Triples
-
-    with warnings.catch_warnings():
-        if dist.is_initialized() and dist.get_rank():  # rank 0 says the same
-            warnings.simplefilter("ignore")
-        return Triples.load(config.dataset, config.unseen)
-
-
-def _train_rank(config: Any, output: Path, resume: bool) -> dict[str, float]:
-    from shardemb.kge.trainer import Settings, train
-    from shardemb.launch import ray
-
-    data = _load(config)
-    if source := config.launch.ray_data:
-        data = data.with_share(*ray.share(), source)
-    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
-    _, result = train(data, **sections, output=output, resume=resume)
-    return result

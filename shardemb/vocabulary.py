@@ -138,7 +138,7 @@ class Vocabulary:
             )
         hashes = digests(labels)[:, 0]
         order = np.argsort(hashes, kind="stable")
-        columns = [pa.array(labels, pa.large_string()), column_of(hashes[order]), column_of(order)]
+        columns = [text_column(labels), column_of(hashes[order]), column_of(order)]
         self._set([pa.record_batch(columns, schema=SCHEMA)] if labels else [], None, None)
 
     def _set(
@@ -299,6 +299,15 @@ def column_of(array: np.ndarray) -> pa.Array:
     """Return a column of numbers without copying them; pa.array loads pandas."""
     return pa.Array.from_buffers(
         pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)]
+    )
+
+
+def text_column(texts: Sequence[str]) -> pa.Array:
+    """Return a column of strings; pa.array loads pandas."""
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return pa.LargeStringArray.from_buffers(
+        len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))
     )
 
 

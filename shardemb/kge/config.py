@@ -1,7 +1,4 @@
-"""A job's settings.
-
-The rooms' own dataclasses, read strictly from TOML and written back in full.
-"""
+"""A job's settings: the modules' own dataclasses, read strictly from TOML and written in full."""
 
 import dataclasses
 import difflib
@@ -15,7 +12,7 @@ from typing import Any, get_type_hints
 
 from shardemb.exceptions import InputError
 from shardemb.kge.data.splits import check_unseen
-from shardemb.kge.data.triples import is_bundled
+from shardemb.kge.data.triples import absolute
 from shardemb.kge.evaluation import EvaluationConfig
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import ModelConfig
@@ -28,10 +25,7 @@ from shardemb.utils.files import read_text
 
 @dataclass(frozen=True)
 class JobConfig:
-    """Everything that decides what a training job computes, and where (``launch``.
-
-    Which changes nothing of it).
-    """
+    """What a training job computes, and where: ``launch``, which changes no result."""
 
     #: see :meth:`shardemb.kge.Triples.load`
     dataset: str = "wordnet"
@@ -48,18 +42,24 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_unseen(self.unseen)
-        Settings(
-            self.model, self.loss, self.sampling, self.optimizer, self.training, self.evaluation
-        )
+        _ = self.settings  # checks that they go together
+
+    @property
+    def settings(self) -> Settings:
+        """The sections that the trainer takes."""
+        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
 
     @classmethod
     def load(
         cls, path: Path | None = None, overrides: Iterable[str] = (), dataset: str | None = None
     ) -> "JobConfig":
-        """Read a TOML file.
+        """Read a TOML file, then overrides.
 
-        Then ``key=value`` overrides such as ``training.epochs=3`` (values as in TOML, or a bare
-        word).
+        Args:
+            path: of the file; None for the defaults.
+            overrides: ``key=value`` such as ``training.epochs=3``; values as in TOML, or a bare
+                word.
+            dataset: instead of the file's.
 
         Raises:
             ValueError: text that is not TOML, an unknown key (with the nearest known one), a value
@@ -67,18 +67,14 @@ class JobConfig:
             OSError: the file cannot be opened.
         """
         overrides = list(overrides)
-        source = (
-            " with ".join(filter(None, [str(path or ""), " ".join(overrides)])) or "configuration"
-        )
+        names = [str(path or ""), " ".join(overrides)]
+        source = " with ".join(filter(None, names)) or "configuration"
         tree: dict[str, Any] = {}
         if path is not None:
             text = read_text(path)
             try:
                 tree = tomllib.loads(text)
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # also numbers too long, and brackets too deep
+            except (ValueError, RecursionError) as error:  # also long numbers and deep brackets
                 raise InputError(f"{path}: got text that is not TOML: {error}") from error
         for override in overrides:
             key, separator, text = override.partition("=")
@@ -97,11 +93,8 @@ class JobConfig:
             node[name] = _parse(text.strip())
         if dataset is not None:
             tree["dataset"] = dataset
-        named = tree.get("dataset")
-        if isinstance(named, str) and named and Path(named).exists() and not is_bundled(named):
-            tree["dataset"] = str(
-                Path(named).resolve()
-            )  # so that a run folder finds it from anywhere
+        if isinstance(tree.get("dataset"), str):
+            tree["dataset"] = absolute(tree["dataset"])
         return _build(cls, tree, source, "")
 
     def to_toml(self) -> str:
@@ -109,22 +102,22 @@ class JobConfig:
         lines, sections = [], []
         for key, value in dataclasses.asdict(self).items():
             if isinstance(value, dict):
-                sections += [
-                    "",
-                    f"[{key}]",
-                    *(f"{name} = {_format(entry)}" for name, entry in value.items()),
-                ]
+                entries = [f"{name} = {_format(entry)}" for name, entry in value.items()]
+                sections += ["", f"[{key}]", *entries]
             else:
                 lines.append(f"{key} = {_format(value)}")
         return "\n".join(lines + sections) + "\n"
 
     def differences(self, other: "JobConfig") -> list[str]:
-        """Return ``this against other`` for each differing setting that changes the results."""
-        mine, theirs = (
-            dataclasses.replace(each, launch=LaunchConfig()).to_toml().splitlines()
-            for each in (self, other)
-        )
-        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
+        """Return ``this against other`` for each differing setting that changes the results.
+
+        A dataset that ``other`` does not name is not compared.
+        """
+        launch, dataset = LaunchConfig(), other.dataset and self.dataset
+        own = dataclasses.replace(self, launch=launch, dataset=dataset).to_toml()
+        others = dataclasses.replace(other, launch=launch).to_toml()
+        lines = zip(own.splitlines(), others.splitlines(), strict=True)
+        pairs = [(a, b) for a, b in lines if a != b]
         return [f"{a} against {b}" for a, b in pairs if a.split(" ")[0] not in WHEN_TO_SAVE]
 
 
@@ -138,36 +131,30 @@ def _parse(text: str) -> Any:
 
 def _format(value: Any) -> str:
     if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(f"{_format(key)} = {_format(entry)}" for key, entry in value.items())
-            + "}"
-        )
+        pairs = (f"{_format(key)} = {_format(entry)}" for key, entry in value.items())
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_format(entry) for entry in value) + "]"
+        return f"[{', '.join(map(_format, value))}]"
     if isinstance(value, float):
         return repr(value)  # TOML has inf, JSON has not
-    return json.dumps(value, ensure_ascii=False).replace(
-        "\x7f", "\\u007f"
-    )  # TOML has no surrogates, and escapes DEL
+    # TOML has no surrogates, and escapes DEL
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _keys(cls: Any, prefix: str = "") -> list[str]:
     """Return the full names of all settings and sections."""
     keys = []
     for key, expected in get_type_hints(cls).items():
-        keys += [
-            prefix + key,
-            *(_keys(expected, f"{prefix}{key}.") if dataclasses.is_dataclass(expected) else ()),
-        ]
+        keys.append(prefix + key)
+        if dataclasses.is_dataclass(expected):
+            keys += _keys(expected, f"{prefix}{key}.")
     return keys
 
 
 def _near(key: str, hints: Iterable[str], prefix: str) -> str:
     """Return advice for an unknown key: a similar one beside it, or else one of another section."""
-    places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)} | {
-        name: prefix + name for name in hints
-    }
+    places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)}
+    places |= {name: prefix + name for name in hints}
     for names in (hints, places):
         if near := difflib.get_close_matches(key, names, n=1):
             return f"did you mean {places[near[0]]!r}?"
@@ -180,13 +167,13 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
     for key, value in tree.items():
         if key not in hints:
             raise InputError(f"{source}: unknown key {prefix + key!r}: {_near(key, hints, prefix)}")
-        expected = hints[key]
-        if dataclasses.is_dataclass(expected):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{source}: {prefix + key}: got {value!r}, expected a section")
-            values[key] = _build(expected, value, source, f"{prefix}{key}.")
+        where = f"{source}: {prefix + key}"
+        if not dataclasses.is_dataclass(hints[key]):
+            values[key] = _check(value, hints[key], where)
+        elif isinstance(value, Mapping):
+            values[key] = _build(hints[key], value, source, f"{prefix}{key}.")
         else:
-            values[key] = _check(value, expected, f"{source}: {prefix + key}")
+            raise InputError(f"{where}: got {value!r}, expected a section")
     try:
         return cls(**values)
     except ValueError as error:
@@ -195,26 +182,24 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
 
 def _check(value: Any, expected: Any, where: str) -> Any:
     """Return a value of the expected type, or refuse it."""
-    _writable(value, where)
+    _require_writable(value, where)
     kind = getattr(expected, "__origin__", expected)
-    if kind is float and type(value) is int:  # a truth value is none
+    if kind is float and type(value) is int:  # not bool
         value = float(value)
     if type(value) is not kind:
-        raise InputError(
-            f"{where}: got {value!r:.80}, expected a value of type"
-            f" {getattr(expected, '__name__', expected)}"
-        )
+        name = getattr(expected, "__name__", expected)
+        raise InputError(f"{where}: got {value!r:.80}, expected a value of type {name}")
     if kind is float and not math.isfinite(value):
         raise InputError(f"{where}: got {value!r}, expected a finite number")
     return value
 
 
-def _writable(value: Any, where: str) -> None:
-    """Refuse what ``config.toml`` could not hold, or no setting can mean."""
+def _require_writable(value: Any, where: str) -> None:
+    """Refuse what ``config.toml`` cannot hold, or no setting can mean."""
     if isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            _writable(key, where)
-            _writable(entry, f"{where}.{key}")
+            _require_writable(key, where)
+            _require_writable(entry, f"{where}.{key}")
     elif not isinstance(value, str | int | float):
         raise InputError(f"{where}: got {value!r}, expected text, a number or a truth value")
     elif isinstance(value, int) and value.bit_length() > 63:

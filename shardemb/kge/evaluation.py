@@ -1,4 +1,4 @@
-"""Ranks of triples, and what they come to: MRR, MR, Hits@k and AMRI, by side, and by relation."""
+"""Ranks of triples, and their metrics: MRR, MR, Hits@k and AMRI, by side, and by relation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
+from shardemb.kge.known_answers import SIDES, KnownAnswers
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.ranking import Comparison, with_all, with_drawn
-from shardemb.kge.sampling import SIDES, Known
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.validation import at_least, one_of
 
-TIES = ("realistic", "optimistic", "pessimistic")
+#: what of the equal candidates stands before an answer
+TIES = {"realistic": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         one_of("evaluation", self, {"ties": TIES})
         at_least("evaluation", self, candidates=0)
-        if not all(type(k) is int and k > 0 for k in self.hits) or len(set(self.hits)) < len(
-            self.hits
-        ):
+        valid = all(type(k) is int and k > 0 for k in self.hits)
+        if not valid or len(set(self.hits)) < len(self.hits):
             raise InputError(
                 f"evaluation.hits: got {self.hits}, expected numbers from 1, each once"
             )
@@ -77,10 +77,9 @@ def evaluate(
     splits: Sequence[Tensor],
     config: EvaluationConfig,
     seed: int = 0,
-    share: Tensor | None = None,
 ) -> dict[str, float]:
     """Return the metrics of both sides alone; see :func:`report`. A collective."""
-    return report(model, triples, splits, config, seed, share=share).metrics
+    return report(model, triples, splits, config, seed).metrics
 
 
 def report(
@@ -90,7 +89,6 @@ def report(
     config: EvaluationConfig,
     seed: int = 0,
     shown: bool = False,
-    share: Tensor | None = None,
 ) -> Report:
     """Rank heads and tails of triples. A collective.
 
@@ -101,76 +99,56 @@ def report(
         config: how.
         seed: of drawn candidates.
         shown: whether there is a progress bar, on this rank.
-        share: more triples that are true answers, other ones on each rank.
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
-        ValueError: no triples; or candidates are to be drawn, but there are no more entities than
-            that.
+        ValueError: no triples; or as many candidates to be drawn as there are entities.
     """
-    entities = model.entity.max_id
     if not len(triples):
         raise InputError("got no triples to rank, expected one at least")
-    check_candidates(config, entities)
-    known = _known(splits, share, model.num_relations, triples) if config.filtered else None
+    check_candidates(config, model.entity.max_id)
+    known = _known(splits, model.num_relations, triples) if config.filtered else None
     training = model.training
     model.eval()
     parts: dict[str, tuple[Tensor, Tensor]] = {}
-    with progress_bar(
-        total=2 * len(triples), desc="ranking", unit=" queries", disable=not shown
-    ) as bar:
+    bar = progress_bar(total=2 * len(triples), desc="ranking", unit=" queries", disable=not shown)
+    with bar:
         try:
             for side in SIDES:
+                common = model, side, triples, known
                 if config.candidates:
-                    found = with_drawn(
-                        model, side, triples, known, config.candidates, seed, bar.update
-                    )
+                    compared = with_drawn(*common, config.candidates, seed, bar.update)
                 else:
-                    found = with_all(model, side, triples, known, bar.update)
-                parts[side] = _ranks(found, config.ties), found.options
+                    compared = with_all(*common, bar.update)
+                parts[side] = _ranks(compared, config.ties), compared.options
         finally:
             model.train(training)
     table: list[dict[str, Any]] = []
     if config.per_relation:
         relations, order = triples[:, 1].sort(stable=True)
-        kinds, counts = relations.unique_consecutive(return_counts=True)
-        for kind, which in zip(kinds.tolist(), order.split(counts.tolist()), strict=True):
+        distinct, counts = relations.unique_consecutive(return_counts=True)
+        for relation, which in zip(distinct.tolist(), order.split(counts.tolist()), strict=True):
             for name, (ranks, options) in parts.items():
                 figures = metrics(ranks[which], options[which], config.hits)
-                table.append({"relation": kind, "side": name, "count": len(which), **figures})
+                table.append({"relation": relation, "side": name, "count": len(which), **figures})
     ranks, options = (torch.cat(columns) for columns in zip(*parts.values(), strict=True))
     parts = {"both": (ranks, options), **parts}
-    return Report(
-        {name: metrics(ranks, options, config.hits) for name, (ranks, options) in parts.items()},
-        table,
-    )
+    return Report({name: metrics(*part, config.hits) for name, part in parts.items()}, table)
 
 
-def _known(
-    splits: Sequence[Tensor], share: Tensor | None, num_relations: int, triples: Tensor
-) -> Known:
-    """Return what is true of the queries of triples; each rank reads a part of the splits.
-
-    A collective.
-    """
+def _known(splits: Sequence[Tensor], num_relations: int, triples: Tensor) -> KnownAnswers:
+    """Index the known answers of triples; each rank reads a part of the splits. A collective."""
     rank, world_size = collectives.rank_and_size()
     parts = [
         split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size]
         for split in splits
     ]
-    parts += [] if share is None else [share]
-    return Known(
-        parts,
-        num_relations,
-        triples,
-        partial(collectives.all_gather_rows, operation="known answers"),
-    )
+    gather = partial(collectives.all_gather_rows, operation="known answers")
+    return KnownAnswers(parts, num_relations, triples, gather)
 
 
-def _ranks(found: Comparison, ties: str) -> Tensor:
-    return (
-        1 + found.better + found.equal * {"optimistic": 0, "realistic": 0.5, "pessimistic": 1}[ties]
-    )
+def _ranks(compared: Comparison, ties: str) -> Tensor:
+    return 1 + compared.better + compared.equal * TIES[ties]
 
 
 def metrics(ranks: Tensor, options: Tensor, hits: Sequence[int] = (1, 3, 10)) -> dict[str, float]:
@@ -182,9 +160,9 @@ def metrics(ranks: Tensor, options: Tensor, hits: Sequence[int] = (1, 3, 10)) ->
         hits: the k of Hits@k.
 
     Returns:
-        "mrr", the mean reciprocal rank; "mr", the mean rank; "hits_at_k", how many are at most k;
-        "amri", which is 1 where all ranks are 1, and 0 where they are what chance gives (Berrendorf
-        et al. 2020), also without any other candidate.
+        "mrr", the mean reciprocal rank; "mr", the mean rank; "hits_at_k", the share of ranks that
+        are at most k; "amri", which is 1 where all ranks are 1, and 0 where they are what chance
+        gives (Berrendorf et al. 2020), also without any other candidate.
     """
     mean, chance = ranks.mean().item(), ((options + 1) / 2).mean().item()
     return {

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from shardemb.embedding import Embedding
 from shardemb.exceptions import InputError
+from shardemb.kge.known_answers import Side
 from shardemb.kge.losses import LossConfig, lp
-from shardemb.kge.sampling import Batch, Queries, Side
+from shardemb.kge.sampling import Batch, Queries
 from shardemb.kge.scorers import SCORERS
-from shardemb.kge.vs_all import gather_queries, mine, vs_all
+from shardemb.kge.vs_all import gather_queries, share_of, vs_all
 from shardemb.sharding.options import Sharding
 from shardemb.transforms import probe_constrainer, resolve_constrainer
 from shardemb.utils.validation import at_least, one_of, within
@@ -136,14 +137,12 @@ class KnowledgeGraphModel(nn.Module):
         Returns:
             ``(B, D)``, for the scorer.
         """
-        known, relation = (
-            self.entity(entities.to(self.entity.device)),
-            self.relation(self._kinds(side == "head", relations)),
-        )
-        return self._query(side == "head", known, relation)
+        head = side == "head"
+        known = self.entity(entities.to(self.entity.device))
+        return self._query(head, known, self.relation(self._relation_rows(head, relations)))
 
-    def _kinds(self, head: Tensor | bool, relations: Tensor) -> Tensor:
-        """Return rows of the relation table."""
+    def _relation_rows(self, head: Tensor | bool, relations: Tensor) -> Tensor:
+        """Return ids of the relation table."""
         shift = self.num_relations * self.config.reciprocal
         return (relations + shift * head).to(self.relation.device)
 
@@ -156,7 +155,7 @@ class KnowledgeGraphModel(nn.Module):
         return torch.where(head.unsqueeze(-1).to(known.device), *both)
 
     def loss(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """Look all entities of a step up at once, and add up the loss of this rank's chunks.
+        """Look all entities of a step up at once, and sum the losses of this rank's chunks.
 
         A collective.
 
@@ -167,13 +166,13 @@ class KnowledgeGraphModel(nn.Module):
         parts = [ids for batch in batches for ids in (batch.heads, batch.tails, batch.candidates)]
         ids = torch.cat([part.reshape(-1) for part in parts] or [torch.empty(0, dtype=torch.int64)])
         rows = self.entity(ids.to(self.entity.device))
-        looked_up = iter(rows.split([part.numel() for part in parts]))
+        looked_up = [
+            part_rows.view(*part.shape, -1)
+            for part, part_rows in zip(parts, rows.split([p.numel() for p in parts]), strict=True)
+        ]
         total, plain = rows.sum() * 0 if not len(ids) else rows.new_zeros(()), rows.new_zeros(())
-        for batch in batches:
-            heads, tails = (next(looked_up).view(*batch.heads.shape, -1) for _ in range(2))
-            loss, penalty = self._loss(
-                batch, heads, tails, next(looked_up).view(*batch.candidates.shape, -1)
-            )
+        for number, batch in enumerate(batches):
+            loss, penalty = self._loss(batch, *looked_up[3 * number : 3 * number + 3])
             plain += loss.detach()
             total = total + loss + penalty
         return total, plain
@@ -181,30 +180,29 @@ class KnowledgeGraphModel(nn.Module):
     def _loss(
         self, batch: Batch, heads: Tensor, tails: Tensor, candidates: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ways = batch.replaced_heads
-        # without reciprocal relations all ways have the same relation, and the true triple has the
-        # same score
-        own = len(ways) if self.config.reciprocal else 1
+        corruptions = batch.replaced_heads
+        # without reciprocal relations all corruptions share the relation, and the true score
+        own = len(corruptions) if self.config.reciprocal else 1
         relations = self.relation(
-            torch.stack([self._kinds(head, batch.relations) for head in ways[:own]])
+            torch.stack([self._relation_rows(head, batch.relations) for head in corruptions[:own]])
         )
         queries: list[Tensor] = []
         positives: list[Tensor] = []
-        for way, head in enumerate(ways):
+        for number, head in enumerate(corruptions):
             if isinstance(head, bool):
                 known, answers = (tails, heads) if head else (heads, tails)
             else:
                 mask = head.unsqueeze(-1).to(heads.device)
                 known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
-            queries.append(self._query(head, known, relations[way % own]))
-            positives.append(self.scorer.score(queries[-1], answers) if way < own else positives[0])
-        penalty = self._penalty(heads, tails) * len(ways) + self._penalty(relations) * (
-            len(ways) // own
-        )
+            queries.append(self._query(head, known, relations[number % own]))
+            score = self.scorer.score(queries[-1], answers) if number < own else positives[0]
+            positives.append(score)
+        penalty = self._penalty(heads, tails) * len(corruptions)
+        penalty = penalty + self._penalty(relations) * (len(corruptions) // own)
         negative = self.scorer.score_all(torch.stack(queries), candidates)
-        if len(batch.hits):
+        if len(batch.masked):
             with torch.no_grad():  # what is -inf has no gradient in any loss
-                negative.view(-1).index_fill_(0, batch.hits.to(negative.device), -torch.inf)
+                negative.view(-1).index_fill_(0, batch.masked.to(negative.device), -torch.inf)
         loss = self.loss_config(torch.stack(positives), negative)
         if batch.weights is not None:
             loss = loss * batch.weights.to(loss.device)
@@ -225,24 +223,20 @@ class KnowledgeGraphModel(nn.Module):
             step.
         """
         device = self.entity.device
-        share = mine(len(queries.entities), rank, world_size)
+        share = share_of(len(queries.entities), rank, world_size)
         head = queries.head[share]
         known = self.entity(queries.entities[share].to(device))
-        relations = self.relation(self._kinds(head, queries.relations[share]))
-        query = gather_queries(
-            self._query(head, known, relations), len(queries.entities), rank, world_size
-        )
+        relations = self.relation(self._relation_rows(head, queries.relations[share]))
+        query = self._query(head, known, relations)
+        query = gather_queries(query, len(queries.entities), rank, world_size)
         rows = self.entity.local_rows(trainable=True)
         if self.entity.dropout is not None:
             rows = self.entity.dropout(rows)
-        scores = self.scorer.score_all(query, rows)
-        here, own = self.entity.plan.owned(queries.answers)
-        labels = queries.places[here].to(device), own.to(device)
-        counts = torch.bincount(queries.places, minlength=len(query)).to(device)
+        owned, local = self.entity.plan.owned(queries.answers)
         loss = vs_all(
-            scores,
-            labels,
-            counts,
+            self.scorer.score_all(query, rows),
+            (queries.places[owned].to(device), local.to(device)),
+            torch.bincount(queries.places, minlength=len(query)).to(device),
             self.entity.max_id,
             self.loss_config.name,
             self.loss_config.label_smoothing,

@@ -1,10 +1,8 @@
 """How many entities score better than a triple's answer, and how many the same.
 
-Only counts travel between ranks.
-
 All entities are compared where they lie: each rank scores its own rows, in tiles that are counted
-while they are in the cache. Tiles have one shape on all ranks, so that equal rows get equal scores
-to the last bit, wherever they stand.
+while they are in the cache, and only counts travel between ranks. Tiles have one shape on all
+ranks, so that equal rows get equal scores to the last bit, wherever they stand.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +17,8 @@ from torch.nn import functional as F
 from shardemb import kernels
 from shardemb.comm import collectives
 from shardemb.exceptions import NonfiniteError
+from shardemb.kge.known_answers import SIDES, KnownAnswers, Side, columns_of
 from shardemb.kge.model import KnowledgeGraphModel
-from shardemb.kge.sampling import SIDES, Known, Side, columns_of
 from shardemb.sharding.placement import RowPlan
 
 #: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what
@@ -46,13 +44,34 @@ class Comparison:
     options: Tensor
 
 
+@dataclass(frozen=True)
+class _Tiling:
+    """The scores of a group of queries against this rank's rows, cut into tiles of one shape."""
+
+    #: queries and rows of a tile
+    batch: int
+    width: int
+    #: batches of the group
+    batches: int
+
+    def numbers(self, queries: Tensor, rows: Tensor) -> Tensor:
+        """Number scores by tile of rows, batch of queries, query in the batch, row in the tile."""
+        tile = rows // self.width * self.batches + queries // self.batch
+        return (tile * self.batch + queries % self.batch) * self.width + rows % self.width
+
+    def queries(self, numbers: Tensor) -> Tensor:
+        """Return the queries of scores by their numbers."""
+        batch = numbers // (self.batch * self.width) % self.batches
+        return batch * self.batch + numbers // self.width % self.batch
+
+
 @torch.no_grad()
 def with_all(
     model: KnowledgeGraphModel,
     side: Side,
     triples: Tensor,
-    known: Known | None,
-    told: Callable[[int], object] = lambda n: None,
+    known: KnownAnswers | None,
+    on_done: Callable[[int], object] = lambda n: None,
 ) -> Comparison:
     """Compare one side of each triple with all entities. A collective.
 
@@ -61,7 +80,7 @@ def with_all(
         side: that is asked for.
         triples: ``(T, 3)``, the same on all ranks.
         known: answers that are no candidates; None for all entities.
-        told: is called with the number of queries that are done.
+        on_done: is called with the number of queries that are done.
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
@@ -72,26 +91,24 @@ def with_all(
     limit = _TILE_CUDA if rows.is_cuda else _TILE
     width = max(batch, min(limit // batch, _round_up(plan.block, 16)))
     tiles = [(_padded(tile, width), len(tile)) for tile in rows.split(width)] if len(rows) else []
-    found = []
+    summaries = [torch.empty(4, 0)]
     for entities, relations, answers in _groups(side, triples, known, _GROUP):
         query = _padded(model.queries(side, entities, relations), batch).split(batch)
+        answer_rows = _padded(entity(answers.to(rows.device)), batch).split(batch)
         true = torch.cat(
             [
                 scorer.score_all(q, _padded(a, width), exact=True).diagonal()
-                for q, a in zip(
-                    query, _padded(entity(answers.to(rows.device)), batch).split(batch), strict=True
-                )
+                for q, a in zip(query, answer_rows, strict=True)
             ]
         )
-        pairs = _left_out(side, entities, relations, answers, known, plan, batch, width, len(query))
-        ends = torch.searchsorted(
-            pairs, torch.arange(1, len(tiles) * len(query) + 1) * (batch * width)
-        ).tolist()
-        places = (pairs % (batch * width)).to(rows.device)
-        out, counts = (
-            true.new_empty(len(pairs)),
-            torch.zeros(len(query), 3, batch, dtype=torch.int64, device=rows.device),
-        )
+        tiling = _Tiling(batch, width, len(query))
+        left_out = _left_out(side, (entities, relations, answers), known, plan, tiling)
+        size = batch * width
+        bounds = torch.arange(1, len(tiles) * len(query) + 1) * size
+        ends = torch.searchsorted(left_out, bounds).tolist()
+        places = (left_out % size).to(rows.device)
+        out = true.new_empty(len(left_out))
+        counts = torch.zeros(len(query), 3, batch, dtype=torch.int64, device=rows.device)
         start = 0
         for ((tile, n), number), end in zip(product(tiles, range(len(query))), ends, strict=True):
             scores = scorer.score_all(query[number], tile, exact=True)
@@ -99,22 +116,18 @@ def with_all(
             if end > start:
                 torch.index_select(scores.view(-1), 0, places[start:end], out=out[start:end])
                 start = end
-        queries = (pairs // (batch * width) % len(query) * batch + pairs // width % batch).to(
-            rows.device
-        )
-        answer, number = true[queries], len(query) * batch
-        less = [
-            torch.bincount(queries[which], minlength=number)
+        queries = tiling.queries(left_out).to(rows.device)
+        answer, total = true[queries], len(query) * batch
+        less_better, less_equal, dropped = (
+            torch.bincount(queries[which], minlength=total)
             for which in (out > answer, out == answer, slice(None))
-        ]
+        )
         better, equal, finite = counts.transpose(0, 1).reshape(3, -1)
-        summary = torch.stack([better - less[0], equal - less[1], finite, less[2]])[
-            :, : len(answers)
-        ]
-        found.append(_all_reduced(summary))
-        told(len(answers))
-        _check_finite(model, bool((found[-1][2] == plan.num_rows).all()))
-    better, equal, _, dropped = _joined(found, 4)
+        summary = torch.stack([better - less_better, equal - less_equal, finite, dropped])
+        summaries.append(_all_reduced(summary[:, : len(answers)]))
+        on_done(len(answers))
+        _check_finite(model, bool((summaries[-1][2] == plan.num_rows).all()))
+    better, equal, _, dropped = torch.cat(summaries, dim=1).double()
     return Comparison(better, equal, plan.num_rows - dropped + 1)
 
 
@@ -123,52 +136,46 @@ def with_drawn(
     model: KnowledgeGraphModel,
     side: Side,
     triples: Tensor,
-    known: Known | None,
+    known: KnownAnswers | None,
     number: int,
     seed: int,
-    told: Callable[[int], object] = lambda n: None,
+    on_done: Callable[[int], object] = lambda n: None,
 ) -> Comparison:
-    """Compare one side of each triple with a number of entities, drawn uniformly for each.
+    """Compare one side of each triple with ``number`` entities, drawn uniformly for each.
 
-    A collective.
-
-    What is drawn depends on seed, side and the triple's place alone. The answer is no candidate,
-    nor is a known one. The ranks share the queries. Arguments and errors are those of
-    :func:`with_all`.
+    A collective. The draw depends on seed, side and the triple's place alone. Neither the answer
+    nor a known one is a candidate. The ranks share the queries. Other arguments and errors are
+    those of :func:`with_all`.
     """
     entity, scorer, plan = model.entity, model.scorer, model.entity.plan
-    size = max(1, _DRAWN // ((number + 1) * max(1, plan.dim)))
+    size = plan.world_size * max(1, _DRAWN // ((number + 1) * max(1, plan.dim)))
     counts = torch.zeros(4, len(triples), dtype=torch.int64)
-    for start in range(0, len(triples), size * plan.world_size):
-        mine = torch.arange(start, min(start + size * plan.world_size, len(triples)))[
-            plan.rank :: plan.world_size
-        ]
-        entities, relations, answers = columns_of(side, triples[mine])
-        drawn = torch.empty(len(mine), number, dtype=torch.int64)
-        for line, query in zip(drawn, mine.tolist(), strict=True):
+    for start in range(0, len(triples), size):
+        stop = min(start + size, len(triples))
+        own = torch.arange(start, stop)[plan.rank :: plan.world_size]
+        entities, relations, answers = columns_of(side, triples[own])
+        drawn = torch.empty(len(own), number, dtype=torch.int64)
+        for line, query in zip(drawn, own.tolist(), strict=True):
             generator = np.random.default_rng([seed, SIDES.index(side), query])
             line.copy_(torch.from_numpy(generator.integers(plan.num_rows, size=number)))
-        kept = ~_known_among(side, triples[mine], drawn, known)
-        query = model.queries(side, entities, relations).unsqueeze(1)
+        kept = ~_known_among(side, triples[own], drawn, known)
+        queries = model.queries(side, entities, relations).unsqueeze(1)
         rows = entity(torch.cat([answers.unsqueeze(1), drawn], dim=1).to(entity.device))
-        scores = scorer.score(query, rows).cpu()
+        scores = scorer.score(queries, rows).cpu()
         true, others = scores[:, :1], scores[:, 1:]
         better, equal = (others > true) & kept, (others == true) & kept
         finite = torch.isfinite(scores).all(1)
-        counts[:, mine] = torch.stack([better.sum(1), equal.sum(1), kept.sum(1), finite])
-        told(min(size * plan.world_size, len(triples) - start))
+        counts[:, own] = torch.stack([better.sum(1), equal.sum(1), kept.sum(1), finite])
+        on_done(stop - start)
     better, equal, options, finite = _all_reduced(counts.to(entity.device)).double()
     _check_finite(model, bool(finite.all()))
     return Comparison(better, equal, options + 1)
 
 
 def _groups(
-    side: Side, triples: Tensor, known: Known | None, size: int
+    side: Side, triples: Tensor, known: KnownAnswers | None, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the columns of triples that are ranked together.
-
-    Few enough, with few enough known answers.
-    """
+    """Yield columns of triples that are ranked together: not too many, nor too many answers."""
     for block in triples.split(size) if len(triples) else ():
         entities, relations, _ = columns = columns_of(side, block)
         if known is None:
@@ -180,50 +187,39 @@ def _groups(
 
 def _left_out(
     side: Side,
-    entities: Tensor,
-    relations: Tensor,
-    answers: Tensor,
-    known: Known | None,
+    columns: tuple[Tensor, Tensor, Tensor],
+    known: KnownAnswers | None,
     plan: RowPlan,
-    batch: int,
-    width: int,
-    batches: int,
+    tiling: _Tiling,
 ) -> Tensor:
-    """Return each pair of a query and a row of this rank that is no candidate, once, as a number.
-
-    Its digits are the tile's rows, the tile's batch, the query within the batch, and the row within
-    the tile.
-    """
-    of, found = torch.arange(len(answers)), answers
+    """Return the numbers of the scores of this rank's rows that are no candidates, each once."""
+    entities, relations, answers = columns
+    queries = torch.arange(len(answers))
     if known is not None:
-        more, others = known.answers(side, entities, relations)
-        of, found = torch.cat([of, more]), torch.cat([found, others])
-    here, rows = plan.owned(found)
-    of = of[here]
-    return (
-        ((rows // width * batches + of // batch) * batch + of % batch) * width + rows % width
-    ).unique()
+        others, known_answers = known.answers(side, entities, relations)
+        queries, answers = torch.cat([queries, others]), torch.cat([answers, known_answers])
+    owned, rows = plan.owned(answers)
+    return tiling.numbers(queries[owned], rows).unique()
 
 
-def _known_among(side: Side, triples: Tensor, drawn: Tensor, known: Known | None) -> Tensor:
+def _known_among(side: Side, triples: Tensor, drawn: Tensor, known: KnownAnswers | None) -> Tensor:
     """Return where entities ``(B, K)`` are the answers of triples ``(B, 3)``, or known ones."""
-    hits, start = drawn == columns_of(side, triples)[2].unsqueeze(1), 0
-    for entities, relations, _ in (
-        _groups(side, triples, known, _GROUP) if known is not None else ()
-    ):
-        of, found = known.answers(side, entities, relations)  # type: ignore[union-attr]
-        part, stride = (
-            slice(start, start + len(entities)),
-            (int(max(found.max(), drawn.max())) + 1 if len(found) else 1),
-        )
-        pairs = (of * stride + found).sort().values
+    among = drawn == columns_of(side, triples)[2].unsqueeze(1)
+    if known is None:
+        return among
+    start = 0
+    for entities, relations, _ in _groups(side, triples, known, _GROUP):
+        queries, answers = known.answers(side, entities, relations)
+        part = slice(start, start + len(entities))
+        start = part.stop
+        if not len(answers):
+            continue
+        stride = int(max(answers.max(), drawn.max())) + 1
+        pairs = (queries * stride + answers).sort().values
         wanted = torch.arange(len(entities)).unsqueeze(1) * stride + drawn[part]
-        if len(pairs):
-            hits[part] |= (
-                pairs[torch.searchsorted(pairs, wanted).clamp_max_(len(pairs) - 1)] == wanted
-            )
-        start += len(entities)
-    return hits
+        place = torch.searchsorted(pairs, wanted).clamp_max_(len(pairs) - 1)
+        among[part] |= pairs[place] == wanted
+    return among
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -231,23 +227,19 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _padded(rows: Tensor, multiple: int) -> Tensor:
-    """Return rows ``(n, D)`` with zeros behind, up to a multiple."""
+    """Return rows ``(n, D)`` followed by zeros, up to a multiple."""
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
 
 
 def _all_reduced(counts: Tensor) -> Tensor:
-    """Add the counts of all ranks up."""
+    """Sum the counts of all ranks."""
     counts = counts.contiguous()
     collectives.all_reduce(counts, operation="ranking")
     return counts.cpu()
 
 
-def _joined(found: list[Tensor], lines: int) -> Tensor:
-    return (torch.cat(found, dim=1) if found else torch.empty(lines, 0)).double()
-
-
 def _check_finite(model: KnowledgeGraphModel, finite: bool) -> None:
-    if not finite:  # NaN is neither better nor equal, so that it would take the first rank
+    if not finite:  # NaN is neither better nor equal, and would get the first rank
         raise NonfiniteError(
             f"scores are NaN or infinite: the rows of {model.entity.name!r} or"
             f" {model.relation.name!r} have grown too large; lower the learning rates"

@@ -1,10 +1,6 @@
-"""The training job that every rank runs.
+"""The training loop that every rank runs: batches, steps, validation, checkpoints, final ranking.
 
-Batches, steps, validation, checkpoints, the final ranking.
-
-A run folder holds ``config.toml``, ``metrics.jsonl``, ``metrics.png``, ``entities.arrow``,
-``relations.arrow`` and ``checkpoints/``; the data's order follows from seed and epoch, so a resumed
-run equals one that was never stopped.
+The data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
 """
 
 import hashlib
@@ -20,28 +16,28 @@ from typing import Any
 
 import torch
 
-from shardemb import checkpoint, kernels
+from shardemb import checkpoint
 from shardemb.checkpoint.storage import name_of
 from shardemb.comm import collectives, watchdog
 from shardemb.coordinator import Coordinator
-from shardemb.exceptions import CheckpointError, InputError, NonfiniteError, TerminatedError
+from shardemb.exceptions import CheckpointError, InputError, TerminatedError
 from shardemb.kge.data.triples import Triples
 from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
+from shardemb.kge.nonfinite import POLICIES, LossCheck
 from shardemb.kge.optimizers import OptimizerConfig
+from shardemb.kge.run_folder import RunFolder
 from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
 from shardemb.utils import logs
 from shardemb.utils.memory import resident_bytes
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.run_metrics import MetricsFile, plot_metrics, read_metrics, tell
-from shardemb.utils.types import few
 from shardemb.utils.validation import at_least, one_of
-from shardemb.vocabulary import Vocabulary
 
 _log = logs.logger(__name__)
 
-#: settings of training that a run may go on without
+#: settings of training that may differ when a run is resumed
 WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
 #: steps between two records of the loss
 LOG_STEPS = 20
@@ -81,90 +77,17 @@ class TrainingConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        one_of(
-            "training",
-            self,
-            {
-                "nonfinite": ("error", "warn", "skip"),
-                "precision": ("float32", "bfloat16"),
-                "device": ("cpu", "cuda"),
-            },
-        )
+        precisions, devices = ("float32", "bfloat16"), ("cpu", "cuda")
+        allowed = {"nonfinite": POLICIES, "precision": precisions, "device": devices}
+        one_of("training", self, allowed)
         at_least("training", self, epochs=1, checkpoint_every=1, keep=1)
-        at_least(
-            "training",
-            self,
-            seed=0,
-            validate_every=0,
-            validation_triples=0,
-            patience=0,
-            checkpoint_seconds=0,
-        )
+        at_least("training", self, seed=0, validate_every=0, validation_triples=0, patience=0)
+        at_least("training", self, checkpoint_seconds=0)
         if self.patience and not self.validate_every:
             raise InputError(
                 f"training.patience: got {self.patience} with validate_every = 0, expected"
                 " validations to wait for"
             )
-
-
-def train(
-    data: Triples,
-    model: ModelConfig | None = None,
-    loss: LossConfig | None = None,
-    sampling: SamplingConfig | None = None,
-    optimizer: OptimizerConfig | None = None,
-    training: TrainingConfig | None = None,
-    evaluation: EvaluationConfig | None = None,
-    output: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-) -> tuple[KnowledgeGraphModel, dict[str, float]]:
-    """Train and rank. A collective.
-
-    Every rank of the default process group calls it, with the same arguments.
-
-    Args:
-        data: the graph, the same on all ranks.
-        model: the model's settings.
-        loss: what is minimized.
-        sampling: batch sizes and negatives.
-        optimizer: how rows are updated, and at which rate.
-        training: epochs and what happens between them.
-        evaluation: how validation and test triples are ranked.
-        output: run folder, on storage that all ranks see; None writes nothing.
-        resume: go on from the newest checkpoint of ``output``, if there is one.
-        progress: show a bar (rank 0).
-
-    Returns:
-        The model with this rank's rows, and the metrics of the test split (empty without test
-        triples).
-
-    Raises:
-        FloatingPointError: the loss is NaN or infinite, on all ranks.
-        CheckpointError: a checkpoint that cannot be written or read; a folder that cannot be
-            written, or whose disk has too little room, before the first step.
-        TerminatedError: SIGTERM came; the step that was under way is in a checkpoint.
-        ValueError: a run that shall be resumed with other entities or relations; settings that do
-            not go together.
-        FileExistsError: ``output`` holds a run, and it shall not be resumed.
-    """
-    settings = Settings(
-        model or ModelConfig(),
-        loss or LossConfig(),
-        sampling or SamplingConfig(),
-        optimizer or OptimizerConfig(),
-        training or TrainingConfig(),
-        evaluation or EvaluationConfig(),
-    )
-    job = _Job(data, settings, output, resume, progress)
-    try:
-        while not job.ended:
-            job.run_epoch()
-        job.finish_saving()
-        job.take_best()
-        return job.model, job.evaluate("test", data.test)
-    finally:
-        job.close()
 
 
 @dataclass(frozen=True)
@@ -179,13 +102,13 @@ class Settings:
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
-        if self.sampling.scheme != "negatives" and self.loss.name not in ("softmax", "logistic"):
-            scheme = self.sampling.scheme
+        scheme = self.sampling.scheme
+        if scheme != "negatives" and self.loss.name not in ("softmax", "logistic"):
             raise InputError(
                 f"loss.name: got {self.loss.name!r} with scheme {scheme!r}, expected 'softmax' or"
                 " 'logistic'"
             )
-        if self.sampling.scheme == "kvsall" and self.loss.subsampling:
+        if scheme == "kvsall" and self.loss.subsampling:
             raise InputError(
                 "loss.subsampling: got true with sampling.scheme 'kvsall', whose queries stand for"
                 " many triples each"
@@ -195,6 +118,14 @@ class Settings:
                 "optimizer.schedule: got 'plateau' with training.validate_every = 0, expected"
                 " validations to look at"
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 of what must stay the same when a run is resumed."""
+        saving = {key: getattr(TrainingConfig, key) for key in WHEN_TO_SAVE}
+        training = replace(self.training, **saving)
+        same = replace(self, training=training, evaluation=EvaluationConfig())
+        return hashlib.sha256(repr(same).encode()).hexdigest()
 
 
 @dataclass
@@ -215,117 +146,62 @@ class _Progress:
     plateau: float = 1.0
 
 
-class _Job:
-    """The state of one run on one rank."""
+class Trainer:
+    """One run on one rank. Making it and all of its methods are collectives.
+
+    Args:
+        data: the graph, the same on all ranks.
+        settings: of the job.
+        run: folder of the run; None writes nothing.
+        resume: go on from the newest checkpoint of ``run``, if there is one.
+        progress: show a bar (rank 0).
+    """
 
     def __init__(
-        self, data: Triples, settings: Settings, output: Path | None, resume: bool, progress: bool
+        self,
+        data: Triples,
+        settings: Settings,
+        run: RunFolder | None,
+        resume: bool = False,
+        progress: bool = True,
     ) -> None:
         self.rank, self.world_size = collectives.rank_and_size()
-        self.data, self.settings, self.config, self.output = (
-            data,
-            settings,
-            settings.training,
-            output,
-        )
-        sampling = settings.sampling
+        self.data, self.settings, self.config, self.run = data, settings, settings.training, run
         self.device = resolve_device(self.config.device)
-        # when to save, and how triples are ranked, may change from one start of a run to the next
-        saving = {key: getattr(TrainingConfig, key) for key in WHEN_TO_SAVE}
-        same = replace(
-            settings, training=replace(self.config, **saving), evaluation=EvaluationConfig()
-        )
+        self.vocabularies = {"entities": data.entities, "relations": data.relations}
         self.fingerprints = {
-            "settings": hashlib.sha256(repr(same).encode()).hexdigest(),
-            "entities": data.entities.fingerprint,
-            "relations": data.relations.fingerprint,
+            "settings": settings.fingerprint,
+            **{kind: vocabulary.fingerprint for kind, vocabulary in self.vocabularies.items()},
             "triples": data.fingerprint,
         }
-        collectives.agree(
-            "the training job", {**self.fingerprints, "output": str(output), "resume": resume}
-        )
-        waits = self.config.patience or settings.optimizer.schedule == "plateau"
-        if waits and not len(data.valid):
+        arguments = {"output": str(run), "resume": resume}
+        collectives.agree("the training job", {**self.fingerprints, **arguments})
+        if not len(data.valid) and (
+            self.config.patience or settings.optimizer.schedule == "plateau"
+        ):
             raise InputError(
                 f"{data.name}: got no valid triples, expected some for training.patience or a"
                 " plateau schedule"
             )
         check_candidates(settings.evaluation, len(data.entities))
-        self.against_all = sampling.scheme != "negatives"
-        self.model = KnowledgeGraphModel(
-            len(data.entities),
-            len(data.relations),
-            settings.model,
-            self.config.seed,
-            loss=settings.loss,
-            dense=self.against_all,
-            device=self.device,
-        )
-        self.optimizer = settings.optimizer.make(self.model)
-        self.coordinator = Coordinator(
-            self.model, self.optimizer, settings.optimizer.max_grad_norm or None
-        )
-        chunks = -(-sampling.batch_size // sampling.chunk_size)
-        if self.world_size > chunks and self.rank == 0 and not self.against_all:
-            warnings.warn(
-                f"{self.world_size} workers share {chunks} chunks a step, so some have nothing to"
-                " train: lower sampling.chunk_size or raise sampling.batch_size",
-                stacklevel=2,
-            )
-        self.sampler = Sampler(
-            data.train,
-            len(data.entities),
-            len(data.relations),
-            sampling,
-            self.config.seed,
-            self.rank,
-            self.world_size,
-            settings.loss.subsampling,
-            data.shared,
-        )
-        sample = torch.randperm(
-            len(data.valid), generator=torch.Generator().manual_seed(self.config.seed)
-        )
-        self.validation = data.valid[sample[: self.config.validation_triples or None]]
-        self.steps = self.config.epochs * self.sampler.num_steps
+        self._make_model()
         self.at = _Progress()
         self.saver: checkpoint.AsyncSaver | None = None
         self.best_saver: checkpoint.AsyncSaver | None = None
-        if output is not None:
-            if resume:
-                _same_labels(output / "entities.arrow", data.entities)
-                _same_labels(output / "relations.arrow", data.relations)
-                self._resume(output / "checkpoints")
-            else:
-                self._require_new(output)
-            checkpoint.require_space(
-                output / "checkpoints", self.model, [self.optimizer], self.config.keep
-            )
-            self.saver = checkpoint.AsyncSaver(
-                output / "checkpoints", self.config.keep, self.config.background_saves
-            )
-            if self.config.patience:
-                self.best_saver = checkpoint.AsyncSaver(
-                    output / "best", keep=1, background=False
-                )  # no second copy
         self.best_rows: list[dict[str, torch.Tensor]] | None = None
+        self.file: MetricsFile | None = None
+        if run is not None:
+            self._open(run, resume)
         self.coordinator.steps = self.done
         watchdog.at_step(self.done + 1)
-        self.file = None
-        if output is not None and self.rank == 0:
-            for name, vocabulary in (("entities", data.entities), ("relations", data.relations)):
-                if not (
-                    output / f"{name}.arrow"
-                ).exists():  # otherwise it is the same, and another rank may be reading it
-                    vocabulary.save(output / f"{name}.arrow")
-            self.file = MetricsFile(
-                output / "metrics.jsonl", step=self.done, tensorboard=output / "tensorboard"
-            )
+        if run is not None and self.rank == 0:
+            run.save_labels(self.vocabularies)
+            self.file = MetricsFile(run.metrics, step=self.done, tensorboard=run.tensorboard)
+        samples = self.sampler.num_samples
         self.bar = progress_bar(
-            total=self.config.epochs * self.sampler.num_samples,
-            initial=(self.at.epoch + self.at.step / self.sampler.num_steps)
-            * self.sampler.num_samples,
-            unit=" queries" if sampling.scheme == "kvsall" else " triples",
+            total=self.config.epochs * samples,
+            initial=self.done / self.sampler.num_steps * samples,
+            unit=" queries" if settings.sampling.scheme == "kvsall" else " triples",
             smoothing=0.05,
             disable=self.rank > 0 or not progress,
         )
@@ -334,10 +210,65 @@ class _Job:
         self.counted = (0, 0)
         self.asked_to_end = threading.Event()
         self.handler: Any = None
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python allows no other to take signals
+        if threading.current_thread() is threading.main_thread():  # Python's rule for signals
             self.handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _make_model(self) -> None:
+        data, settings, sampling = self.data, self.settings, self.settings.sampling
+        counts, seed = (len(data.entities), len(data.relations)), self.config.seed
+        self.against_all = sampling.scheme != "negatives"
+        self.model = KnowledgeGraphModel(
+            *counts,
+            settings.model,
+            seed,
+            loss=settings.loss,
+            dense=self.against_all,
+            device=self.device,
+        )
+        self.optimizer = settings.optimizer.make(self.model)
+        clip = settings.optimizer.max_grad_norm or None
+        self.coordinator = Coordinator(self.model, self.optimizer, clip)
+        self.loss_check = LossCheck(self.config.nonfinite, self.model, self.coordinator)
+        chunks = -(-sampling.batch_size // sampling.chunk_size)
+        if self.world_size > chunks and self.rank == 0 and not self.against_all:
+            warnings.warn(
+                f"{self.world_size} workers share {chunks} chunks a step, so some have nothing to"
+                " train: lower sampling.chunk_size or raise sampling.batch_size",
+                stacklevel=2,
+            )
+        ranks, subsampling = (self.rank, self.world_size), settings.loss.subsampling
+        self.sampler = Sampler(data.train, *counts, sampling, seed, *ranks, subsampling)
+        self.steps = self.config.epochs * self.sampler.num_steps
+        order = torch.randperm(len(data.valid), generator=torch.Generator().manual_seed(seed))
+        self.validation = data.valid[order[: self.config.validation_triples or None]]
+
+    def _open(self, run: RunFolder, resume: bool) -> None:
+        if resume:
+            run.check_labels(self.vocabularies)
+            self._resume(run)
+        else:
+            results = collectives.gather(run.results(), operation="is the run folder new?")[0]
+            if results:
+                raise FileExistsError(
+                    f"{run}: holds {' and '.join(results)} of a run: give another folder, or"
+                    " resume=True"
+                )
+        keep = self.config.keep
+        checkpoint.require_space(run.checkpoints, self.model, [self.optimizer], keep)
+        self.saver = checkpoint.AsyncSaver(run.checkpoints, keep, self.config.background_saves)
+        if self.config.patience:  # not in the background: that needs another copy of the rows
+            self.best_saver = checkpoint.AsyncSaver(run.best, keep=1, background=False)
+
+    def train(self) -> dict[str, float]:
+        """Train, go back to the best model, rank the test triples and return their metrics."""
+        while not self.ended:
+            self.run_epoch()
+        self.finish_saving()
+        self._take_best()
+        result = self.evaluate("test", self.data.test)
+        if self.file is not None and self.run is not None:
+            plot_metrics(read_metrics(self.run.metrics), self.run.plot)
+        return result
 
     @property
     def done(self) -> int:
@@ -354,66 +285,51 @@ class _Job:
         """Whether there is nothing left to train."""
         return self.at.epoch >= self.config.epochs or (self.stopped_early and self.at.step == 0)
 
-    def _require_new(self, output: Path) -> None:
-        """Raise FileExistsError, on all ranks, if there is a run already. A collective."""
-        found = [
-            name for name in ("checkpoints", "best", "metrics.jsonl") if (output / name).exists()
-        ]
-        found = collectives.gather(found, operation="is the run folder new?")[0]
-        if found:
-            raise FileExistsError(
-                f"{output}: holds {' and '.join(found)} of a run: give another folder, or"
-                " resume=True"
-            )
-
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_end.set()
 
-    def _resume(self, folder: Path) -> None:
-        """Load the newest checkpoint that is undamaged. A collective."""
-        found = checkpoint.checkpoints(folder)
+    def _resume(self, run: RunFolder) -> None:
+        """Load the newest checkpoint that is undamaged."""
+        paths = checkpoint.checkpoints(run.checkpoints)
         damaged: list[Path] = []
-        while found:
+        while paths:
             try:
                 state = checkpoint.load(
-                    found[-1], self.model, [self.optimizer], fingerprints=self.fingerprints
+                    paths[-1], self.model, [self.optimizer], fingerprints=self.fingerprints
                 )
             except CheckpointError as error:
-                if len(found) == 1:
+                if len(paths) == 1:
                     raise
-                damaged.append(Path(found.pop()))
+                damaged.append(Path(paths.pop()))
                 if self.rank == 0:
-                    warnings.warn(f"{error}; going back to {name_of(found[-1])}", stacklevel=2)
-                    _log.warning("%s; going back to %s", error, name_of(found[-1]))
+                    warnings.warn(f"{error}; going back to {name_of(paths[-1])}", stacklevel=2)
+                    _log.warning("%s; going back to %s", error, name_of(paths[-1]))
             else:
                 self.at = _Progress(**state["progress"])
-                self._resume_best()
+                if self.config.patience:
+                    self._resume_best(run)
                 break
         for path in damaged if self.rank == 0 else ():  # the run will save these steps again
             path.rename(path.with_suffix(".damaged"))
 
-    def _resume_best(self) -> None:
-        """Leave only the best checkpoint that this run knows of.
+    def _resume_best(self, run: RunFolder) -> None:
+        """Keep only the best checkpoint that this run knows of; without it, the next is the best.
 
-        Without it, the next validation is the best. A collective.
+        Others are of an attempt that came further than its newest checkpoint.
         """
-        if not self.config.patience or self.output is None:
-            return
-        known = f"step-{self.at.best_epoch * self.sampler.num_steps:010d}"
-        kept = [Path(path) for path in checkpoint.checkpoints(self.output / "best")]
-        others = [
-            path for path in kept if path.name != known
-        ]  # of an attempt that came further than what is left of it
-        there = collectives.gather(
-            len(others) < len(kept), operation="is the best checkpoint there?"
-        )[0]
-        if not there:
+        paths = [Path(path) for path in checkpoint.checkpoints(run.best)]
+        others = [path for path in paths if path != self._best_path(run)]
+        known = len(others) < len(paths)
+        if not collectives.gather(known, operation="is the best checkpoint there?")[0]:
             self.at.best, self.at.since_best = -1.0, 0
         for path in others if self.rank == 0 else ():
             path.rename(path.with_suffix(".stale"))
 
+    def _best_path(self, run: RunFolder) -> Path:
+        return run.best_checkpoint(self.at.best_epoch * self.sampler.num_steps)
+
     def run_epoch(self) -> None:
-        """Do the steps of an epoch, then validate and save as configured. A collective."""
+        """Do the steps of an epoch, then validate and save as configured."""
         self.model.train()
         at, num_steps = self.at, self.sampler.num_steps
         seen, total, start, ends = 0, self._zero(), time.perf_counter(), False
@@ -423,7 +339,8 @@ class _Job:
             size = self.sampler.size(at.step)
             loss, plain, queries = self._loss(at.epoch, at.step)
             (loss / queries).backward()
-            trains, due, ends = self._agree(self.done + 1, loss)
+            flags = [self._checkpoint_due, self.asked_to_end.is_set()]
+            trains, (due, ends) = self.loss_check.agree(self.done + 1, loss, flags)
             if trains:
                 self.coordinator.step()
                 seen, triples, total = seen + queries, triples + size, total + plain
@@ -451,31 +368,30 @@ class _Job:
     def _zero(self) -> torch.Tensor:
         return torch.zeros((), device=self.device)
 
-    def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return the loss of a step, to be added up over ranks, without regularizers.
+    @property
+    def _checkpoint_due(self) -> bool:
+        seconds = self.config.checkpoint_seconds
+        return self.rank == 0 and 0 < seconds <= time.monotonic() - self.saved_at
 
-        And its queries on all ranks.
+    def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return this rank's part of a step's loss, with and without regularizers.
+
+        Also the queries on all ranks.
         """
-        precise, model = self.config.precision == "float32", self.settings.model
-        if (
-            model.entity_dropout or model.relation_dropout
-        ):  # masks depend on the rank; otherwise a run is the same again
+        model, sampler = self.settings.model, self.sampler
+        if model.entity_dropout or model.relation_dropout:  # masks depend on the rank
             torch.manual_seed(seed_of(self.config.seed, 3, epoch, step, self.rank))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=not precise):
+        low = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             if self.against_all:
-                queries = self.sampler.queries(epoch, step)
-                return *self.model.loss_vs_all(queries, self.rank, self.world_size), len(
-                    queries.entities
-                )
-            return *self.model.loss(
-                self.sampler.batches(epoch, step)
-            ), self.sampler.ways * self.sampler.size(step)
+                queries = sampler.queries(epoch, step)
+                loss, plain = self.model.loss_vs_all(queries, self.rank, self.world_size)
+                return loss, plain, len(queries.entities)
+            loss, plain = self.model.loss(sampler.batches(epoch, step))
+            return loss, plain, sampler.num_corruptions * sampler.size(step)
 
     def _validate(self) -> None:
-        """Rank the validation triples; keep the best model, lower the rates on a plateau.
-
-        A collective.
-        """
+        """Rank the validation triples; keep the best model, lower the rates on a plateau."""
         result = self.evaluate("valid", self.validation)
         at, options = self.at, self.settings.optimizer
         if not result:
@@ -489,85 +405,37 @@ class _Job:
         if options.schedule == "plateau" and at.since_change >= options.plateau_patience:
             at.plateau, at.since_change = at.plateau * options.plateau_factor, 0
 
+    @property
+    def _tables(self) -> tuple[Any, Any]:
+        return self.model.entity, self.model.relation
+
     def _keep_best(self) -> None:
         if self.best_saver is not None:
             self._save(self.best_saver)
         else:
-            tables = (self.model.entity, self.model.relation)
-            self.best_rows = [
-                {"weight": table._stored_rows()["weight"].clone()} for table in tables
-            ]
+            self.best_rows = [{"weight": t._stored_rows()["weight"].clone()} for t in self._tables]
 
-    def take_best(self) -> None:
-        """Go back to the rows of the best validation, with ``patience``. A collective."""
+    def _take_best(self) -> None:
+        """Go back to the rows of the best validation, with ``patience``."""
         if not self.config.patience or self.at.best_epoch in (0, self.at.epoch):
             return
-        if self.best_saver is not None and self.output is not None:
+        if self.best_saver is not None and self.run is not None:
             self.best_saver.wait()
-            name = f"step-{self.at.best_epoch * self.sampler.num_steps:010d}"
-            checkpoint.load(self.output / "best" / name, self.model, optimizer_state=False)
+            checkpoint.load(self._best_path(self.run), self.model, optimizer_state=False)
         elif self.best_rows is not None:
-            for table, rows in zip(
-                (self.model.entity, self.model.relation), self.best_rows, strict=True
-            ):
+            for table, rows in zip(self._tables, self.best_rows, strict=True):
                 table._load_stored_rows(rows)
 
     def _end(self) -> None:
-        step = self.done
+        step, saved = self.done, "nothing is saved without an output"
         self.finish_saving()
-        where = (
-            f"saved as {name_of(self.last_saved)}"
-            if self.output is not None
-            else "nothing is saved without an output"
-        )
-        raise TerminatedError(f"SIGTERM came in step {step}: {where}")
-
-    def _agree(self, number: int, loss: torch.Tensor) -> tuple[bool, bool, bool]:
-        """Return whether this step trains, whether a checkpoint is due.
-
-        And whether the run shall end. A collective.
-        """
-        config = self.config
-        due = self.rank == 0 and 0 < config.checkpoint_seconds <= time.monotonic() - self.saved_at
-        told = self.coordinator.reduce([not torch.isfinite(loss), due, self.asked_to_end.is_set()])
-        nonfinite, due, ends = (bool(flag) for flag in told)
-        if nonfinite:
-            advice = "lower optimizer.entity_lr or optimizer.relation_lr"
-            mine = "" if torch.isfinite(loss) else f"the loss is {loss.item()}{self._bad_rows()}"
-            each = collectives.gather(mine, operation="whose loss is no number?")
-            several = len(each) > 1
-            found = "; ".join(
-                f"rank {rank}: {what}" if several else what
-                for rank, what in enumerate(each)
-                if what
-            )
-            text = f"step {number}: {found}: {advice}"
-            if config.nonfinite == "error":
-                raise NonfiniteError(text)
-            skips = (
-                f", step left out, {self.coordinator.skipped + 1} so far"
-                if config.nonfinite == "skip"
-                else ""
-            )
-            if self.rank == 0:
-                warnings.warn(text + skips, stacklevel=2)
-        return not (nonfinite and config.nonfinite == "skip"), due, ends
-
-    def _bad_rows(self) -> str:
-        """Name rows that are NaN or infinite, of all tables on this rank."""
-        found = []
-        for table in (self.model.entity, self.model.relation):
-            ids = table.plan.local_ids()[kernels.nonfinite_rows(table.local_rows())].tolist()
-            if ids:
-                what = (
-                    f"{len(ids)} rows with NaN or infinite values on rank {self.rank}: {few(ids)}"
-                )
-                found.append(f"table {table.name!r} has {what}")
-        return f" ({'; '.join(found)})" if found else ""
+        if self.run is not None:
+            saved = f"saved as {self.run.checkpoint(step).name}"
+        raise TerminatedError(f"SIGTERM came in step {step}: {saved}")
 
     def _save(self, saver: checkpoint.AsyncSaver | None = None) -> None:
-        """Save in the background, to go on with the next step. A collective."""
-        if self.saver is None or self.output is None:
+        """Save in the background, if so configured, and continue with the next step."""
+        if self.saver is None:
             return
         model = {
             "scorer": self.settings.model.scorer,
@@ -581,19 +449,13 @@ class _Job:
             {"progress": asdict(self.at), "model": model},
             seed=self.config.seed,
             fingerprints=self.fingerprints,
-            nonfinite="error" if self.config.nonfinite == "error" else "warn",
+            nonfinite=self.loss_check.of_checkpoints,
         )
         if saver is None:
-            self.saved_at, self.last_saved = (
-                time.monotonic(),
-                self.output / "checkpoints" / f"step-{self.done:010d}",
-            )
+            self.saved_at = time.monotonic()
 
     def finish_saving(self) -> None:
-        """Wait for the last checkpoint; SIGTERM ends the process at once from here on.
-
-        Nothing can be lost. A collective.
-        """
+        """Wait for the last checkpoint; from then on SIGTERM ends the process at once."""
         if self.saver is not None:
             self.saver.wait()
         self._leave_signals()
@@ -608,21 +470,17 @@ class _Job:
     ) -> None:
         entity = self.model.entity
         counts = (entity.exchanged_bytes, self.optimizer.rows_updated[next(entity.parameters())])
-        here = [
-            total.item(),
-            *(now - before for now, before in zip(counts, self.counted, strict=True)),
-            self._memory(),
-        ]
+        since = [now - before for now, before in zip(counts, self.counted, strict=True)]
         self.counted = counts
-        each = torch.zeros(self.world_size, len(here), dtype=torch.float64, device=self.device)
-        each[self.rank] = torch.tensor(here, dtype=torch.float64)
-        collectives.all_reduce(each, operation="figures for the log")
-        losses, exchanged, touched, memory = each.T.tolist()
+        figures = torch.zeros(self.world_size, 4, dtype=torch.float64, device=self.device)
+        own = [total.item(), *since, self._memory()]
+        figures[self.rank] = torch.tensor(own, dtype=torch.float64)
+        collectives.all_reduce(figures, operation="figures for the log")
+        losses, exchanged, touched, memory = figures.T.tolist()
         loss = sum(losses) / max(1, queries)
         ends = self.at.step == self.sampler.num_steps  # otherwise the bar goes by its own clock
-        self.bar.set_description(
-            f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}", refresh=ends
-        )
+        text = f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}"
+        self.bar.set_description(text, refresh=ends)
         self._record(
             "train",
             epoch=self.done / self.sampler.num_steps,
@@ -637,39 +495,28 @@ class _Job:
         )
 
     def _memory(self) -> int:
-        return (
-            torch.cuda.max_memory_reserved(self.device)
-            if self.device.type == "cuda"
-            else resident_bytes()
-        )
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return resident_bytes()
 
     def _record(self, kind: str, **figures: Any) -> None:
-        """Write a record down (rank 0), and let this process's listeners hear of it."""
+        """Write a record (rank 0), and pass it to this process's listeners."""
         if self.file is not None:
             self.file.write(kind, self.done, **figures)
         tell(kind, self.done, figures)
 
     def evaluate(self, split: str, triples: torch.Tensor) -> dict[str, float]:
-        """Rank a split, record and draw the result. A collective."""
+        """Rank a split and record the result; nothing for a split without triples."""
         if not len(triples):
             return {}
         self.model.eval()
         self.bar.set_description(f"ranking {len(triples):,} {split} triples")
         start = time.perf_counter()
         config = replace(self.settings.evaluation, per_relation=False)
-        data = self.data
-        splits, share = (
-            ((data.valid, data.test), data.train) if data.shared else (data.splits, None)
-        )
-        result = evaluate(self.model, triples, splits, config, self.config.seed, share)
-        figures: dict[str, Any] = {
-            **result,
-            "triples": len(triples),
-            "seconds": round(time.perf_counter() - start, 3),
-        }
-        self._record(split, epoch=self.at.epoch, **figures)
-        if self.file is not None and self.output is not None:
-            plot_metrics(read_metrics(self.output / "metrics.jsonl"), self.output / "metrics.png")
+        result = evaluate(self.model, triples, self.data.splits, config, self.config.seed)
+        seconds = round(time.perf_counter() - start, 3)
+        more = {"triples": len(triples), "seconds": seconds}
+        self._record(split, epoch=self.at.epoch, **result, **more)
         self.bar.set_postfix_str(f"{split} MRR {result['mrr']:.3f}")
         return result
 
@@ -693,16 +540,7 @@ def resolve_device(name: str) -> torch.device:
             "training.device: got 'cuda', but torch finds no GPU: use 'cpu', or install torch's"
             " CUDA build"
         )
-    device = torch.device(
-        "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    )
+    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
-
-
-def _same_labels(path: Path, vocabulary: Vocabulary) -> None:
-    if path.exists() and Vocabulary.load(path).fingerprint != vocabulary.fingerprint:
-        raise InputError(
-            f"{path}: the run was trained on other labels than the dataset has now: give another"
-            " --output"
-        )

@@ -1,11 +1,9 @@
-"""Losses against all entities.
-
-Every rank scores all queries against its own rows, and only sums a query travel.
+"""Losses against all entities: every rank scores all queries against its own rows.
 
 Forward gathers the queries ``(Q, D)`` from the ranks, and reduces the largest score, the sum of
-exponentials and the score of the true answers of each query, ``(Q,)`` each. Backward adds the
-gradients of the queries up, ``(Q, D)``; those of the rows stay where they are. No row of the table
-is sent.
+exponentials and the score of the true answers of each query, ``(Q,)`` each. Backward sums the
+gradients of the queries, ``(Q, D)``; those of the rows stay where they are. No row of the table is
+sent.
 """
 
 from typing import Any
@@ -17,14 +15,14 @@ from torch.nn import functional as F
 from shardemb.comm import collectives
 
 
-def mine(total: int, rank: int, world_size: int) -> slice:
-    """Return this rank's share of ``total`` queries: as equal as can be, in the order of ranks."""
+def share_of(total: int, rank: int, world_size: int) -> slice:
+    """Return a rank's share of ``total`` queries: as equal as can be, in the order of ranks."""
     block = -(-total // world_size)
     return slice(min(rank * block, total), min((rank + 1) * block, total))
 
 
 def gather_queries(query: Tensor, total: int, rank: int, world_size: int) -> Tensor:
-    """Return the queries ``(Q, D)`` of all ranks, from those of :func:`mine`.
+    """Return the queries ``(Q, D)`` of all ranks, from those of :func:`share_of`.
 
     A collective, and so is its backward.
     """
@@ -34,15 +32,15 @@ def gather_queries(query: Tensor, total: int, rank: int, world_size: int) -> Ten
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, total: int, rank: int, world_size: int) -> Tensor:
-        ctx.share = mine(total, rank, world_size)
+        ctx.share = share_of(total, rank, world_size)
         block = -(-total // world_size)
         padded = query.new_zeros(block, query.shape[1])
         padded[: len(query)] = query
-        everything = query.new_empty(world_size * block, query.shape[1])
+        gathered = query.new_empty(world_size * block, query.shape[1])
         collectives.all_gather(
-            list(everything.split(block)), padded, operation="queries of all ranks"
+            list(gathered.split(block)), padded, operation="queries of all ranks"
         )
-        return everything[:total]
+        return gathered[:total]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -96,36 +94,28 @@ class _VsAll(torch.autograd.Function):
         smoothing: float,
     ) -> Tensor:
         scores = scores.detach()
-        true = scores.new_zeros(len(scores)).index_put_(
-            (labels[0],), scores[labels], accumulate=True
-        )
-        each = 1.0 / counts
-        all_scores = scores.sum(1) if smoothing else None
+        none = scores.new_zeros(len(scores))
+        true = none.index_put((labels[0],), scores[labels], accumulate=True)
+        smoothed = [scores.sum(1)] if smoothing else []
         if name == "softmax":
-            top = _reduce(
-                scores.amax(1) if scores.shape[1] else scores.new_full((len(scores),), -torch.inf),
-                collectives.MAX,
-            )
+            share = 1.0 / counts
+            top = scores.amax(1) if scores.shape[1] else none.fill_(-torch.inf)
+            top = _reduce(top, collectives.MAX)
             scores.sub_(top.unsqueeze(1)).exp_()
-            sums = torch.stack(
-                [scores.sum(1), true] + ([all_scores] if all_scores is not None else [])
-            )
-            total, true, *rest = _reduce(sums)
-            loss = total.log() + top - (1 - smoothing) * true * each
+            total, true, *all_scores = _reduce(torch.stack([scores.sum(1), true, *smoothed]))
+            loss = total.log() + top - (1 - smoothing) * true * share
             scores.div_(total.unsqueeze(1))
-            if rest:
-                loss -= smoothing / num_entities * rest[0]
+            if smoothing:
+                loss -= smoothing / num_entities * all_scores[0]
                 scores.sub_(smoothing / num_entities)
-            scores.index_put_(labels, -(1 - smoothing) * each[labels[0]], accumulate=True)
+            scores.index_put_(labels, -(1 - smoothing) * share[labels[0]], accumulate=True)
         else:
-            sums = torch.stack(
-                [F.softplus(scores).sum(1), true] + ([all_scores] if all_scores is not None else [])
-            )
-            total, true, *rest = _reduce(sums)
+            softplus = F.softplus(scores).sum(1)
+            total, true, *all_scores = _reduce(torch.stack([softplus, true, *smoothed]))
             loss = total - (1 - smoothing) * true
             scores.sigmoid_()
-            if rest:
-                loss -= smoothing / 2 * rest[0]
+            if smoothing:
+                loss -= smoothing / 2 * all_scores[0]
                 scores.sub_(smoothing / 2)
             scores.index_put_(labels, scores.new_full((1,), smoothing - 1), accumulate=True)
             loss /= num_entities

@@ -1,6 +1,6 @@
-"""Starts one process a rank, on this machine, by torchrun, or on a Ray cluster.
+"""Starts the ranks of a job: on this machine, by torchrun, or on a Ray cluster.
 
-And ends all of them when one fails.
+When one rank fails, all of them end.
 """
 
 from typing import TYPE_CHECKING
@@ -11,13 +11,22 @@ from shardemb.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from shardemb.launch.config import LaunchConfig, run
     from shardemb.launch.local import run_local
-    from shardemb.launch.ray import run_on_ray
+    from shardemb.launch.ray import RayOptions, run_on_ray
     from shardemb.launch.torchrun import run_under_torchrun
 
-__all__ = ["LaunchConfig", "WorkerError", "run", "run_local", "run_on_ray", "run_under_torchrun"]
+__all__ = [
+    "LaunchConfig",
+    "RayOptions",
+    "WorkerError",
+    "run",
+    "run_local",
+    "run_on_ray",
+    "run_under_torchrun",
+]
 
 _MODULES = {
     "LaunchConfig": "config",
+    "RayOptions": "ray",
     "run": "config",
     "run_local": "local",
     "run_on_ray": "ray",

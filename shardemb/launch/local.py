@@ -26,15 +26,15 @@ def run_local(
         fn: a module-level function; it finds its rank with ``torch.distributed``.
         workers: number of ranks; with 1, ``fn`` runs in this process, without a group.
         args: picklable.
-        timeout_s: seconds after which a collective gives up on a rank that does not come.
+        timeout_s: seconds after which a collective stops waiting for a missing rank.
         backend: of the group: "gloo", or "nccl" for ranks with a GPU each.
 
     Returns:
         What rank 0 returned (picklable).
 
     Raises:
-        WorkerError: a rank raised, died or stopped: the one that did so first, not those that
-            missed it. With 1 worker its exception comes as it is.
+        WorkerError: the first rank that raised, died or stopped. With 1 worker its exception comes
+            as it is.
         ValueError: less than one worker.
     """
     if workers < 1:
@@ -45,17 +45,20 @@ def run_local(
     with tempfile.TemporaryDirectory(prefix="shardemb-") as folder:
         channels: list[Connection] = []
         ranks: list[Any] = []
+        # a file that only this user can read: a TCP store would listen on all interfaces
+        common = workers, f"{folder}/store", timeout_s, backend, fn, args
         try:
             for rank in range(workers):
-                here, there = context.Pipe(duplex=False)
-                # the store is a file of this user's: a TCP store would listen on all interfaces
-                call = (there, rank, workers, f"{folder}/store", timeout_s, backend, fn, args)
+                receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_rank_main, args=call, daemon=True, name=f"shardemb-rank-{rank}"
+                    target=_rank_main,
+                    args=(sender, rank, *common),
+                    daemon=True,
+                    name=f"shardemb-rank-{rank}",
                 )
                 process.start()
-                there.close()
-                channels.append(here)
+                sender.close()
+                channels.append(receiver)
                 ranks.append(process)
             with _forwarding_sigterm(ranks):
                 return _collect(channels, ranks)
@@ -68,10 +71,8 @@ def run_local(
 
 @contextmanager
 def _forwarding_sigterm(ranks: list[Any]) -> Iterator[None]:
-    """Let SIGTERM reach the ranks, which may save before they end."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python allows no other to take signals
+    """Send SIGTERM on to the ranks, which may save before they end."""
+    if threading.current_thread() is not threading.main_thread():  # Python's rule for signals
         yield
         return
 
@@ -121,10 +122,9 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     _end_with_parent()
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_WORLD_SIZE=str(workers)
-    )
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody outside of this machine has a part in it
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # other machines cannot connect
     try:
         import torch
         import torch.distributed as dist
@@ -133,23 +133,25 @@ def _rank_main(
 
         watchdog.set_timeout(timeout_s)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-        # the watch is first to give up, and says why
-        limit = timedelta(seconds=timeout_s + 10)
-        if backend == "nccl" and not torch.cuda.is_available():
-            raise InputError(
-                "got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's CUDA"
-                " build"
-            )
-        if backend == "nccl":  # which binds a rank to the current GPU
+        if backend == "nccl":
+            if not torch.cuda.is_available():
+                raise InputError(
+                    "got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's"
+                    " CUDA build"
+                )
             torch.cuda.set_device(rank % torch.cuda.device_count())
         dist.init_process_group(
-            backend, init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit
+            backend,
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=workers,
+            timeout=timedelta(seconds=timeout_s + 10),  # after the watchdog, which names the rank
         )
         result = watchdog.attend(fn, *args)
         dist.destroy_process_group()
         channel.send((True, result if rank == 0 else None))
     except KeyboardInterrupt:
-        pass  # the parent has it too, and ends the job
+        pass  # the parent gets it too, and ends the job
     except BaseException as error:
         if "watchdog" in locals():
             watchdog.report(error)
@@ -157,7 +159,7 @@ def _rank_main(
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is gone, however that happened."""
+    """End this process when its parent ends, for whatever reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

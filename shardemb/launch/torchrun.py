@@ -14,16 +14,16 @@ _log = logs.logger(__name__)
 def run_under_torchrun(
     fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo"
 ) -> Any:
-    """Run ``fn(*args)`` on this rank of those that torchrun has started: all of them call this.
+    """Run ``fn(*args)`` on this rank; every rank that torchrun has started calls this.
 
     Args:
         fn: finds its rank with ``torch.distributed``.
         args: of the function.
-        timeout_s: seconds after which a collective gives up on a rank that does not come.
-        backend: of the group.
+        timeout_s: seconds after which a collective stops waiting for a missing rank.
+        backend: of the group, "gloo" or "nccl".
 
     Returns:
-        What ``fn`` returned here.
+        What ``fn`` returned on this rank.
 
     Raises:
         ValueError: torchrun has not started this process; or the function's own exception.
@@ -44,10 +44,9 @@ def run_under_torchrun(
     limit = timedelta(seconds=timeout_s + 10)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     # torchrun's store keeps the addresses of an attempt that failed
-    attempt = dist.PrefixStore(
-        f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store
-    )
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
+    prefix = f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    store = dist.PrefixStore(prefix, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     if rank == 0 and (restarts := int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
         _log.info("restart %d by torchrun, with %d ranks", restarts, world_size)
     try:

@@ -21,16 +21,9 @@ __all__ = [
     "plan",
 ]
 
-_MODULES = {
-    "Estimate": "cost_model",
-    "Job": "cost_model",
-    "Machine": "cost_model",
-    "estimate": "cost_model",
-    "fewest_workers": "cost_model",
-    "Plan": "report",
-    "plan": "report",
-    "machine_of": "report",
-    "calibrate": "calibrate",
-}
+_COST_MODEL = ("Estimate", "Job", "Machine", "estimate", "fewest_workers")
+_MODULES = dict.fromkeys(_COST_MODEL, "cost_model")
+_MODULES |= dict.fromkeys(("Plan", "plan", "machine_of"), "report")
+_MODULES["calibrate"] = "calibrate"
 
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,8 +1,8 @@
 """Measures the rates of this machine that :mod:`shardemb.planning.cost_model` plans with.
 
-Matrix products, rows at random places, and messages between two ranks are measured alone; what a
-step costs besides is the real training loop's time on shapes of which each shows one part: next to
-no work, many ids, wide queries, many scores.
+Matrix products, rows at random places, and messages between two ranks are measured alone. The other
+costs of a step come from training steps of shapes in which one cost prevails: next to no work, many
+ids, wide queries, many scores.
 """
 
 import os
@@ -22,10 +22,11 @@ from shardemb import kernels
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
 from shardemb.kge.data.triples import Triples
+from shardemb.kge.job import train
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.trainer import LOG_STEPS, TrainingConfig, train
+from shardemb.kge.trainer import LOG_STEPS, TrainingConfig
 from shardemb.launch.local import run_local
 from shardemb.planning.cost_model import Job, Machine, estimate
 from shardemb.utils import memory, run_metrics
@@ -85,21 +86,15 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
     effort, gpu = effort or Effort(), device == "cuda"
     ranks = torch.cuda.device_count() if gpu else max(1, cores // threads)
     alone = _alone(device, threads, effort)
-    several = ranks > 1
-    pair = (
-        run_local(_pair, 2, device, threads, effort, backend="nccl" if gpu else "gloo")
-        if several
-        else {}
-    )
+    several, pair = ranks > 1, {}
+    if several:
+        backend = "nccl" if gpu else "gloo"
+        pair = run_local(_pair, 2, device, threads, effort, backend=backend)
+    processor = torch.cuda.get_device_name() if gpu else memory.cpu_name()
+    host, today = platform.node() or "this machine", date.today().isoformat()
     machine = Machine(
-        name=(
-            f"{torch.cuda.get_device_name() if gpu else memory.cpu_name()}, {threads} thread(s) a"
-            " rank"
-        ),
-        source=(
-            f"measured on {platform.node() or 'this machine'}, {date.today().isoformat()}, torch"
-            f" {torch.__version__}"
-        ),
+        name=f"{processor}, {threads} thread(s) a rank",
+        source=f"measured on {host}, {today}, torch {torch.__version__}",
         memory_bytes=torch.cuda.mem_get_info()[1] if gpu else memory.total_bytes(),
         ranks_per_host=ranks,
         cores=ranks,
@@ -117,9 +112,8 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         network_bandwidth=0.0,
         process_bytes=alone["process_bytes"],
     )
-    for name, shape in [
-        *_SHAPES.items()
-    ] * 5:  # each shape shows a little of the others too: Gauss and Seidel's iteration
+    # every shape has a little of the other costs too: Gauss and Seidel's iteration
+    for name, shape in [*_SHAPES.items()] * 5:
         job = _job(shape, 1, effort)
         queries = job.sides * job.rank_triples
         units = {
@@ -131,9 +125,8 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         left = alone[name] - (estimate(job, without).step_seconds or 0.0)
         machine = replace(machine, **{name: max(0.0, left) / units.get(name, 1)})
     if several:
-        left = pair["step"] - (
-            estimate(_job(_SHAPES["overhead_seconds"], 2, effort), machine).step_seconds or 0.0
-        )
+        job = _job(_SHAPES["overhead_seconds"], 2, effort)
+        left = pair["step"] - (estimate(job, machine).step_seconds or 0.0)
         machine = replace(machine, exchange_overhead_seconds=max(0.0, left))
     return machine
 
@@ -154,13 +147,12 @@ def _job(shape: tuple[int, int, int], workers: int, effort: Effort) -> Job:
 
 def _alone(device: str, threads: int, effort: Effort) -> dict[str, Any]:
     with _threads(threads):
-        found: dict[str, Any] = {}
+        measured: dict[str, Any] = {}
         for name, shape in _SHAPES.items():
-            found[name] = _step(shape, device, effort)
-            found.setdefault(
-                "process_bytes", _process_bytes(device)
-            )  # after the first, which has next to no rows
-        return found | {"matmul": _matmul(device, effort), "rows": _rows(device, effort)}
+            measured[name] = _step(shape, device, effort)
+            # after the first, which has next to no rows
+            measured.setdefault("process_bytes", _process_bytes(device))
+        return measured | {"matmul": _matmul(device, effort), "rows": _rows(device, effort)}
 
 
 def _process_bytes(device: str) -> int:
@@ -219,11 +211,9 @@ def _matmul(device: str, effort: Effort) -> float:
     scores = queries @ candidates.mT
 
     def products() -> None:
-        (
-            torch.matmul(queries, candidates.mT),
-            torch.matmul(scores, candidates),
-            torch.matmul(scores.mT, queries),
-        )
+        torch.matmul(queries, candidates.mT)
+        torch.matmul(scores, candidates)
+        torch.matmul(scores.mT, queries)
 
     return 3 * 2 * 2 * 1024 * 512 * 128 / _median(products, device, effort.repeat)
 
@@ -241,25 +231,20 @@ def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
     dim, triples, negatives = shape
     workers = collectives.rank_and_size()[1]
     steps = LOG_STEPS * (effort.windows * (10 if shape == _SHAPES["overhead_seconds"] else 1) + 1)
-    generator = torch.Generator().manual_seed(0)
-    kinds = [(effort.entities, "e"), (_RELATIONS, "r"), (effort.entities, "e")]
-    columns = [
-        torch.randint(size, (triples * workers * steps,), generator=generator) for size, _ in kinds
-    ]
-    entities, relations = (
-        Vocabulary([f"{letter}{number}" for number in range(size)]) for size, letter in kinds[:2]
-    )
+    generator, batch_size = torch.Generator().manual_seed(0), triples * workers
+    sizes = effort.entities, _RELATIONS, effort.entities
+    columns = [torch.randint(n, (batch_size * steps,), generator=generator) for n in sizes]
+    entities, relations = (Vocabulary(map(str, range(size))) for size in sizes[:2])
     none = torch.empty(0, 3, dtype=torch.int32)
-    data = Triples(
-        "calibration", torch.stack(columns, dim=1).int(), none, none, entities, relations
-    )
+    train_triples = torch.stack(columns, dim=1).int()
+    data = Triples("calibration", train_triples, none, none, entities, relations)
     seconds: list[float] = []
     with run_metrics.listening(lambda kind, step, figures: seconds.append(figures["step_seconds"])):
         train(
             data,
             ModelConfig(dim=dim, reciprocal=False, n3=0.0),
             sampling=SamplingConfig(
-                batch_size=triples * workers, chunk_size=triples, num_negatives=negatives
+                batch_size=batch_size, chunk_size=triples, num_negatives=negatives
             ),
             optimizer=OptimizerConfig(schedule="constant"),
             training=TrainingConfig(epochs=1, validate_every=0, device=device),

@@ -1,11 +1,9 @@
-"""What a training job takes, before it is started.
+"""Memory, exchange and time of a training job's ranks, and the fewest ranks that hold it.
 
-Memory, exchange and time of a rank, and the fewest ranks that hold it.
-
-Memory and exchange are counted: what the rooms below allocate and send, with the expected number of
-distinct rows of a batch under Zipf's law. Time is a roofline (Williams et al. 2009) without
+Memory and exchange are counted: what tables and trainer allocate and send, with the expected number
+of distinct rows of a batch under Zipf's law. Time is a roofline (Williams et al. 2009) without
 overlap: each part of a step is its work over a rate of a :class:`Machine`, which
-:mod:`shardemb.planning.calibrate` measures, or which a data sheet gives.
+:mod:`shardemb.planning.calibrate` measures, or a data sheet gives.
 """
 
 import dataclasses
@@ -35,7 +33,7 @@ _QUERY_PASSES, _SCORE_PASSES, _ROW_PASSES = 40, 16, 6
 _QUERY_TENSORS, _SCORE_TENSORS, _ROW_TENSORS = 12, 4, 4
 #: collectives of a step: counts, rows, gradients, and what the coordinator reduces
 COLLECTIVES = 4
-#: of a rank's memory that may be full
+#: share of a rank's memory that may be used
 FULL = 0.9
 MOST_WORKERS = 1 << 16
 _GIB = 1 << 30
@@ -84,65 +82,46 @@ class Machine:
     process_bytes: int
 
     def __post_init__(self) -> None:
+        where = f"machine {self.name!r}"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and not (
-                isinstance(value, int | float) and 0 <= value < math.inf
-            ):
+            valid = isinstance(value, int | float) and 0 <= value < math.inf
+            if field.type in (int, float) and not valid:
                 raise InputError(
-                    f"machine {self.name!r}: {field.name}: got {value!r}, expected a finite number,"
-                    " at least 0"
+                    f"{where}: {field.name}: got {value!r}, expected a finite number, at least 0"
                 )
-        where = f"machine {self.name!r}"
-        at_least(
-            where,
-            self,
-            memory_bytes=1,
-            ranks_per_host=1,
-            cores=1,
-            matmul_flops=1,
-            row_bandwidth=1,
-            contention=1,
-        )
+        at_least(where, self, memory_bytes=1, ranks_per_host=1, cores=1)
+        at_least(where, self, matmul_flops=1, row_bandwidth=1, contention=1)
 
     @property
     def between_hosts(self) -> float:
-        """Bytes a second that a rank sends to other hosts, as far as is known."""
+        """Bytes a second that a rank sends to other hosts; if unknown, those within a host."""
         return self.network_bandwidth or self.exchange_bandwidth
 
     @classmethod
     def load(cls, path: Path) -> "Machine":
-        """Read what ``shardemb bench calibrate`` has written.
-
-        ValueError for anything else, OSError for no file.
-        """
+        """Read what ``shardemb bench calibrate`` writes; ValueError for other content."""
         text = read_text(path)
         try:
             values: dict[str, Any] = json.loads(text)["machine"]
             return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
-            why = (
-                f"got no figures of a machine ({error}), expected what shardemb bench calibrate"
-                " writes"
-            )
-            raise InputError(f"{path}: {why}: run it again") from error
+            raise InputError(
+                f"{path}: got no figures of a machine ({error}), expected what shardemb bench"
+                " calibrate writes: run it again"
+            ) from error
 
     def save(self, path: Path, **more: Any) -> None:
         """Write the figures, and more about them, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            partial.write_text(
-                json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1) + "\n",
-                encoding="utf-8",
-            )
+            text = json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1)
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 50e9) -> Machine:
-    """Return a GPU of NVIDIA's Hopper data sheets.
-
-    At a part of what they promise that well-made kernels reach.
-    """
-    reached = 0.6
+    """Return a GPU of NVIDIA's Hopper data sheets."""
+    reached = 0.6  # of the data sheet's rates, by well-made kernels
     return Machine(
         name=name,
         source=(
@@ -210,27 +189,11 @@ class Job:
 
     def __post_init__(self) -> None:
         one_of("plan", self, {"optimizer": sorted(OPTIMIZERS)})
-        at_least(
-            "plan",
-            self,
-            entities=1,
-            relations=1,
-            triples=0,
-            dim=1,
-            workers=1,
-            batch_size=1,
-            chunk_size=1,
-            keep=1,
-        )
+        at_least("plan", self, entities=1, relations=1, triples=0, dim=1, workers=1)
+        at_least("plan", self, batch_size=1, chunk_size=1, keep=1)
         at_least("plan", self, negatives=0 if self.in_batch else 1)
-        within(
-            "plan",
-            self,
-            zipf=(0, 4),
-            workers=(1, MOST_WORKERS),
-            sides=(1, 2),
-            entities=(1, 1 << 40),
-        )
+        within("plan", self, zipf=(0, 4), workers=(1, MOST_WORKERS))
+        within("plan", self, sides=(1, 2), entities=(1, 1 << 40))
 
     @property
     def chunks(self) -> int:
@@ -256,7 +219,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What :func:`estimate` has found, of the rank that has most."""
+    """The result of :func:`estimate`, for the rank that has most."""
 
     job: Job
     machine: Machine | None
@@ -284,8 +247,8 @@ class Estimate:
         return sum(self.memory.values())
 
     @property
-    def room_bytes(self) -> int | None:
-        """Of a rank's memory that may be full; ranks beyond those of a host are on other hosts."""
+    def usable_bytes(self) -> int | None:
+        """Bytes of memory that a rank may use; ranks beyond those of a host are on other hosts."""
         if self.machine is None:
             return None
         sharing = 1 if self.machine.gpu else min(self.job.workers, self.machine.ranks_per_host)
@@ -294,7 +257,7 @@ class Estimate:
     @property
     def fits(self) -> bool | None:
         """Whether the memory is enough; None without a machine."""
-        return None if self.room_bytes is None else self.memory_bytes <= self.room_bytes
+        return None if self.usable_bytes is None else self.memory_bytes <= self.usable_bytes
 
     @property
     def step_seconds(self) -> float | None:
@@ -308,11 +271,10 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it, as JSON holds it."""
-        told = {
-            name: getattr(self, name)
-            for name in ("fits", "memory_bytes", "step_seconds", "triples_per_second")
-        }
-        return {**dataclasses.asdict(self), **told, "exchange_bytes": sum(self.exchange.values())}
+        names = ("fits", "memory_bytes", "step_seconds", "triples_per_second")
+        derived = {name: getattr(self, name) for name in names}
+        exchange = sum(self.exchange.values())
+        return {**dataclasses.asdict(self), **derived, "exchange_bytes": exchange}
 
 
 def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: float) -> float:
@@ -337,9 +299,8 @@ def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: 
     shares = middle**-exponent
     shares /= (shares * width).sum()
     sure = 1 - 2.0**-53  # a single row is drawn for sure, whose logarithm would be infinite
-    missed = zipf_draws * np.log1p(-np.minimum(shares, sure)) + uniform_draws * math.log1p(
-        -min(1 / rows, sure)
-    )
+    missed = zipf_draws * np.log1p(-np.minimum(shares, sure))
+    missed += uniform_draws * math.log1p(-min(1 / rows, sure))
     return float((width * -np.expm1(missed)).sum())
 
 
@@ -353,40 +314,35 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
     rank = RowPlan("entity", job.entities, job.dim, job.workers)
     width, state = 4 * job.dim, job.state_bytes
     zipf, uniform = job.draws
-    queries, negatives = (
-        job.sides * job.rank_triples,
-        job.negatives + job.in_batch * min(job.chunk_size, job.rank_triples),
-    )
+    queries = job.sides * job.rank_triples
+    negatives = job.negatives + job.in_batch * min(job.chunk_size, job.rank_triples)
     distinct = distinct_rows(job.entities, zipf, uniform, job.zipf)
     touched = distinct_rows(job.entities, zipf * job.workers, uniform * job.workers, job.zipf)
     several = job.workers > 1
     saved = rank.local_bytes(4, state)
+    tensors = 4 * queries * (_QUERY_TENSORS * job.dim + _SCORE_TENSORS * negatives)
+    tensors += width * _ROW_TENSORS * (zipf + uniform + several * round(distinct))
     memory = {
         "rows": rank.num_local * width,
         "optimizer state": rank.num_local * state,
-        "relations": (
-            job.relations * (width * (5 if several else 2) + state)
-        ),  # with gradients, and what is reduced
-        "a step's tensors": (
-            4 * queries * (_QUERY_TENSORS * job.dim + _SCORE_TENSORS * negatives)
-            + width * _ROW_TENSORS * (zipf + uniform + several * round(distinct))
-        ),
+        # with gradients, and what is reduced
+        "relations": job.relations * (width * (5 if several else 2) + state),
+        "a step's tensors": tensors,
         "process": 0 if machine is None else machine.process_bytes,
     }
     gpu, copy = machine is not None and machine.gpu, saved if job.background_saves else 0
     if not gpu:
         memory["copy for a checkpoint"] = copy
     sent = distinct * (job.workers - 1) / job.workers if several else 0.0
+    ring = 2 * (job.workers - 1) / job.workers * 4 * job.relations * job.dim
     exchange = {
         "ids": round(message_bytes(job.workers, distinct)) if several else 0,
         "rows": round(sent * width),
         "gradients": round(sent * width),
-        "relation gradients": round(
-            2 * (job.workers - 1) / job.workers * 4 * job.relations * job.dim
-        ),  # a ring's
+        "relation gradients": round(ring),
     }
     whole = (job.entities + job.relations) * (width + state)
-    found = Estimate(
+    result = Estimate(
         job=job,
         machine=machine,
         memory=memory,
@@ -400,37 +356,35 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
         seconds=None,
     )
     if machine is None or (several and not machine.exchange_bandwidth):
-        return found
-    return dataclasses.replace(found, seconds=_seconds(found, machine, queries, negatives, state))
+        return result
+    seconds = _seconds(result, machine, queries, negatives, state)
+    return dataclasses.replace(result, seconds=seconds)
 
 
 def _seconds(
-    found: Estimate, machine: Machine, queries: int, negatives: int, state: int
+    result: Estimate, machine: Machine, queries: int, negatives: int, state: int
 ) -> dict[str, float]:
     """Return a step's time, by part."""
-    job, width = found.job, 4 * found.job.dim
+    job, width = result.job, 4 * result.job.dim
     ranks = min(job.workers, machine.ranks_per_host)
     turns = max(1.0, ranks / machine.cores)
-    moved = _ROW_PASSES * width * found.ids + 2 * (found.touched / job.workers) * (width + state)
+    moved = _ROW_PASSES * width * result.ids + 2 * (result.touched / job.workers) * (width + state)
     moved += _ROW_PASSES * job.relations * (width + state)  # a dense gradient
     work = {
         "overhead": machine.overhead_seconds,
-        "ids": machine.id_seconds * found.ids,
-        "matrix products": (
-            6 * queries * negatives * job.dim / machine.matmul_flops
-        ),  # forward, and for both factors
+        "ids": machine.id_seconds * result.ids,
+        # forward, and the gradients of both factors
+        "matrix products": 6 * queries * negatives * job.dim / machine.matmul_flops,
         "queries": machine.query_seconds * queries * job.dim,
         "scores": machine.score_seconds * queries * negatives,
         "rows": moved / machine.row_bandwidth,
     }
-    parts = {
-        name: turns * (machine.contention if ranks > 1 else 1.0) * value
-        for name, value in work.items()
-    }
+    factor = turns * (machine.contention if ranks > 1 else 1.0)
+    parts = {name: factor * value for name, value in work.items()}
     if job.workers > 1:
         near, far = machine.exchange_bandwidth, machine.between_hosts
-        inside, ring = (ranks - 1) / (job.workers - 1), found.exchange["relation gradients"]
-        seconds = (sum(found.exchange.values()) - ring) * (inside / near + (1 - inside) / far)
+        inside, ring = (ranks - 1) / (job.workers - 1), result.exchange["relation gradients"]
+        seconds = (sum(result.exchange.values()) - ring) * (inside / near + (1 - inside) / far)
         seconds += ring / (near if inside == 1 else min(near, far))  # as fast as its slowest link
         parts |= {
             "exchange overhead": turns * machine.exchange_overhead_seconds,
@@ -457,8 +411,8 @@ def fewest_workers(
 
     def fits(workers: int) -> bool:
         batch = chunks * workers * job.chunk_size if batch_grows else job.batch_size
-        each = dataclasses.replace(job, workers=workers, batch_size=batch)
-        return bool(estimate(each, machine).fits)
+        resized = dataclasses.replace(job, workers=workers, batch_size=batch)
+        return bool(estimate(resized, machine).fits)
 
     high = 1
     while not fits(high):
@@ -472,48 +426,39 @@ def fewest_workers(
     return high
 
 
-def assumptions(found: Estimate, told: Mapping[str, str]) -> list[str]:
-    """Return what an estimate takes for granted.
-
-    Args:
-        found: the estimate.
-        told: settings that nobody has given, and the values taken.
-    """
-    job, machine = found.job, found.machine
-    lines = [f"{name}: {value}" for name, value in told.items()]
+def assumptions(result: Estimate, notes: Mapping[str, str]) -> list[str]:
+    """Return what an estimate takes for granted, after ``notes`` on settings and their values."""
+    job, machine = result.job, result.machine
+    lines = [f"{name}: {value}" for name, value in notes.items()]
     lines += [
-        (
-            f"entities are heads or tails by Zipf's law with exponent {job.zipf:g}; negatives are"
-            " uniform"
-        ),
-        (
-            "rows, gradients and scores in float32; ids of a batch travel once; popular rows spread"
-            " over all ranks"
-        ),
+        f"entities are heads or tails by Zipf's law with exponent {job.zipf:g}; negatives are"
+        " uniform",
+        "rows, gradients and scores in float32; ids of a batch travel once; popular rows spread"
+        " over all ranks",
         "of the dataset nothing: triples and labels are mapped from the disk",
     ]
-    if -(-job.batch_size // job.chunk_size) < job.workers:
+    chunks = -(-job.batch_size // job.chunk_size)
+    if chunks < job.workers:
         lines.append(
-            f"a step has {-(-job.batch_size // job.chunk_size)} chunk(s) of {job.chunk_size}"
-            f" triples, so that some of {job.workers} ranks have none: raise the batch size to"
+            f"a step has {chunks} chunk(s) of {job.chunk_size} triples, so that some of"
+            f" {job.workers} ranks have none: raise the batch size to"
             f" {job.workers * job.chunk_size}"
         )
-    if machine is not None:
-        lines += [
-            f"{machine.name}: {machine.source}",
-            f"{machine.ranks_per_host} ranks a host, {FULL:.0%} of the memory in use",
-            (
-                "time: no overlap; latency grows with the logarithm of the number of ranks, which"
-                " is the least that it can do"
-            ),
-        ]
-        if found.host_bytes:
-            lines.append("the host's memory is not checked: copies for checkpoints must fit there")
-        if job.workers > machine.ranks_per_host and not machine.network_bandwidth:
-            lines.append(
-                "between hosts, exchange as fast as within one: nothing was measured there; give"
-                " --network"
-            )
-        if job.workers > machine.cores and machine.cores < machine.ranks_per_host:
-            lines.append(f"{machine.cores} ranks of a host compute at once, others take turns")
+    if machine is None:
+        return lines
+    lines += [
+        f"{machine.name}: {machine.source}",
+        f"{machine.ranks_per_host} ranks a host, {FULL:.0%} of the memory in use",
+        "time: no overlap; latency grows with the logarithm of the number of ranks, which is the"
+        " least that it can do",
+    ]
+    if result.host_bytes:
+        lines.append("the host's memory is not checked: copies for checkpoints must fit there")
+    if job.workers > machine.ranks_per_host and not machine.network_bandwidth:
+        lines.append(
+            "between hosts, exchange as fast as within one: nothing was measured there; give"
+            " --network"
+        )
+    if job.workers > machine.cores and machine.cores < machine.ranks_per_host:
+        lines.append(f"{machine.cores} ranks of a host compute at once, others take turns")
     return lines

@@ -109,8 +109,8 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
         [{"params": [entity], "lr": 1.0}, {"params": [relation], "lr": 0.5}]
     )
 
-    def query(head: bool, known: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-        r = relation[kind + RELATIONS * (head and config.reciprocal)]
+    def query(head: bool, known: Tensor, relation_id: int) -> tuple[Tensor, Tensor]:
+        r = relation[relation_id + RELATIONS * (head and config.reciprocal)]
         r = r if scorer.relation_normalizer is None else scorer.relation_normalizer(r[None])[0]
         by_head = head and not config.reciprocal
         return r, scorer.head_query(known, r) if by_head else scorer.tail_query(known, r)
@@ -125,18 +125,18 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
         losses, penalties = [], []
         if sampler.config.scheme == "negatives":
             for batch in sampler.batches(0, number):
-                hits = set(batch.hits.tolist())
+                masked = set(batch.masked.tolist())
                 for place in range(len(batch.replaced_heads) * batch.heads.numel()):
-                    way, at = divmod(place, batch.heads.numel())
+                    corruption, at = divmod(place, batch.heads.numel())
                     c, width = at // batch.heads.shape[1], batch.candidates.shape[2]
-                    replaced = batch.replaced_heads[way]
+                    replaced = batch.replaced_heads[corruption]
                     head = replaced if isinstance(replaced, bool) else bool(replaced.flatten()[at])
                     h, t = entity[batch.heads.flatten()[at]], entity[batch.tails.flatten()[at]]
                     r, q = query(head, t if head else h, int(batch.relations.flatten()[at]))
                     others = [
                         e
-                        for n, e in enumerate(batch.candidates[way, c].tolist())
-                        if place * width + n not in hits
+                        for n, e in enumerate(batch.candidates[corruption, c].tolist())
+                        if place * width + n not in masked
                     ]
                     scores = torch.stack([scorer.score(q, entity[e]) for e in others])
                     weight = 1 if batch.weights is None else batch.weights.flatten()[at]

@@ -12,8 +12,8 @@ from multirank import without_c_loops
 from torch.nn import functional as F
 
 from shardemb.kge import KnowledgeGraphModel, ModelConfig, ranking
+from shardemb.kge.known_answers import SIDES, KnownAnswers
 from shardemb.kge.ranking import Comparison, with_all, with_drawn
-from shardemb.kge.sampling import SIDES, Known
 from shardemb.kge.scorers import SCORERS
 
 TRIPLES = torch.stack(
@@ -50,7 +50,7 @@ def _compare(
     model = _model(scorer, rounded=scorer not in INEXACT, reciprocal=reciprocal)
     if scorer == "distmult":
         model.entity.normalizer = F.hardtanh
-    known = Known([TRIPLES], 3, only=ASKED) if filtered else None
+    known = KnownAnswers([TRIPLES], 3, only=ASKED) if filtered else None
     before = ranking._TILE, ranking._BATCH, ranking._GROUP, ranking._PAIRS
     if tile:  # several tiles, batches and groups
         ranking._TILE, ranking._BATCH, ranking._GROUP, ranking._PAIRS = tile, 16, 32, 30
@@ -158,7 +158,7 @@ def test_equal_rows_tie_wherever_they_are(
 def _drawn(rank: int, world_size: int, filtered: bool, size: int, seed: int = 3) -> tuple:
     before, ranking._DRAWN = ranking._DRAWN, size
     model = _model("complex")
-    known = Known([TRIPLES], 3, only=ASKED) if filtered else None
+    known = KnownAnswers([TRIPLES], 3, only=ASKED) if filtered else None
     try:
         found = [with_drawn(model, side, ASKED, known, 20, seed) for side in SIDES]
     finally:
@@ -240,7 +240,7 @@ def _peaks(rank: int, world_size: int) -> list[int]:
     hub = torch.stack(
         [torch.full((100_000,), 5), torch.full((100_000,), 2), torch.arange(100_000) * 2], dim=1
     )
-    known, peaks = Known([triples, hub], 3, only=triples), []
+    known, peaks = KnownAnswers([triples, hub], 3, only=triples), []
     ranking._DRAWN, ranking._PAIRS = 1 << 18, 1 << 15
     for run in (
         lambda n: with_all(model, "tail", triples[:n], known),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from shardemb.kge import sampling
-from shardemb.kge.sampling import Batch, Known, Sampler, SamplingConfig, subsampling_weights
+from shardemb.kge.known_answers import KnownAnswers, subsampling_weights
+from shardemb.kge.sampling import Batch, Sampler, SamplingConfig
 
 ENTITIES, RELATIONS = 23, 3
 TRIPLES = torch.stack(
@@ -32,13 +33,13 @@ def chunks(batches: list[Batch]) -> list[tuple]:
     """What each chunk holds: triples, weights, candidates and what does not count of them."""
     found = []
     for batch in batches:
-        ways, size, width = (
+        corruptions, size, width = (
             len(batch.replaced_heads),
             batch.heads.shape[1],
             batch.candidates.shape[2],
         )
-        hits = torch.zeros(ways, *batch.heads.shape, width, dtype=torch.bool)
-        hits.view(-1)[batch.hits] = True
+        masked = torch.zeros(corruptions, *batch.heads.shape, width, dtype=torch.bool)
+        masked.view(-1)[batch.masked] = True
         for c in range(len(batch.heads)):
             triples = torch.stack(
                 [batch.heads[c], batch.relations[c], batch.tails[c]], dim=1
@@ -49,7 +50,7 @@ def chunks(batches: list[Batch]) -> list[tuple]:
             ]
             weights = None if batch.weights is None else batch.weights[c].tolist()
             found.append(
-                (triples, weights, heads, batch.candidates[:, c].tolist(), hits[:, c].tolist())
+                (triples, weights, heads, batch.candidates[:, c].tolist(), masked[:, c].tolist())
             )
     return sorted(found, key=repr)
 
@@ -89,10 +90,12 @@ def test_what_does_not_count_is_what_is_true(options: dict) -> None:
     sampler, known = make(**options), {tuple(triple) for triple in TRIPLES.tolist()}
     some = 0
     for step in range(sampler.num_steps):
-        for triples, _, heads, candidates, hits in chunks(sampler.batches(0, step)):
-            for way, replaced in enumerate(heads):
-                for (h, r, t), head, found in zip(triples, replaced, hits[way], strict=True):
-                    wrong = [(e, r, t) if head else (h, r, e) for e in candidates[way]]
+        for triples, _, heads, candidates, masked in chunks(sampler.batches(0, step)):
+            for corruption, replaced in enumerate(heads):
+                for (h, r, t), head, found in zip(
+                    triples, replaced, masked[corruption], strict=True
+                ):
+                    wrong = [(e, r, t) if head else (h, r, e) for e in candidates[corruption]]
                     expected = [
                         x == (h, r, t) or (sampler.config.filtered and x in known) for x in wrong
                     ]
@@ -102,7 +105,7 @@ def test_what_does_not_count_is_what_is_true(options: dict) -> None:
                     answers = [
                         h if head else t for (h, _, t), head in zip(triples, replaced, strict=True)
                     ]
-                    assert candidates[way][-len(answers) :] == answers
+                    assert candidates[corruption][-len(answers) :] == answers
     assert some
 
 
@@ -150,41 +153,6 @@ def test_ranks_read_parts_of_the_triples(monkeypatch: pytest.MonkeyPatch) -> Non
         assert set(range(50)) - read[0]  # in random order
 
 
-def test_shares_of_ranks_make_batches_together() -> None:
-    config = SamplingConfig(batch_size=64, chunk_size=16, num_negatives=3)
-    shares = [TRIPLES[rank::2][:78] for rank in range(2)]
-    samplers = [
-        Sampler(share, ENTITIES, RELATIONS, config, 0, rank, 2, shared=157)
-        for rank, share in enumerate(shares)
-    ]
-    assert [sampler.num_steps for sampler in samplers] == [3, 3]
-    for epoch in range(2):
-        seen = [[], []]
-        for step, sizes in enumerate(([32, 32], [32, 32], [16, 13])):
-            batches = [sampler.batches(epoch, step) for sampler in samplers]
-            assert [sum(batch.heads.numel() for batch in mine) for mine in batches] == sizes
-            for rank, mine in enumerate(batches):
-                for batch in mine:
-                    columns = torch.stack([batch.heads, batch.relations, batch.tails], dim=-1)
-                    seen[rank] += [tuple(triple) for triple in columns.reshape(-1, 3).tolist()]
-        for rank, share in enumerate(shares):
-            known = Counter(tuple(triple) for triple in share.tolist())
-            assert not Counter(seen[rank]) - Counter(
-                {triple: 2 * count for triple, count in known.items()}
-            )
-            assert len(set(seen[rank])) > 0.8 * len(known)
-    for options in (
-        {"filtered": True},
-        {"scheme": "1vsall"},
-        {"negatives": "degree"},
-        {"corrupt": "bernoulli"},
-    ):
-        with pytest.raises(
-            ValueError, match="needs all training triples, but each rank has a share of them alone"
-        ):
-            Sampler(TRIPLES, ENTITIES, RELATIONS, SamplingConfig(**options), 0, shared=157)  # type: ignore[arg-type]
-
-
 def test_negatives_by_degree() -> None:
     config = SamplingConfig(
         batch_size=157, chunk_size=1, num_negatives=200, negatives="degree", degree_power=0.5
@@ -219,7 +187,7 @@ def test_subsampling_weights() -> None:
     expected = torch.tensor(
         [(tails[h, r] + heads[r, t] + 4) ** -0.5 for h, r, t in TRIPLES.tolist()]
     )
-    found = subsampling_weights(TRIPLES, Known([TRIPLES], RELATIONS))
+    found = subsampling_weights(TRIPLES, KnownAnswers([TRIPLES], RELATIONS))
     torch.testing.assert_close(found, expected / expected.mean())
     batch = make(subsampling=True).batches(0, 0)[0]
     place = make().places(0, 0, 0)[0]
@@ -254,7 +222,7 @@ def test_queries_against_all_entities(scheme: str) -> None:
 @pytest.mark.parametrize("only", [None, TRIPLES[:20]])
 def test_known_answers(only: torch.Tensor | None) -> None:
     known, triples = (
-        Known([TRIPLES[:90], TRIPLES[90:]], RELATIONS, only),
+        KnownAnswers([TRIPLES[:90], TRIPLES[90:]], RELATIONS, only),
         set(map(tuple, TRIPLES.tolist())),
     )
     asked = TRIPLES[:20]

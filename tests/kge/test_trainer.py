@@ -314,6 +314,7 @@ def test_bfloat16_trains(run_ranks) -> None:
 
 def test_tensorboard_has_the_figures(run_ranks, tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
 
     run_ranks(_options, 1, tmp_path, {})
     found = set()
@@ -321,7 +322,12 @@ def test_tensorboard_has_the_figures(run_ranks, tmp_path: Path) -> None:
         data, at = path.read_bytes(), 0
         while at < len(data):  # TFRecord: length, its crc, the record, its crc
             (size,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + size])
+            record = data[at + 12 : at + 12 + size]
+            checks = struct.unpack_from("<I", data, at + 8) + struct.unpack_from(
+                "<I", data, at + 12 + size
+            )
+            assert checks == (masked_crc32c(data[at : at + 8]), masked_crc32c(record))
+            event = Event.FromString(record)
             found |= {(value.tag, event.step, value.simple_value) for value in event.summary.value}
             at += size + 16
     for record in read_metrics(tmp_path / "metrics.jsonl"):

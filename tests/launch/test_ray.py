@@ -4,7 +4,6 @@ Real clusters on this machine, workers that are killed or stopped, nodes that go
 """
 
 import atexit
-import json
 import os
 import shutil
 import signal
@@ -12,24 +11,22 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 from ring_graph import SAMPLING, graph
 
-from shardemb.comm import collectives
 from shardemb.exceptions import WorkerError
 from shardemb.kge import ModelConfig, TrainingConfig, train
 from shardemb.launch import ray as ray_launcher
 from shardemb.launch.config import LaunchConfig, run
 from shardemb.launch.local import run_local
-from shardemb.launch.ray import run_on_ray
+from shardemb.launch.ray import RayOptions, run_on_ray
 from shardemb.utils import run_metrics
 
 pytestmark = pytest.mark.ray
@@ -38,11 +35,13 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One Ray of this module's own."""
-    with ray_launcher.connected("local", cpus=4) as found:
-        yield found
+    with ray_launcher.connected("local", cpus=4) as module:
+        yield module
 
 
 EPOCHS = 6
+#: the Ray that this process is connected to
+HERE = RayOptions(address=None)
 
 
 @cache
@@ -94,7 +93,7 @@ def test_the_same_job_on_ray_and_on_local_ranks(
     ray: Any, whole: tuple[Path, dict], tmp_path: Path
 ) -> None:
     """Its figures reach Ray Train and Prometheus too."""
-    got = run_on_ray(_train, 2, tmp_path / "ray", address=None, storage=tmp_path / "storage")
+    got = run_on_ray(_train, 2, tmp_path / "ray", options=HERE, storage=tmp_path / "storage")
     assert got == pytest.approx(whole[1], abs=1e-6)
     assert [record["kind"] for record in _records(tmp_path / "ray")] == [
         record["kind"] for record in _records(whole[0])
@@ -118,54 +117,6 @@ def test_the_same_job_on_ray_and_on_local_ranks(
     assert 'rank="1"' in text
 
 
-def _train_on_shares(output: Path, source: str) -> dict[str, float]:
-    batches, total = ray_launcher.share()
-    data = graph().with_share(batches, total, source)
-    counts = collectives.gather(data.train.tolist(), operation="a test")
-    (output / f"shares-{dist.get_rank()}.json").write_text(json.dumps(counts))
-    training = TrainingConfig(epochs=EPOCHS, validate_every=2)
-    _, result = train(
-        data,
-        ModelConfig(dim=12, init_std=0.1),
-        sampling=SAMPLING,
-        training=training,
-        progress=False,
-    )
-    return result
-
-
-def test_shares_of_parquet_through_ray_data(
-    ray: Any, whole: tuple[Path, dict], tmp_path: Path
-) -> None:
-    data, source = graph(), str(tmp_path / "train.parquet")
-    heads, relations, tails = data.train.numpy().T
-    labels = (
-        [data.entities.labels[i] for i in heads],
-        [data.relations.labels[i] for i in relations],
-        [data.entities.labels[i] for i in tails],
-    )
-    pq.write_table(
-        pa.table(dict(zip(("head", "relation", "tail"), labels, strict=True))),
-        source,
-        row_group_size=30,
-    )
-    got = run_on_ray(
-        _train_on_shares,
-        2,
-        tmp_path,
-        source,
-        address=None,
-        storage=tmp_path / "storage",
-        parquet=source,
-    )
-    first, second = json.loads((tmp_path / "shares-0.json").read_text())
-    assert len(first) == len(second) == len(data.train) // 2
-    together = [tuple(triple) for triple in first + second]
-    assert len(set(together)) == len(together)
-    assert set(together) <= {tuple(triple) for triple in data.train.tolist()}
-    assert got["mrr"] > 0.4  # other batches of the same triples; by chance it would be 0.06
-
-
 def _raise(kind: str, folder: Path) -> None:
     with (folder / f"attempts-{dist.get_rank()}").open("a") as file:
         file.write("x")
@@ -181,7 +132,7 @@ def test_what_would_come_again_ends_the_job_at_once(ray: Any, tmp_path: Path) ->
             2,
             "ValueError",
             tmp_path,
-            address=None,
+            options=HERE,
             storage=tmp_path / "storage",
             timeout_s=20,
         )
@@ -194,7 +145,7 @@ def test_a_job_goes_on_without_loss_when_a_worker_is_killed_or_stops(
     ray: Any, whole: tuple[Path, dict], tmp_path: Path, how: str
 ) -> None:
     got = run_on_ray(
-        _train, 2, tmp_path / "run", how, address=None, storage=tmp_path / "storage", timeout_s=5
+        _train, 2, tmp_path / "run", how, options=HERE, storage=tmp_path / "storage", timeout_s=5
     )
     assert (tmp_path / "run/trouble").exists()
     assert got == pytest.approx(whole[1], abs=1e-6)
@@ -214,22 +165,26 @@ def _die() -> None:
 def test_a_worker_that_dies_too_often_ends_the_job(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="rank 1: died: ") as caught:
         run_on_ray(
-            _die, 2, address=None, storage=tmp_path / "storage", max_failures=0, timeout_s=20
+            _die,
+            2,
+            options=replace(HERE, max_failures=0),
+            storage=tmp_path / "storage",
+            timeout_s=20,
         )
     assert (caught.value.rank, caught.value.error) == (1, "died")
 
 
 def test_a_cluster_without_room_is_said_so(ray: Any) -> None:
-    start = time.monotonic()
+    start, impatient = time.monotonic(), replace(HERE, wait_seconds=0)
     with pytest.raises(
         ValueError,
         match=r"got 5 workers of 1 CPU each \(PACK\), expected at most 4: .* 1 nodes have 4 CPU",
     ):
-        run_on_ray(_train, 5, address=None, wait_s=0)
+        run_on_ray(_train, 5, options=impatient)
     with pytest.raises(ValueError, match="got 1 workers of 1 CPU, 1 GPU each"):
-        run_on_ray(_train, 1, address=None, wait_s=0, use_gpu=True)
+        run_on_ray(_train, 1, options=impatient, gpus=True)
     with pytest.raises(ValueError, match="got 1 workers of 2 gold, 1 CPU each"):
-        run_on_ray(_train, (1, 3), address=None, wait_s=1, resources_per_worker={"gold": 2})
+        run_on_ray(_train, (1, 3), options=replace(impatient, resources_per_worker={"gold": 2}))
     assert time.monotonic() - start < 20
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from test_ray import _records, _train, whole  # noqa: F401  # a fixture
 
 from shardemb.launch import ray as ray_launcher
-from shardemb.launch.ray import run_on_ray
+from shardemb.launch.ray import RayOptions, run_on_ray
 from shardemb.utils import run_metrics
 
 pytestmark = pytest.mark.ray
@@ -116,8 +116,9 @@ def test_a_job_goes_on_with_fewer_nodes_and_with_more(
         second, done = nodes.add_node(num_cpus=1), []
         with ray_launcher.connected(nodes.address, log_to_driver=False) as ray:
             _look_often(ray)
-            options = {"storage": tmp_path / "storage", "timeout_s": 20, "resize_s": 1.0}
-            call = partial(run_on_ray, _train_slowly, (1, 2), tmp_path, address=None, **options)
+            elastic = RayOptions(address=None, resize_seconds=1.0)
+            options = {"options": elastic, "storage": tmp_path / "storage", "timeout_s": 20}
+            call = partial(run_on_ray, _train_slowly, (1, 2), tmp_path, **options)
             thread = threading.Thread(target=_into, args=(done, call), daemon=True)
             thread.start()
             _wait_for(tmp_path / "waits-1", thread, done)

@@ -36,7 +36,6 @@ from shardemb.planning.cost_model import (
     fewest_workers,
 )
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.torchrec_table import place
 from shardemb.utils import run_metrics
 from shardemb.vocabulary import Vocabulary
 
@@ -193,7 +192,7 @@ def test_more_ranks_share_a_host_of_cpus() -> None:
     job = Job(entities=10**8, dim=64)
     for workers, sharing in ((1, 1), (4, 4), (8, 4)):
         found = estimate(dataclasses.replace(job, workers=workers), host)
-        assert found.room_bytes == int(0.9 * (64 << 30) / sharing)
+        assert found.usable_bytes == int(0.9 * (64 << 30) / sharing)
         assert found.memory["copy for a checkpoint"] == RowPlan(
             "e", 10**8, 64, workers
         ).local_bytes(4, 4)
@@ -291,35 +290,6 @@ def test_time_worked_out_by_hand() -> None:
     assert found.seconds == pytest.approx(expected, rel=1e-6)
 
 
-def test_torchrecs_planner_counts_the_same_memory() -> None:
-    table, rates = (
-        RowPlan("entity", 10**9, 256, 64),
-        {"memory": 2e12, "host": 2e11, "network": 2e10},
-    )
-    found = place(table, "rowwise_adagrad", "cuda", 80 * 10**9, 8, rates, 4000)
-    assert (found["sharding_type"], found["compute_kernel"], found["ranks"]) == (
-        "row_wise",
-        "fused",
-        64,
-    )
-    assert found["memory_bytes"] == pytest.approx(table.local_bytes(4, 4), rel=0.01)
-    one_way = 4000 * 1024 * 63 / 64 / 2e10  # most of it: rows, and gradients, to other hosts
-    assert one_way < found["seconds"] < 10 * one_way
-    assert (
-        place(RowPlan("entity", 10**9, 256, 15), "sgd", "cuda", 80 * 10**9, 8, rates, 4000)["ranks"]
-        == 15
-    )  # 3 hosts of 5
-    with pytest.raises(
-        MemoryError, match=r"no room for 1,000,000,000 rows x 256 columns .* on 64 ranks"
-    ):
-        place(table, "adam", "cpu", 8 * 10**9, 8, rates, 4000)
-    with pytest.raises(
-        ValueError,
-        match="got optimizer 'rowwise_adam', expected one of adagrad, adam, rowwise_adagrad, sgd",
-    ):
-        place(table, "rowwise_adam", "cuda", 80 * 10**9, 8, rates, 4000)
-
-
 SMALL = calibrate.Effort(
     table_bytes=1 << 20, entities=500, windows=1, repeat=3, message_bytes=1 << 16
 )
@@ -342,9 +312,8 @@ def test_calibration_gives_a_machine_that_plans(
     assert machine.matmul_flops > 1e8
     assert not machine.gpu
     assert machine.cores < 2 or machine.exchange_bandwidth > 0
-    assert main(["plan", "--entities", "1e6", "--dim", "8", "--workers", "2", "--torchrec"]) == 0
+    assert main(["plan", "--entities", "1e6", "--dim", "8", "--workers", "2"]) == 0
     said = capsys.readouterr().out
-    assert "TorchRec's planner: " in said
     assert f"{machine.name}: {machine.source}" in said
 
 
@@ -477,7 +446,6 @@ def test_the_page_shows_what_the_command_prints(capsys) -> None:
             "plan.batch_size: got 0, expected at least 1",
         ),
         ("--entities 1e9 --zipf -1", "plan.zipf: got -1.0, expected 0 to 4"),
-        ("--entities 1e6 --torchrec", "--torchrec needs a machine's rates"),
         ("--entities 1e6 --memory 8GiB", "--memory, --ranks-per-host and --network need --device"),
     ],
 )

@@ -6,7 +6,6 @@ It holds ``dataset.json``, ``train.npy``, ``valid.npy`` and ``test.npy`` of (hea
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +19,13 @@ from shardemb.vocabulary import Vocabulary
 
 FORMAT = "shardemb-dataset/1"
 DESCRIPTION = "dataset.json"
+VOCABULARIES = ("entities", "relations")
 
 
 def read(
     folder: Path, verify: bool = False
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Vocabulary]]:
-    """Open a dataset folder; nothing of the files is read that is not asked for.
+    """Open a dataset folder; rows and labels are read when they are used.
 
     Args:
         folder: with a ``dataset.json``.
@@ -39,23 +39,22 @@ def read(
         ValueError: another format, or a file that is missing, damaged or of another dataset; names
             it.
     """
-    told = _description(folder)
-    for name, entry in told["files"].items():
+    description = _description(folder)
+    for name, entry in description["files"].items():
         path = folder / name
         if not path.is_file():
-            raise InputError(f"{path}: missing, but dataset.json tells of it")
-        if path.stat().st_size != entry["size"]:
-            raise InputError(
-                f"{path}: got {path.stat().st_size:,} bytes, expected {entry['size']:,}"
-            )
+            raise InputError(f"{path}: missing, but dataset.json lists it")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise InputError(f"{path}: got {size:,} bytes, expected {entry['size']:,}")
         if verify and sha256_of(path) != entry["sha256"]:
             raise InputError(
                 f"{path}: is damaged (its sha256 does not match): make the dataset anew"
             )
-    vocabularies = dict(_vocabularies(folder, told))
+    vocabularies = {kind: _vocabulary(folder, kind, description) for kind in VOCABULARIES}
     return (
-        told,
-        {split: _triples(folder / f"{split}.npy", told, split) for split in SPLITS},
+        description,
+        {split: _triples(folder, split, description) for split in SPLITS},
         vocabularies,
     )
 
@@ -75,43 +74,40 @@ def sha256_of_array(array: np.ndarray) -> str:
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        found = told["format"]
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: got text that describes no dataset ({error})") from error
-    if found != FORMAT:
-        raise InputError(f"{path}: got format {found!r}, expected {FORMAT!r}")
-    files = {*(f"{split}.npy" for split in SPLITS), "entities.arrow", "relations.arrow"}
-    parts = {"files": files, "triples": set(SPLITS), "fingerprints": {"entities", "relations"}}
+    if version != FORMAT:
+        raise InputError(f"{path}: got format {version!r}, expected {FORMAT!r}")
+    files = {*(f"{split}.npy" for split in SPLITS), *(f"{kind}.arrow" for kind in VOCABULARIES)}
+    parts = {"files": files, "triples": set(SPLITS), "fingerprints": set(VOCABULARIES)}
     for name, expected in parts.items():
-        if not isinstance(told.get(name), dict) or set(told[name]) != expected:
+        if not isinstance(description.get(name), dict) or set(description[name]) != expected:
             raise InputError(f"{path}: got other {name} than those of {sorted(expected)}")
-    return told
+    return description
 
 
-def _vocabularies(folder: Path, told: dict[str, Any]) -> Iterator[tuple[str, Vocabulary]]:
-    for kind in ("entities", "relations"):
-        path = folder / f"{kind}.arrow"
-        vocabulary = Vocabulary.load(path)
-        if (len(vocabulary), vocabulary.fingerprint) != (
-            told.get(kind),
-            told["fingerprints"][kind],
-        ):
-            raise InputError(
-                f"{path}: got other labels than dataset.json tells of: the files of two datasets"
-                " are mixed"
-            )
-        yield kind, vocabulary
+def _vocabulary(folder: Path, kind: str, description: dict[str, Any]) -> Vocabulary:
+    path = folder / f"{kind}.arrow"
+    vocabulary = Vocabulary.load(path)
+    expected = description.get(kind), description["fingerprints"][kind]
+    if (len(vocabulary), vocabulary.fingerprint) != expected:
+        raise InputError(
+            f"{path}: got other labels than dataset.json lists: the files of two datasets are mixed"
+        )
+    return vocabulary
 
 
-def _triples(path: Path, told: dict[str, Any], split: str) -> np.ndarray:
-    shape, dtype = (told["triples"][split], 3), np.dtype(told.get("dtype"))
+def _triples(folder: Path, split: str, description: dict[str, Any]) -> np.ndarray:
+    path = folder / f"{split}.npy"
+    shape, dtype = (description["triples"][split], 3), np.dtype(description.get("dtype"))
     try:
-        found = np.load(path, mmap_mode="c", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
     except ValueError as error:
         raise InputError(f"{path}: got a file that is not numpy's ({error})") from error
-    if found.shape != shape or found.dtype != dtype or not found.flags.c_contiguous:
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise InputError(
-            f"{path}: got {found.dtype} of shape {found.shape}, expected {dtype} of {shape}"
+            f"{path}: got {array.dtype} of shape {array.shape}, expected {dtype} of {shape}"
         )
-    return found
+    return array

@@ -1,8 +1,8 @@
 """Files of triples of any size into a dataset folder, in bounded memory.
 
-DuckDB does what does not fit: it keeps the MD5 of each triple's labels, finds the distinct labels,
-sorts and joins. What is written is what :meth:`shardemb.kge.Triples.load` makes of the same files
-in memory, bit by bit.
+DuckDB keeps the MD5 of each triple's labels, finds the distinct labels, sorts and joins, on the
+disk if need be. The result equals, bit by bit, what :meth:`shardemb.kge.Triples.load` makes of the
+same files in memory.
 """
 
 import errno
@@ -34,20 +34,16 @@ from shardemb.utils.progress import progress_bar
 from shardemb.utils.validation import bytes_of
 from shardemb.vocabulary import column_of, numbers
 
-#: rows that are taken out of DuckDB at once
+#: rows that are read from DuckDB at once
 PAGE = 1 << 18
 #: relations whose triples are counted in dataset.json, the most frequent ones
 COUNTED = 10_000
 #: which columns hold the labels of each vocabulary
-_KINDS = {"entities": ("head", "tail"), "relations": ("relation",)}
+_COLUMNS = {"entities": ("head", "tail"), "relations": ("relation",)}
 #: DuckDB's function of a label that orders ids
 KEY = "md5_number"
-#: what allocators keep for later, measured
-_ASIDE = 64 << 20
-#: least memory for DuckDB
-_OWN = 64 << 20
-#: least memory with which a run is tried
-_LEAST = 384 << 20
+#: memory that allocators keep for later (measured), the least for DuckDB, and the least at all
+_ASIDE, _OWN, _LEAST = 64 << 20, 64 << 20, 384 << 20
 
 
 def ingest(
@@ -62,45 +58,40 @@ def ingest(
     literals: str = "error",
     progress: bool = False,
 ) -> Path:
-    """Make a dataset folder, which :meth:`shardemb.kge.Triples.load` opens at once.
+    """Make a dataset folder of files of triples; :meth:`shardemb.kge.Triples.load` maps it.
 
-    From files of triples.
-
-    The folder appears when all of it is on the disk; until then its parts are in ``OUT.tmp-PID``
-    beside it, which also holds what does not fit into memory, about as many bytes as the triples
-    have as text. A run that was killed leaves that folder, and the next one for the same OUT
-    removes it.
+    The folder appears when all of it is on the disk. Until then ``OUT.tmp-PID`` beside it holds its
+    parts and what does not fit into memory, about as many bytes as the triples have as text. If the
+    process is killed, that folder stays; the next call for the same OUT removes it.
 
     Args:
         sources: a folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz,
             .nt, .nt.gz or .parquet) or a folder of part files; or files and folders of part files
-            that make one graph, to be split here.
-        out: the folder, which must not be there.
-        memory: bytes of memory that the process may take, as a number or with a unit ("4GiB",
-            "512MiB", "2GB"), and never more than three quarters of what is free.
-        threads: that work; by default one for each core.
+            of one graph, to be split.
+        out: the folder, which must not exist.
+        memory: bytes that the process may take, as a number or with a unit ("4GiB", "512MiB",
+            "2GB"); never more than three quarters of what is free.
+        threads: by default one for each core.
         valid: triples of one graph that become valid; by default a twentieth, 5,000 at most.
-        test: triples of one graph that become test; likewise.
-        unseen: what becomes of valid and test triples with an entity or a relation that no training
-            triple holds: "keep" them and warn, "drop" them and warn, or "error".
-        literals: what becomes of triples of N-Triples whose object is a literal: "error", "drop" or
-            "keep".
+        test: likewise.
+        unseen: what happens to valid and test triples with an entity or a relation that no training
+            triple has: "keep" them and warn, "drop" them and warn, or "error".
+        literals: what happens to N-Triples whose object is a literal: "error", "drop" or "keep".
         progress: show bars.
 
     Returns:
         ``out``.
 
     Raises:
-        FileExistsError: ``out`` is there, or another process is making it.
-        FileNotFoundError: a source is not there, or a folder without the files.
+        FileExistsError: ``out`` exists, or another process is making it.
+        FileNotFoundError: a source does not exist, or is a folder without the files.
         ValueError: a malformed file (names file and line or row), or unseen labels with "error"; a
             setting out of range.
         MemoryError: it cannot be done in so much memory.
         OSError: a file cannot be opened, or the disk is full.
     """
-    paths = (
-        [Path(sources)] if isinstance(sources, str | Path) else [Path(source) for source in sources]
-    )
+    listed = [sources] if isinstance(sources, str | Path) else sources
+    paths = [Path(source) for source in listed]
     out, limit = Path(out), _memory(memory)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     check_unseen(unseen)
@@ -119,12 +110,11 @@ def ingest(
     with _made_whole(out) as folder, _clear_errors(folder, limit):
         job = _Job(name, folder, limit, threads, progress)
         try:
-            told = job.run(files, valid, test, unseen, literals)
+            description = job.run(files, valid, test, unseen, literals)
         finally:
             job.close()
-        (folder / DESCRIPTION).write_text(
-            json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(description, indent=1, ensure_ascii=False)
+        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     return out
 
 
@@ -135,10 +125,7 @@ def _memory(text: str | int) -> int:
 
 @contextmanager
 def _made_whole(out: Path) -> Iterator[Path]:
-    """Give a folder that becomes ``out`` when the block ends well.
-
-    Remove it otherwise, and what killed runs have left.
-    """
+    """Give a folder that becomes ``out`` if the block succeeds; remove those of killed runs."""
     for left in out.parent.iterdir():
         if not re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", left.name):
             continue
@@ -164,7 +151,7 @@ def _made_whole(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder as long as this process lives; tells whether it could be had."""
+    """Lock a folder while this process lives; yield whether it was free."""
     descriptor, free = os.open(folder, os.O_RDONLY), True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,7 +167,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
-    """Say what is to be done where DuckDB or the disk gives up."""
+    """Say what to do where DuckDB or the disk gives up."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
@@ -190,11 +177,8 @@ def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
             f" more: raise --memory, lower --threads or make room ({reason})"
         ) from error
     except (duckdb.IOException, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        ):
+        full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+        if isinstance(error, OSError) and error.errno not in full:
             raise
         raise OSError(
             f"{folder}: cannot be written, make room on its disk ({str(error).splitlines()[0]})"
@@ -205,47 +189,42 @@ class _Job:
     """A run: DuckDB's tables, and threads that wait for it, so that signals and bars do not."""
 
     def __init__(self, name: str, folder: Path, limit: int, threads: int, progress: bool) -> None:
-        self.name, self.folder, self.threads, self.progress = name, folder, threads, progress
+        self.name, self.folder, self.progress = name, folder, progress
         self.work = folder / "work"
         self.work.mkdir()
         # blocks that are read, and tables on their way into DuckDB; some of it twice
-        self.readers, self.writers, self.group = (
-            min(threads, 16),
-            min(threads, 4),
-            max(BLOCK, min(limit >> 7, 32 << 20)),
-        )
+        self.readers, self.writers = min(threads, 16), min(threads, 4)
+        self.group = max(BLOCK, min(limit >> 7, 32 << 20))
         ahead = 3 * BLOCK * (self.readers + 1) + 2 * self.group * (self.writers + 1) + _ASIDE
         held = resident_bytes()
-        own = int((limit - held - ahead) * 0.75)  # DuckDB takes some more than it is told
+        own = int((limit - held - ahead) * 0.75)  # DuckDB exceeds its limit by some
         if own < _OWN:
             raise OutOfMemoryError(
                 f"{name}: got {limit >> 20:,} MiB for {threads} threads, of which this process"
                 f" holds {held >> 20:,} MiB, expected about {(_OWN - own) * 4 // 3 >> 20:,} MiB"
                 " more: raise --memory or lower --threads"
             )
-        self.database = duckdb.connect(
-            str(self.work / "tables.duckdb"),
-            config={
-                "memory_limit": f"{own >> 10}KiB",
-                "threads": threads,
-                "temp_directory": str(self.work / "spilled"),
-            },
-        )
-        self.database.execute("SET arrow_large_buffer_size = true")
-        self.database.execute(
-            "SET checkpoint_threshold = '1TB'"
-        )  # what is written once need not be logged and copied
-        self.database.execute("SET enable_progress_bar = true")
-        self.database.execute("SET enable_progress_bar_print = false")
+        config: Any = {"memory_limit": f"{own >> 10}KiB", "threads": threads}
+        config["temp_directory"] = str(self.work / "spilled")
+        self.database = duckdb.connect(str(self.work / "tables.duckdb"), config=config)
+        for setting in (
+            "arrow_large_buffer_size = true",
+            "checkpoint_threshold = '1TB'",  # tables are written once: no log, no copy
+            "enable_progress_bar = true",
+            "enable_progress_bar_print = false",
+        ):
+            self.database.execute(f"SET {setting}")
         self.pool = ThreadPoolExecutor(self.writers)
 
     def close(self) -> None:
-        """Let DuckDB go, and all that it has on the disk."""
         with suppress(duckdb.Error):
             self.database.interrupt()
         self.pool.shutdown(cancel_futures=True)
         self.database.close()
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def bar(self, **options: Any) -> Any:
+        return progress_bar(**{"disable": not self.progress, **options})
 
     def run(
         self,
@@ -255,69 +234,58 @@ class _Job:
         unseen: str,
         literals: str,
     ) -> dict[str, Any]:
-        """Do all; returns what dataset.json says."""
+        """Do all; return what dataset.json says."""
         dropped = self.read(files, literals)
         if "" in files:
             self.hold_out(valid, test)
         unseen_triples = self.settle_unseen(unseen)
-        counts = {kind: self.collect(kind) for kind in _KINDS}
-        fingerprints = {kind: self.write_labels(kind) for kind in _KINDS}
+        counts = {kind: self.collect(kind) for kind in _COLUMNS}
+        fingerprints = {kind: self.write_labels(kind) for kind in _COLUMNS}
         dtype = dtype_of(*counts.values())
         self.number(dtype)
-        triples = {
-            split: self.write_triples(number, split, dtype) for number, split in enumerate(SPLITS)
-        }
-        repeated = dict(
-            self.rows("SELECT split, sum(n - 1) FROM counted GROUP BY split", "finding duplicates")
-        )
-        names = [f"{split}.npy" for split in SPLITS] + [f"{kind}.arrow" for kind in _KINDS]
-        with progress_bar(
-            total=len(names), desc="hashing", unit=" files", disable=not self.progress
-        ) as bar:
-            digests = {}
-            for name, digest in zip(
-                names, self.pool.map(lambda name: sha256_of(self.folder / name), names), strict=True
-            ):
-                digests[name] = {"size": (self.folder / name).stat().st_size, "sha256": digest}
-                bar.update()
+        triples = {s: self.write_triples(number, s, dtype) for number, s in enumerate(SPLITS)}
+        duplicates = "SELECT split, sum(n - 1) FROM counted GROUP BY split"
+        repeated = dict(self.rows(duplicates, "finding duplicates"))
+        stats = {path: path.stat() for paths in files.values() for path in paths}
         return {
             "format": FORMAT,
             "shardemb": __version__,
             "name": self.name,
             "sources": [
-                {
-                    "path": str(path.absolute()),
-                    "size": path.stat().st_size,
-                    "mtime_ns": path.stat().st_mtime_ns,
-                }
-                for paths in files.values()
-                for path in paths
+                {"path": str(path.absolute()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+                for path, stat in stats.items()
             ],
             **counts,
             "triples": triples,
             "dtype": dtype,
-            "duplicates": {
-                split: int(repeated.get(number, 0)) for number, split in enumerate(SPLITS)
-            },
+            "duplicates": {s: int(repeated.get(number, 0)) for number, s in enumerate(SPLITS)},
             "unseen": {"fate": unseen, "triples": unseen_triples},
             "literals": {"fate": literals, "dropped": dropped},
             "relation_triples": self.count_relations(),
             "fingerprints": fingerprints,
-            "files": digests,
+            "files": self.hashes(),
         }
 
+    def hashes(self) -> dict[str, Any]:
+        """Return size and sha256 of the files."""
+        names = [f"{split}.npy" for split in SPLITS] + [f"{kind}.arrow" for kind in _COLUMNS]
+        paths, entries = [self.folder / name for name in names], {}
+        with self.bar(total=len(names), desc="hashing", unit=" files") as bar:
+            for path, digest in zip(paths, self.pool.map(sha256_of, paths), strict=True):
+                entries[path.name] = {"size": path.stat().st_size, "sha256": digest}
+                bar.update()
+        return entries
+
     def read(self, files: dict[str, list[Path]], literals: str) -> int:
-        """Read all files into the tables; returns how many triples with literals were left out."""
-        self.query(
-            "CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, head UHUGEINT, relation"
-            " UHUGEINT, tail UHUGEINT)"
-        )
-        for kind in _KINDS:
+        """Read all files into the tables; return how many triples with literals were left out."""
+        keys = ", ".join(f"{column} UHUGEINT" for column in COLUMNS)
+        self.query(f"CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, {keys})")
+        for kind in _COLUMNS:
             self.query(f"CREATE TABLE read_{kind} (key UHUGEINT, label VARCHAR)")
         dropped = 0
         sizes = sum(path.stat().st_size for paths in files.values() for path in paths)
         pending: set[Future[None]] = set()
-        with progress_bar(total=sizes, desc="reading", unit="B", disable=not self.progress) as bar:
+        with self.bar(total=sizes, desc="reading", unit="B") as bar:
             for split, paths in files.items():
                 row, held = 0, []
                 for path in paths:
@@ -328,55 +296,48 @@ class _Job:
                         bar.update(int(size * block.part) - done)
                         done = int(size * block.part)
                         if sum(table.nbytes for table in held) >= self.group:
-                            pending.add(
-                                self.pool.submit(self.insert, split, row, pa.concat_tables(held))
-                            )
+                            pending.add(self.pool.submit(self.insert, split, row, held))
                             row, held = row + sum(map(len, held)), []
                         while len(pending) > self.writers:
                             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                             for future in finished:
                                 future.result()
                 if held:
-                    pending.add(self.pool.submit(self.insert, split, row, pa.concat_tables(held)))
+                    pending.add(self.pool.submit(self.insert, split, row, held))
             for future in pending:
                 future.result()
         pa.default_memory_pool().release_unused()
         return dropped
 
-    def insert(self, split: str, first: int, table: pa.Table) -> None:
+    def insert(self, split: str, first: int, tables: list[pa.Table]) -> None:
         """Put triples whose rows begin with ``first`` into the tables."""
+        table = pa.concat_tables(tables)
         rows = np.arange(first, first + len(table), dtype=np.uint64)
-        table = table.append_column("row", column_of(rows)).append_column(
-            "mixed", column_of(mixed(rows))
-        )
+        table = table.append_column("row", column_of(rows))
+        table = table.append_column("mixed", column_of(mixed(rows)))
         number = SPLITS.index(split or "train")
         with self.database.cursor() as cursor:
             cursor.register("block", table)
             keys = ", ".join(f"{KEY}({column})" for column in COLUMNS)
             cursor.execute(f"INSERT INTO read SELECT {number}, row, mixed, {keys} FROM block")
-            for kind, columns in _KINDS.items():
-                labels = " UNION ALL ".join(
-                    f"SELECT {column} AS label FROM block" for column in columns
-                )
+            for kind, columns in _COLUMNS.items():
+                labels = " UNION ALL ".join(f"SELECT {c} AS label FROM block" for c in columns)
                 cursor.execute(
-                    f"INSERT INTO read_{kind} SELECT {KEY}(label), label FROM ({labels}) GROUP BY"
-                    " label"
+                    f"INSERT INTO read_{kind} SELECT {KEY}(label), label FROM ({labels})"
+                    " GROUP BY label"
                 )
             cursor.unregister("block")
 
     def hold_out(self, valid: int | None, test: int | None) -> None:
         """Make valid and test of the triples that are first in the order of training triples."""
-        ((count,),) = self.rows("SELECT count(*) FROM read")
+        count = self.value("SELECT count(*) FROM read")
         num_valid, num_test = held_out(self.name, count, valid, test)
-        self.query(
-            "CREATE TABLE first AS SELECT mixed FROM read ORDER BY mixed LIMIT"
-            f" {num_valid + num_test}",
-            "splitting",
-        )
-        for number, first, last in ((2, 0, num_test), (1, num_test, num_test + num_valid)):
+        first = f"SELECT mixed FROM read ORDER BY mixed LIMIT {num_valid + num_test}"
+        self.query(f"CREATE TABLE first AS {first}", "splitting")
+        for number, start, stop in ((2, 0, num_test), (1, num_test, num_test + num_valid)):
             bounds = (
-                f"SELECT min(mixed) AS a, max(mixed) AS b FROM first WHERE rowid BETWEEN {first}"
-                f" AND {last - 1}"
+                "SELECT min(mixed) AS a, max(mixed) AS b FROM first"
+                f" WHERE rowid BETWEEN {start} AND {stop - 1}"
             )
             self.query(
                 f"UPDATE read SET split = {number} FROM ({bounds}) WHERE mixed BETWEEN a AND b",
@@ -384,19 +345,17 @@ class _Job:
             )
 
     def settle_unseen(self, unseen: str) -> dict[str, int]:
-        """Keep, drop or refuse triples of valid and test that hold what no training triple holds.
+        """Keep, drop or refuse valid and test triples with labels that no training triple has.
 
         Returns how many they are.
         """
-        for kind, columns in _KINDS.items():
-            held = " UNION ".join(
-                f"SELECT {column} AS key FROM read WHERE split > 0" for column in columns
-            )
+        for kind, columns in _COLUMNS.items():
+            held = " UNION ".join(f"SELECT {c} AS key FROM read WHERE split > 0" for c in columns)
             self.query(f"CREATE TABLE held_{kind} AS {held}")
-            # the held keys are few: they are what is kept in memory, and training triples stream by
+            # the held keys are few, and stay in memory while training triples stream by
             seen = " UNION ".join(
-                f"SELECT {column} AS key FROM read WHERE split = 0 AND {column} IN (SELECT key FROM"
-                f" held_{kind})"
+                f"SELECT {column} AS key FROM read"
+                f" WHERE split = 0 AND {column} IN (SELECT key FROM held_{kind})"
                 for column in columns
             )
             self.query(
@@ -405,74 +364,58 @@ class _Job:
             )
         is_unseen = " OR ".join(
             f"{column} IN (SELECT key FROM unseen_{kind})"
-            for kind, columns in _KINDS.items()
+            for kind, columns in _COLUMNS.items()
             for column in columns
         )
         self.query(f"CREATE TABLE strange AS SELECT * FROM read WHERE split > 0 AND ({is_unseen})")
-        found = []
+        reports = []
         for number, split in enumerate(SPLITS):
-            counts = (
-                f"SELECT count(*) FROM {table} WHERE split = {number}"
+            count, total = (
+                self.value(f"SELECT count(*) FROM {table} WHERE split = {number}")
                 for table in ("strange", "read")
             )
-            (count,), (total,) = (self.rows(query)[0] for query in counts)
             if count:
-                found.append(
-                    Unseen(
-                        split,
-                        count,
-                        total,
-                        {kind: self.unseen_labels(number, kind) for kind in _KINDS},
-                    )
-                )
-        if text := judge(self.name, found, unseen):
+                labels = {kind: self.unseen_labels(number, kind) for kind in _COLUMNS}
+                reports.append(Unseen(split, count, total, labels))
+        if text := judge(self.name, reports, unseen):
             warnings.warn(text, stacklevel=4)
-        if unseen == "drop" and found:
+        if unseen == "drop" and reports:
             self.query(f"DELETE FROM read WHERE split > 0 AND ({is_unseen})")
-            for kind in _KINDS:
+            for kind in _COLUMNS:
                 self.query(f"DELETE FROM read_{kind} WHERE key IN (SELECT key FROM unseen_{kind})")
-        return {one.split: one.triples for one in found}
+        return {one.split: one.triples for one in reports}
 
     def unseen_labels(self, split: int, kind: str) -> tuple[int, list[str]]:
-        """Return how many labels of a split no training triple holds, and the first three."""
+        """Return how many labels of a split no training triple has, and the first three."""
         places = " UNION ALL ".join(
             f"SELECT {column} AS key, 2 * row + {place} AS place FROM strange WHERE split = {split}"
-            for place, column in enumerate(_KINDS[kind])
+            for place, column in enumerate(_COLUMNS[kind])
         )
         first = (
-            f"SELECT key, min(place) AS place FROM ({places}) WHERE key IN (SELECT key FROM"
-            f" unseen_{kind}) GROUP BY key"
+            f"SELECT key, min(place) AS place FROM ({places})"
+            f" WHERE key IN (SELECT key FROM unseen_{kind}) GROUP BY key"
         )
-        ((count,),) = self.rows(f"SELECT count(*) FROM ({first})")
         labels = self.rows(
-            f"SELECT any_value(label) FROM read_{kind} JOIN ({first} ORDER BY place LIMIT 3) USING"
-            " (key) GROUP BY key, place ORDER BY place"
+            f"SELECT any_value(label) FROM read_{kind}"
+            f" JOIN ({first} ORDER BY place LIMIT 3) USING (key) GROUP BY key, place ORDER BY place"
         )
-        return count, [label for (label,) in labels]
+        return self.value(f"SELECT count(*) FROM ({first})"), [label for (label,) in labels]
 
     def collect(self, kind: str) -> int:
-        """Sort the distinct labels by their MD5, so that a row's number is its id.
-
-        Returns how many they are.
-        """
-        query = (
-            f"CREATE TABLE {kind} AS SELECT DISTINCT key, label FROM read_{kind} ORDER BY key,"
-            " label"
-        )
-        self.query(query, f"numbering {kind}")
+        """Sort the distinct labels by MD5: a row's number is its id. Return how many."""
+        distinct = f"SELECT DISTINCT key, label FROM read_{kind} ORDER BY key, label"
+        self.query(f"CREATE TABLE {kind} AS {distinct}", f"numbering {kind}")
         self.query(f"DROP TABLE read_{kind}")
-        ((count,),) = self.rows(f"SELECT count(*) FROM {kind}")
-        return count
+        return self.value(f"SELECT count(*) FROM {kind}")
 
     def write_labels(self, kind: str) -> str:
-        """Write a vocabulary; returns its fingerprint."""
+        """Write a vocabulary; return its fingerprint."""
+        columns = (
+            "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS lower"
+        )
 
         def batches() -> Iterator[pa.RecordBatch]:
             last = None
-            columns = (
-                "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS"
-                " lower"
-            )
             for first, page in self.pages(kind, columns, vocabulary.BATCH, f"writing {kind}"):
                 upper, lower = numbers(page["hash"]), numbers(page["lower"])
                 same = (upper[1:] == upper[:-1]) & (lower[1:] == lower[:-1])
@@ -493,7 +436,7 @@ class _Job:
         ids = ", ".join(f"{column}.rowid::{sql} AS {column}" for column in COLUMNS)
         joins = " ".join(
             f"JOIN {kind} AS {column} ON read.{column} = {column}.key"
-            for kind, columns in _KINDS.items()
+            for kind, columns in _COLUMNS.items()
             for column in columns
         )
         order = "split, CASE split WHEN 0 THEN mixed ELSE row END"
@@ -501,46 +444,39 @@ class _Job:
             f"CREATE TABLE numbered AS SELECT split, {ids} FROM read {joins} ORDER BY {order}",
             "numbering triples",
         )
-        ((before, after),) = self.rows(
-            "SELECT (SELECT count(*) FROM read), (SELECT count(*) FROM numbered)"
-        )
+        before, after = (self.value(f"SELECT count(*) FROM {t}") for t in ("read", "numbered"))
         if before != after:
             raise RuntimeError(f"DuckDB found ids for {after:,} of {before:,} triples")
         self.query("DROP TABLE read")
         self.query(
-            "CREATE VIEW counted AS SELECT split, count(*) AS n FROM numbered GROUP BY split, head,"
-            " relation, tail"
+            "CREATE VIEW counted AS SELECT split, count(*) AS n FROM numbered"
+            " GROUP BY split, head, relation, tail"
         )
 
     def write_triples(self, number: int, split: str, dtype: str) -> int:
-        """Write a split; returns how many triples it has."""
-        first, last = self.rows(
-            f"SELECT count(*) FILTER (split < {number}), count(*) FILTER (split <= {number}) FROM"
-            " numbered"
-        )[0]
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-            "fortran_order": False,
-            "shape": (last - first, 3),
-        }
+        """Write a split; return how many triples it has."""
+        first, last = (
+            self.value(f"SELECT count(*) FROM numbered WHERE split {sign} {number}")
+            for sign in ("<", "<=")
+        )
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = {"descr": descr, "fortran_order": False, "shape": (last - first, 3)}
+        columns, shown = ", ".join(COLUMNS), f"writing {split}"
         with (self.folder / f"{split}.npy").open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for _, page in self.pages(
-                "numbered", ", ".join(COLUMNS), PAGE, f"writing {split}", first, last
-            ):
-                file.write(
-                    np.stack([numbers(page[column]) for column in COLUMNS], axis=1).tobytes()
-                )
+            for _, page in self.pages("numbered", columns, PAGE, shown, first, last):
+                rows = np.stack([numbers(page[column]) for column in COLUMNS], axis=1)
+                file.write(rows.tobytes())
         return last - first
 
     def count_relations(self) -> dict[str, dict[str, int]]:
-        """Return the triples of each relation by split, of the most frequent ones."""
+        """Return the triples of the most frequent relations, by split."""
         counts = ", ".join(f"count(*) FILTER (split = {number})" for number in range(3))
-        found = self.rows(
+        rows = self.rows(
             f"SELECT label, {counts} FROM numbered JOIN relations ON relation = relations.rowid"
             f" GROUP BY label ORDER BY count(*) DESC, label LIMIT {COUNTED}"
         )
-        return {label: dict(zip(SPLITS, numbers, strict=True)) for label, *numbers in found}
+        return {label: dict(zip(SPLITS, numbers, strict=True)) for label, *numbers in rows}
 
     def pages(
         self,
@@ -551,17 +487,15 @@ class _Job:
         first: int = 0,
         last: int | None = None,
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Give the rows of a table in their order, and the number of the first of each page."""
+        """Yield the rows of a table in their order, and the number of the first of each page."""
         if last is None:
-            ((last,),) = self.rows(f"SELECT count(*) FROM {table}")
-        with progress_bar(
-            total=last - first, desc=shown, unit=" rows", disable=not self.progress
-        ) as bar:
+            last = self.value(f"SELECT count(*) FROM {table}")
+        with self.bar(total=last - first, desc=shown, unit=" rows") as bar:
             for start in range(first, last, size):
                 end = min(start + size, last)
                 query = (
-                    f"SELECT {columns} FROM {table} WHERE rowid BETWEEN {start} AND {end - 1} ORDER"
-                    " BY rowid"
+                    f"SELECT {columns} FROM {table}"
+                    f" WHERE rowid BETWEEN {start} AND {end - 1} ORDER BY rowid"
                 )
                 (page,) = self.wait(partial(self.page, query)).combine_chunks().to_batches()
                 if len(page) != end - start:
@@ -572,12 +506,15 @@ class _Job:
                 bar.update(len(page))
 
     def page(self, query: str) -> pa.Table:
-        """Return a result as Arrow's."""
         return self.database.sql(query).to_arrow_table()
 
     def rows(self, query: str, shown: str = "") -> list[tuple[Any, ...]]:
         """Return a small result."""
         return self.wait(lambda: self.database.execute(query).fetchall(), shown)
+
+    def value(self, query: str) -> int:
+        """Return a result of one number."""
+        return self.rows(query)[0][0]
 
     def query(self, query: str, shown: str = "") -> None:
         """Run a statement."""
@@ -586,9 +523,8 @@ class _Job:
     def wait(self, function: Callable[[], Any], shown: str = "") -> Any:
         """Run a query in another thread and show its progress; an interrupt ends it at once."""
         future = self.pool.submit(function)
-        with progress_bar(
-            total=100, desc=shown, unit="%", delay=1, disable=not (shown and self.progress)
-        ) as bar:
+        hidden = not (shown and self.progress)
+        with self.bar(total=100, desc=shown, unit="%", delay=1, disable=hidden) as bar:
             while not wait([future], timeout=0.2).done:
                 if shown:
                     bar.update(max(0.0, self.database.query_progress() - bar.n))

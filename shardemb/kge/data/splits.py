@@ -1,7 +1,4 @@
-"""Which files hold which part of a graph, and the order of its triples.
-
-The same for all ways in.
-"""
+"""Which files hold which split of a graph, and the order of its triples, however it is read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +12,7 @@ from shardemb.kge.data.triple_files import SUFFIXES
 SPLITS = ("train", "valid", "test")
 #: what becomes of valid and test triples with an entity or a relation that no training triple holds
 UNSEEN = ("keep", "drop", "error")
-#: names of files that look like those of a split, but for the end
+#: beginnings of names that look like a split's
 _SPLIT_LIKE = ("train", "valid", "test", "dev", "val")
 
 
@@ -46,12 +43,12 @@ def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
                     f" expected train, valid and test files ({', '.join(SUFFIXES)}), or folders of"
                     " these names: rename it"
                 )
-    found: list[Path] = []
+    files: list[Path] = []
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"{source}: got no such file or folder, expected triples")
-        found += _parts(source) if source.is_dir() else [source]
-    return {"": found}
+        files += _parts(source) if source.is_dir() else [source]
+    return {"": files}
 
 
 def _candidates(folder: Path, split: str) -> list[Path]:
@@ -60,19 +57,19 @@ def _candidates(folder: Path, split: str) -> list[Path]:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    found = _candidates(folder, split)
-    if len(found) > 1:
+    files = _candidates(folder, split)
+    if len(files) > 1:
         raise InputError(
-            f"{folder}: got {len(found)} files for {split!r},"
-            f" {' and '.join(file.name for file in found)}, expected one: remove the others"
+            f"{folder}: got {len(files)} files for {split!r},"
+            f" {' and '.join(file.name for file in files)}, expected one: remove the others"
         )
-    if not found:
+    if not files:
         others = sorted(file.name for file in folder.glob(f"{split}*"))
         raise FileNotFoundError(
             f"{folder}: got 0 files for {split!r}{f' but {others}' if others else ''}, "
             f"expected one of {', '.join(split + suffix for suffix in SUFFIXES)}"
         )
-    return _parts(found[0]) if found[0].name == split else found
+    return _parts(files[0]) if files[0].name == split else files
 
 
 def _has_parts(folder: Path) -> bool:
@@ -80,29 +77,23 @@ def _has_parts(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """Return a folder's part files.
-
-    Those that begin with "." or "_" are other programs' notes, as for Spark.
-    """
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
-    for path in found:
+    """Return a folder's part files, without "." and "_" files, which programs like Spark add."""
+    parts = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
+    for path in parts:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
             raise InputError(
                 f"{path}: got no part file, expected only {', '.join(SUFFIXES)} in its folder: move"
                 " it elsewhere"
             )
-    if not found:
+    if not parts:
         raise FileNotFoundError(
             f"{folder}: got a folder without files, expected part files ({', '.join(SUFFIXES)})"
         )
-    return found
+    return parts
 
 
 def mixed(rows: np.ndarray) -> np.ndarray:
-    """Return a different random uint64 for each row number: splitmix64.
-
-    Training triples are in the order of these.
-    """
+    """Return splitmix64 of row numbers, distinct uint64; training triples are in this order."""
     x = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -112,11 +103,9 @@ def mixed(rows: np.ndarray) -> np.ndarray:
 def held_out(
     name: str, count: int, valid: int | None = None, test: int | None = None
 ) -> tuple[int, int]:
-    """Return how many of a graph's triples become valid and test.
+    """Return how many of a graph's triples become valid and test; a twentieth each by default.
 
-    By default a twentieth each, 5,000 at most.
-
-    They are the first in the order of :func:`mixed`: of all test, then valid.
+    5,000 at most. In the order of :func:`mixed`, test comes first, then valid, then train.
 
     Raises:
         ValueError: no triple would be left.
@@ -132,10 +121,10 @@ def held_out(
 
 
 class Unseen(NamedTuple):
-    """What a split holds that no training triple holds."""
+    """Labels of a split that no training triple has."""
 
     split: str
-    #: triples that hold it
+    #: triples with such labels
     triples: int
     #: of all triples of the split
     total: int
@@ -151,24 +140,18 @@ class Unseen(NamedTuple):
         return f"{self.triples} of {self.total} {self.split} triples hold {' and '.join(kinds)}"
 
 
-def judge(name: str, found: Sequence[Unseen], unseen: str) -> str:
-    """Return what to say of unseen labels, if anything.
-
-    Raises:
-        ValueError: there are some, and ``unseen`` is "error".
-    """
-    if not found:
+def judge(name: str, reports: Sequence[Unseen], unseen: str) -> str:
+    """Return a warning about unseen labels, or ""; raise ValueError if ``unseen`` is "error"."""
+    if not reports:
         return ""
-    text = f"{name}: {', '.join(map(str, found))} that no training triple holds"
+    text = f"{name}: {', '.join(map(str, reports))} that no training triple holds"
     if unseen == "error":
         raise InputError(
             f"{text}, expected none: unseen='drop' drops these triples, unseen='keep' keeps them"
         )
-    return f"{text}: " + (
-        "dropped these triples"
-        if unseen == "drop"
-        else "they stay untrained; unseen='drop' drops these triples"
-    )
+    if unseen == "drop":
+        return f"{text}: dropped these triples"
+    return f"{text}: they stay untrained; unseen='drop' drops these triples"
 
 
 def check_unseen(unseen: str) -> None:

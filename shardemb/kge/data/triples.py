@@ -1,10 +1,9 @@
 """Head-relation-tail triples, numbered densely."""
 
 import hashlib
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from shardemb.exceptions import InputError
 from shardemb.kge.data import dataset as dataset_folder
 from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import SCHEMA, SUFFIXES, read
-from shardemb.vocabulary import Vocabulary
+from shardemb.vocabulary import Vocabulary, column_of, numbers, text_column
 
 #: graphs that come with the package
 BUNDLED = Path(__file__).parent
@@ -27,21 +26,28 @@ BUNDLED = Path(__file__).parent
 #: three columns of labels: heads, relations, tails
 Columns = tuple[Sequence[str], Sequence[str], Sequence[str]]
 
+#: which columns of a triple hold the labels of each vocabulary
+_COLUMNS = {"entities": [0, 2], "relations": [1]}
+
 
 def is_bundled(dataset: str) -> bool:
     """Whether this is the name of a graph that comes with the package."""
-    return (
-        bool(dataset)
-        and Path(dataset).name == dataset
-        and (BUNDLED / dataset / "train.tsv.gz").is_file()
-    )
+    named = bool(dataset) and Path(dataset).name == dataset
+    return named and (BUNDLED / dataset / "train.tsv.gz").is_file()
+
+
+def absolute(dataset: str) -> str:
+    """Return a dataset's name such that it is found from any folder: paths become absolute."""
+    if dataset and not is_bundled(dataset) and Path(dataset).exists():
+        return str(Path(dataset).resolve())
+    return dataset
 
 
 @dataclass(frozen=True)
 class Triples:
     """A graph in three splits; ids are places in the vocabularies."""
 
-    #: what it was loaded from
+    #: for messages
     name: str
     #: (T, 3) int32, or int64 if an id needs it: head, relation, tail, in an order that depends on T
     #: alone
@@ -52,9 +58,10 @@ class Triples:
     test: Tensor
     entities: Vocabulary
     relations: Vocabulary
-    #: training triples on all ranks, if ``train`` is this rank's share of them; 0 if it is all of
-    #: them
-    shared: int = 0
+    #: what :meth:`load` takes, from any folder, to give the same graph; "" for one in memory only
+    dataset: str = ""
+    #: what :meth:`load` did with unseen labels
+    unseen: str = "keep"
 
     @classmethod
     def load(
@@ -73,11 +80,11 @@ class Triples:
                 train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz, .nt, .nt.gz or
                 .parquet) or a folder of part files; or one such file, or folder of part files, of
                 which a twentieth each (5,000 at most) becomes valid and test, always the same.
-            unseen: what becomes of valid and test triples with an entity or a relation that no
-                training triple holds: "keep" them and warn, "drop" them and warn, or "error". In a
-                folder that ingest made it is settled.
-            literals: what becomes of triples of N-Triples whose object is a literal: "error",
-                "drop" or "keep".
+            unseen: what happens to valid and test triples with an entity or a relation that no
+                training triple has: "keep" them and warn, "drop" them and warn, or "error". For a
+                folder that ingest made, ingest has decided it.
+            literals: what happens to N-Triples whose object is a literal: "error", "drop" or
+                "keep".
             verify: compare the hashes of the files that ingest made, which reads all of them.
 
         Raises:
@@ -112,22 +119,23 @@ class Triples:
             num_valid, num_test = held_out(name, len(train))
             test, valid, order = np.split(order, [num_test, num_test + num_valid])
             codes = {"valid": train[np.sort(valid)], "test": train[np.sort(test)]}
-        return cls._number(name, labels, codes | {"train": train[order]}, unseen)
+        again = absolute(name) if literals == "error" else ""
+        return cls._number(name, labels, codes | {"train": train[order]}, unseen, again)
 
     @classmethod
     def _mapped(cls, name: str, folder: Path, unseen: str, verify: bool) -> "Triples":
-        told, arrays, vocabularies = dataset_folder.read(folder, verify)
-        kept = sum(told["unseen"]["triples"].values()) if told["unseen"]["fate"] == "keep" else 0
+        description, arrays, vocabularies = dataset_folder.read(folder, verify)
+        decision = description["unseen"]
+        kept = sum(decision["triples"].values()) if decision["fate"] == "keep" else 0
         if kept and unseen != "keep":
             raise InputError(
-                f"{folder}: got {kept:,} valid and test triples with what no training triple holds,"
-                f" kept by ingest, and unseen={unseen!r}: ingest again with --unseen {unseen}"
+                f"{folder}: got {kept:,} valid and test triples with labels that no training triple"
+                f" has, kept by ingest, and unseen={unseen!r}: ingest again with --unseen {unseen}"
             )
-        train, valid, test = (torch.from_numpy(arrays[split]) for split in SPLITS)
-        data = cls(name, train, valid, test, vocabularies["entities"], vocabularies["relations"])
-        # no rank reads all triples for it; dataclasses.replace leaves it behind
+        data = cls._of(name, arrays, vocabularies, absolute(name), unseen)
+        # no rank reads all triples for it; dataclasses.replace does not copy it
         data.__dict__["fingerprint"] = _fingerprint(
-            told["files"][f"{split}.npy"]["sha256"] for split in SPLITS
+            description["files"][f"{split}.npy"]["sha256"] for split in SPLITS
         )
         return data
 
@@ -150,108 +158,63 @@ class Triples:
         check_unseen(unseen)
         if not len(train[0]):
             raise InputError(f"{name}: got no training triples, expected at least one")
-        parts = zip(SPLITS, (train, valid, test), strict=True)
         tables = {
-            split: pa.table([pa.array(column, pa.large_string()) for column in part], schema=SCHEMA)
-            for split, part in parts
+            split: pa.table([pa.array(c, pa.large_string()) for c in columns], schema=SCHEMA)
+            for split, columns in zip(SPLITS, (train, valid, test), strict=True)
         }
         return cls._number(name, *_encode(tables), unseen)
 
     @classmethod
     def _number(
-        cls, name: str, labels: dict[str, pa.Array], codes: dict[str, np.ndarray], unseen: str
+        cls,
+        name: str,
+        labels: dict[str, pa.Array],
+        codes: dict[str, np.ndarray],
+        unseen: str,
+        dataset: str = "",
     ) -> "Triples":
         _settle_unseen(name, labels, codes, unseen)
         vocabularies, ids = {}, {}
-        for kind, columns in _KINDS.items():
-            used = labels[kind].take(
-                np.unique(np.concatenate([part[:, columns].ravel() for part in codes.values()]))
-            )
-            vocabularies[kind] = Vocabulary.from_labels(used.to_pylist())
-            ids[kind] = (
-                pc.index_in(labels[kind], pa.array(vocabularies[kind].labels, pa.large_string()))
-                .fill_null(0)
-                .to_numpy()
-            )
+        for kind, columns in _COLUMNS.items():
+            used = np.unique(np.concatenate([part[:, columns].ravel() for part in codes.values()]))
+            vocabulary = Vocabulary.from_labels(labels[kind].take(column_of(used)).to_pylist())
+            # labels that are not used get no number, and are not looked up
+            ids[kind] = numbers(pc.index_in(labels[kind], text_column(vocabulary.labels)))
+            vocabularies[kind] = vocabulary
         dtype = dataset_folder.dtype_of(*map(len, vocabularies.values()))
-        arrays = []
+        arrays = {}
         for split in SPLITS:
             array = np.empty(codes[split].shape, dtype=dtype)
-            for kind, columns in _KINDS.items():
+            for kind, columns in _COLUMNS.items():
                 array[:, columns] = ids[kind][codes[split][:, columns]]
-            arrays.append(torch.from_numpy(array))
-        return cls(
-            name,
-            arrays[0],
-            arrays[1],
-            arrays[2],
-            vocabularies["entities"],
-            vocabularies["relations"],
-        )
+            arrays[split] = array
+        return cls._of(name, arrays, vocabularies, dataset, unseen)
 
-    def with_share(self, batches: Iterable[pa.Table], total: int, source: str) -> "Triples":
-        """Return the graph with other training triples, of which this rank has a share.
-
-        They lie in an unlinked file.
-
-        Args:
-            batches: this rank's: columns head, relation and tail, of labels.
-            total: triples of all ranks.
-            source: where they come from; it stands for them in the fingerprint.
-
-        Raises:
-            KeyError: a label that the graph has not.
-            ValueError: other columns, a missing label, or no triple at all.
-        """
-        dtype = np.dtype(dataset_folder.dtype_of(len(self.entities), len(self.relations)))
-        with tempfile.TemporaryFile(prefix="shardemb-share-") as file:
-            for batch in batches:
-                if not {*SCHEMA.names} <= {*batch.column_names}:
-                    raise InputError(
-                        f"{source}: got columns {batch.column_names}, expected"
-                        f" {', '.join(SCHEMA.names)}"
-                    )
-                columns = [self._ids(batch.column(name), name, source) for name in SCHEMA.names]
-                np.stack(columns, axis=1).astype(dtype).tofile(file)
-            file.flush()
-            if not file.tell():
-                raise InputError(
-                    f"{source}: got no triples for this rank, expected some: take fewer ranks"
-                )
-            train = torch.from_numpy(np.memmap(file, dtype=dtype, mode="c").reshape(-1, 3))
-        data = replace(self, train=train, shared=total)
-        held = (dataset_folder.sha256_of_array(split.numpy()) for split in (self.valid, self.test))
-        data.__dict__["fingerprint"] = _fingerprint([source, str(total), *held])
-        return data
-
-    def _ids(self, column: pa.ChunkedArray, name: str, source: str) -> np.ndarray:
-        if column.null_count:
-            raise InputError(
-                f"{source}: got {column.null_count} rows without a {name}, expected a label in each"
-            )
-        encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
-        vocabulary = self.relations if name == "relation" else self.entities
-        return vocabulary.ids(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        arrays: Mapping[str, np.ndarray],
+        vocabularies: Mapping[str, Vocabulary],
+        dataset: str,
+        unseen: str,
+    ) -> "Triples":
+        train, valid, test = (torch.from_numpy(arrays[split]) for split in SPLITS)
+        entities, relations = vocabularies["entities"], vocabularies["relations"]
+        return cls(name, train, valid, test, entities, relations, dataset, unseen)
 
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of the triples' ids in all splits, in order.
 
-        Of the hashes of the files that ingest would make of them.
+        It is made of the hashes of the files that ingest would write.
         """
         return _fingerprint(dataset_folder.sha256_of_array(split.numpy()) for split in self.splits)
 
     @property
     def splits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Train (a share of it, if ``shared``), valid and test.
-
-        What filtered ranking leaves out.
-        """
+        """Train, valid and test: the true answers that filtered ranking leaves out."""
         return self.train, self.valid, self.test
-
-
-#: which columns hold the labels of each vocabulary
-_KINDS = {"entities": [0, 2], "relations": [1]}
 
 
 def _fingerprint(hashes: Iterable[str]) -> str:
@@ -259,62 +222,54 @@ def _fingerprint(hashes: Iterable[str]) -> str:
 
 
 def _encode(tables: Mapping[str, pa.Table]) -> tuple[dict[str, pa.Array], dict[str, np.ndarray]]:
-    """Return the distinct labels of each kind, and each table as (T, 3) int32 places among them."""
-    labels, codes = (
-        {},
-        {split: np.empty((len(table), 3), dtype=np.int32) for split, table in tables.items()},
-    )
-    for kind, columns in _KINDS.items():
-        chunks = [
-            chunk
-            for table in tables.values()
-            for column in columns
-            for chunk in table.column(column).chunks
-        ]
-        labels[kind] = pc.unique(pa.chunked_array(chunks, pa.large_string()))
+    """Return the distinct labels of each vocabulary, and tables as (T, 3) int32 places in them."""
+    labels = {}
+    codes = {split: np.empty((len(table), 3), dtype=np.int32) for split, table in tables.items()}
+    for kind, columns in _COLUMNS.items():
+        parts = [part for t in tables.values() for c in columns for part in t.column(c).chunks]
+        labels[kind] = pc.unique(pa.chunked_array(parts, pa.large_string()))
         for split, table in tables.items():
             for column in columns:
-                codes[split][:, column] = pc.index_in(table.column(column), labels[kind])
+                places = pc.index_in(table.column(column), labels[kind]).chunks
+                if places:
+                    codes[split][:, column] = np.concatenate([*map(numbers, places)])
     return labels, codes
 
 
 def _settle_unseen(
     name: str, labels: Mapping[str, pa.Array], codes: dict[str, np.ndarray], unseen: str
 ) -> None:
-    """Keep.
-
-    Drop or refuse the triples of valid and test that hold what no training triple holds.
-    """
+    """Keep, drop or refuse valid and test triples with labels that no training triple has."""
     seen = {}
-    for kind, columns in _KINDS.items():
+    for kind, columns in _COLUMNS.items():
         seen[kind] = np.zeros(len(labels[kind]), dtype=bool)
         seen[kind][codes["train"][:, columns]] = True
-    found = []
+    reports = []
     for split in ("valid", "test"):
         part, known = codes[split], np.ones(len(codes[split]), dtype=bool)
         strange = {}
-        for kind, columns in _KINDS.items():
-            known &= seen[kind][part[:, columns]].all(axis=1)
-            places = part[:, columns][~seen[kind][part[:, columns]]]
-            first = [*dict.fromkeys(places.tolist())]
+        for kind, columns in _COLUMNS.items():
+            is_seen = seen[kind][part[:, columns]]
+            known &= is_seen.all(axis=1)
+            first = [*dict.fromkeys(part[:, columns][~is_seen].tolist())]
             strange[kind] = len(first), [labels[kind][code].as_py() for code in first[:3]]
         if not known.all():
-            found.append(Unseen(split, int((~known).sum()), len(part), strange))
+            reports.append(Unseen(split, int((~known).sum()), len(part), strange))
         if unseen == "drop":
             codes[split] = part[known]
-    if text := judge(name, found, unseen):
+    if text := judge(name, reports, unseen):
         warnings.warn(text, stacklevel=4)
 
 
 def _pykeen_folder(name: str) -> Path:
-    """Where PyKEEN keeps a set that it ships; found without importing it, which takes seconds."""
+    """Return a set's folder in PyKEEN, which is not imported: that takes seconds."""
     spec = find_spec("pykeen")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
             f"dataset 'pykeen:{name}' comes with PyKEEN, which is not installed: pip install pykeen"
         )
     datasets = Path(spec.submodule_search_locations[0]) / "datasets"
-    bundled = sorted(p.parent.name for p in datasets.glob("*/train.txt"))
+    bundled = sorted(path.parent.name for path in datasets.glob("*/train.txt"))
     if name not in bundled:
         raise FileNotFoundError(
             f"got dataset 'pykeen:{name}', expected one of the sets that PyKEEN ships: {bundled}"

@@ -1,0 +1,345 @@
+"""What the commands ``train``, ``evaluate`` and ``query`` do, callable from Python too.
+
+:func:`train` is for ranks that run already and a graph in memory; :func:`train_run` and
+:func:`evaluate_run` start the ranks of a configuration.
+"""
+
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from shardemb import checkpoint as checkpoints
+from shardemb.comm import collectives
+from shardemb.exceptions import InputError
+from shardemb.kge.config import JobConfig
+from shardemb.kge.data.triples import Triples
+from shardemb.kge.evaluation import EvaluationConfig, report
+from shardemb.kge.losses import LossConfig
+from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
+from shardemb.kge.optimizers import OptimizerConfig
+from shardemb.kge.predict import best_tails
+from shardemb.kge.run_folder import RunFolder
+from shardemb.kge.sampling import SamplingConfig
+from shardemb.kge.trainer import Trainer, TrainingConfig, resolve_device
+from shardemb.launch.config import LaunchConfig, run
+from shardemb.launch.local import run_local
+from shardemb.serving.store import StoredTable, newest, open_store
+
+#: takes a sentence about what happens now
+Notify = Callable[[str], object]
+
+
+def _ignore(text: str) -> None:
+    """Notify nobody."""
+
+
+def train(
+    data: Triples,
+    model: ModelConfig | None = None,
+    loss: LossConfig | None = None,
+    sampling: SamplingConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    training: TrainingConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[KnowledgeGraphModel, dict[str, float]]:
+    """Train and rank. A collective.
+
+    Every rank of the default process group calls it, with the same arguments. The run folder is
+    that of ``shardemb train``: the command line can evaluate, query and resume the run. If the
+    graph was not loaded by :meth:`Triples.load`, it needs ``--dataset`` for that.
+
+    Args:
+        data: the graph, the same on all ranks.
+        model: the model's settings.
+        loss: what is minimized.
+        sampling: batch sizes and negatives.
+        optimizer: how rows are updated, and at which rate.
+        training: epochs and what happens between them.
+        evaluation: how validation and test triples are ranked.
+        output: run folder, on storage that all ranks see; None writes nothing.
+        resume: go on from the newest checkpoint of ``output``, if there is one.
+        progress: show a bar (rank 0).
+
+    Returns:
+        The model with this rank's rows, and the metrics of the test split (empty without test
+        triples).
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite, on all ranks.
+        CheckpointError: before the first step: the folder cannot be written, or its disk is too
+            small; later: a checkpoint cannot be written or read.
+        TerminatedError: SIGTERM came; the step that was under way is in a checkpoint.
+        ValueError: a resumed run has other entities, relations or settings; settings that do not go
+            together.
+        FileExistsError: ``output`` holds a run, and ``resume`` is False.
+    """
+    config = JobConfig(
+        dataset=data.dataset,
+        unseen=data.unseen,
+        model=model or ModelConfig(),
+        loss=loss or LossConfig(),
+        sampling=sampling or SamplingConfig(),
+        optimizer=optimizer or OptimizerConfig(),
+        training=training or TrainingConfig(),
+        evaluation=evaluation or EvaluationConfig(),
+        launch=LaunchConfig(workers=collectives.rank_and_size()[1]),
+    )
+    folder = None if output is None else RunFolder(output)
+    trainer = Trainer(data, config.settings, folder, resume, progress)
+    try:
+        if folder is not None and trainer.rank == 0:
+            command = shlex.join(["python", *sys.argv])
+            folder.write_start(config.to_toml(), command, str(trainer.world_size))
+        return trainer.model, trainer.train()
+    finally:
+        trainer.close()
+
+
+def train_run(
+    config: JobConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    timeout_s: float = 300.0,
+    command: str = "",
+    notify: Notify = _ignore,
+) -> dict[str, float] | None:
+    """Start the ranks of a job, train, and rank the test triples, as ``shardemb train`` does.
+
+    Args:
+        config: all settings; ``config.launch`` says where the ranks run.
+        output: run folder.
+        resume: go on from the newest checkpoint of ``output``, if there is one.
+        timeout_s: seconds after which a collective stops waiting for a missing rank.
+        command: for ``run.json``; by default this process's own.
+        notify: is called when the folder is ready, before training.
+
+    Returns:
+        The metrics of the test split; None on torchrun's ranks but the first.
+
+    Raises:
+        FileExistsError: ``output`` is not empty, and ``resume`` is False.
+        ValueError: settings that are not those of the resumed run.
+        WorkerError: a rank failed; with one local worker its own exception.
+        Exception: as :func:`train`.
+    """
+    folder, launch = RunFolder(output), config.launch
+    written = folder.resumable_config if resume else None
+    if written and (changed := config.differences(JobConfig.load(written))):
+        raise InputError(
+            f"{written}: --resume needs the settings of the run, got {'; '.join(changed)}"
+        )
+    _require_dataset(config, folder)
+    command = command or shlex.join(["python", *sys.argv])
+    if launch.launcher == "torchrun":
+        call: tuple[Any, ...] = (
+            _prepare_and_train,
+            launch,
+            config,
+            folder,
+            resume,
+            command,
+            notify,
+        )
+    else:
+        workers = str(launch.workers)
+        if launch.max_workers:
+            workers += f" to {launch.max_workers}"
+        _prepare(config, folder, resume, command, workers, notify)
+        again = resume or launch.launcher == "ray"  # Ray starts again after a failure
+        call = _train_rank, launch, config, folder.path.resolve(), again
+    gpus, storage = config.training.device == "cuda", folder.ray.resolve()
+    return run(*call, gpus=gpus, timeout_s=timeout_s, storage=storage)
+
+
+def _prepare(
+    config: JobConfig, folder: RunFolder, resume: bool, command: str, workers: str, notify: Notify
+) -> None:
+    """Make the run folder, or find it."""
+    if not resume:
+        folder.require_empty()
+    folder.create()
+    folder.write_start(config.to_toml(), command, workers)
+    name = folder.newest()
+    how = f"resuming from {name}" if name else "no checkpoint to resume from, starting anew"
+    text = f"training on {config.dataset}, {workers} worker(s), into {folder}"
+    notify(text + f": {how}" * resume)
+
+
+def _prepare_and_train(
+    config: JobConfig, folder: RunFolder, resume: bool, command: str, notify: Notify
+) -> dict[str, float] | None:
+    """Train on a rank that torchrun has started; rank 0 makes the folder and returns the result."""
+    rank = dist.get_rank()
+    resume = resume or int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    if rank == 0:
+        _prepare(config, folder, resume, command, os.environ["WORLD_SIZE"], notify)
+    collectives.gather(None, operation="rank 0 makes the run folder")
+    result = _train_rank(config, folder.path.resolve(), resume)
+    return result if rank == 0 else None
+
+
+def _train_rank(config: JobConfig, output: Path, resume: bool) -> dict[str, float]:
+    trainer = Trainer(_load(config), config.settings, RunFolder(output), resume)
+    try:
+        return trainer.train()
+    finally:
+        trainer.close()
+
+
+def _load(config: JobConfig) -> Triples:
+    """Load the job's triples; rank 0 alone warns."""
+    with warnings.catch_warnings():
+        if collectives.rank_and_size()[0]:
+            warnings.simplefilter("ignore")
+        return Triples.load(config.dataset, config.unseen)
+
+
+def _require_dataset(config: JobConfig, folder: RunFolder) -> None:
+    if config.dataset:
+        return
+    if folder.config.exists():
+        raise InputError(
+            f"{folder.config}: got no dataset, as the run was trained from Python on a graph in"
+            " memory: give files of the same graph by --dataset"
+        )
+    raise InputError("dataset: got '', expected a graph: give --dataset")
+
+
+def evaluate_run(
+    output: str | Path,
+    *,
+    split: str = "test",
+    workers: int = 1,
+    overrides: Iterable[str] = (),
+    dataset: str | None = None,
+    checkpoint: str | Path | None = None,
+    device: str | None = None,
+    timeout_s: float = 300.0,
+    notify: Notify = _ignore,
+) -> dict[str, Any]:
+    """Rank a split's triples with a run's checkpoint, as ``shardemb evaluate`` does.
+
+    Args:
+        output: run folder.
+        split: "train", "valid" or "test".
+        workers: ranks, one local process each.
+        overrides: of settings, "evaluation.KEY=VALUE".
+        dataset: another place of the run's dataset, see :meth:`Triples.load`.
+        checkpoint: another than the run's best, or newest.
+        device: where rows lie, "cpu" or "cuda"; None for that of training.
+        timeout_s: seconds after which a collective stops waiting for a missing rank.
+        notify: is called before the ranks start.
+
+    Returns:
+        "checkpoint", "split", "triples" (their number) and the settings of the evaluation; "sides",
+        the metrics of "both", "tail" and "head"; "relations", those of each relation, if
+        configured.
+
+    Raises:
+        FileNotFoundError: no run folder.
+        CheckpointError: no checkpoint, or one of another dataset.
+        ValueError: no triples, or a setting out of range.
+        WorkerError: a rank failed; with one worker its own exception.
+    """
+    folder, overrides = RunFolder(output), list(overrides)
+    written = folder.existing(folder.config)
+    for override in overrides:
+        if not override.strip().startswith("evaluation."):
+            raise InputError(
+                f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was"
+                " trained"
+            )
+    config = JobConfig.load(written, overrides, dataset)
+    _require_dataset(config, folder)
+    in_memory = not JobConfig.load(written).dataset
+    path = newest(Path(checkpoint or folder.path))
+    notify(f"ranking {split} triples of {config.dataset} by {path}")
+    device = device or config.training.device
+    backend = "nccl" if device == "cuda" else "gloo"
+    arguments = config, path, split, device, in_memory
+    return run_local(_evaluate_rank, workers, *arguments, timeout_s=timeout_s, backend=backend)
+
+
+def _evaluate_rank(
+    config: JobConfig, path: Path, split: str, device: str, in_memory: bool
+) -> dict[str, Any]:
+    data = _load(config)
+    triples = getattr(data, split)
+    if not len(triples):
+        raise InputError(f"{config.dataset}: got no {split} triples, expected some to rank")
+    seed = config.training.seed
+    counts = len(data.entities), len(data.relations)
+    model = KnowledgeGraphModel(*counts, config.model, seed, device=resolve_device(device))
+    fingerprints = {
+        "entities": data.entities.fingerprint,
+        "relations": data.relations.fingerprint,
+        "triples": data.fingerprint,
+    }
+    if in_memory:  # files have another order than columns in memory
+        del fingerprints["triples"]
+    checkpoints.load(path, model, optimizer_state=False, fingerprints=fingerprints)
+    shown = collectives.rank_and_size()[0] == 0
+    ranked = report(model, triples, data.splits, config.evaluation, seed, shown)
+    labels = data.relations.labels if ranked.table else []
+    rows = [{"label": labels[row["relation"]], **row} for row in ranked.table]
+    rows.sort(key=lambda row: -row["count"])
+    settings = asdict(config.evaluation)
+    described = {"checkpoint": str(path), "split": split, "triples": len(triples), **settings}
+    return {**described, "sides": ranked.sides, "relations": rows}
+
+
+def query_run(
+    path: str | Path,
+    entity: str | int,
+    relation: str | int | None = None,
+    *,
+    k: int = 10,
+    metric: str = "cosine",
+    inverse: bool = False,
+    table: str | None = None,
+) -> list[tuple[str, float]]:
+    """Return nearest neighbours, or best tails, as ``shardemb query`` does.
+
+    Args:
+        path: run folder, or a checkpoint.
+        entity: label; or id, if there are no labels.
+        relation: with it: the best tails of (entity, relation, ?).
+        k: how many.
+        metric: of neighbours, "cosine", "dot" or "l2".
+        inverse: the best heads of (?, relation, entity) instead of tails.
+        table: in which neighbours are searched; None for the largest.
+
+    Returns:
+        Labels (or ids) and scores, the best first.
+
+    Raises:
+        CheckpointError, KeyError, IndexError, ValueError: see :func:`shardemb.open_store`,
+            :func:`~shardemb.kge.predict.best_tails`.
+    """
+    store = open_store(path)
+    if relation is None:
+        searched = store.table if table is None else store[table]
+        best = searched.nearest(_key(searched, entity), k, metric)  # type: ignore[arg-type]
+    else:
+        searched = store["entity"]
+        keys = _key(searched, entity), _key(store["relation"], relation)
+        best = best_tails(store, *keys, k, inverse)
+    pairs = zip(best.ids[0].tolist(), best.scores[0].tolist(), strict=True)
+    return [(searched.label(row), score) for row, score in pairs]
+
+
+def _key(table: StoredTable, text: str | int) -> str | int:
+    if table.vocabulary is None and str(text).removeprefix("-").isdigit():
+        return int(text)
+    return text
