@@ -99,10 +99,10 @@ def _ours(rank: int, world_size: int, scorer: str, dataset: str, filtered: bool)
     )
     weights = _weights(scorer, *sizes)
     plan = model.entity.plan
-    model.entity.load_stored_rows(
-        {**model.entity.stored_rows(), "weight": weights[0][plan.local_ids()]}
+    model.entity._load_stored_rows(
+        {**model.entity._stored_rows(), "weight": weights[0][plan.local_ids()]}
     )
-    model.relation.load_stored_rows({"weight": weights[1]})
+    model.relation._load_stored_rows({"weight": weights[1]})
     splits = [data.train, data.valid, data.test]
     return {
         ties: (

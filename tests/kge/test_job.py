@@ -166,7 +166,7 @@ def test_a_refused_run_changes_nothing(tmp_path: Path) -> None:
     assert after == before
 
 
-SLOW = ("pandas", "tensorboardX", "duckdb", "torchrec", "fbgemm_gpu", "ray", "matplotlib")
+SLOW = ("pandas", "duckdb", "torchrec", "fbgemm_gpu", "ray", "matplotlib")
 
 
 def test_a_run_imports_what_it_uses(tmp_path: Path) -> None:

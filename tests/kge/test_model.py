@@ -101,7 +101,7 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The same with whole tables as plain tensors, one query at a time."""
     model, sampler = parts(case, 0, 1)
     entity, relation = (
-        table.stored_rows()["weight"].clone().requires_grad_()
+        table._stored_rows()["weight"].clone().requires_grad_()
         for table in (model.entity, model.relation)
     )
     config, loss_config, scorer, found = model.config, model.loss_config, model.scorer, []
@@ -199,7 +199,7 @@ def _few_rows(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     )
     total, plain = model.loss_vs_all(sampler.queries(0, 0), rank, world_size)
     total.backward()
-    return plain, sum(table.stored_rows()["weight"].sum() for table in (model.entity,))  # type: ignore[return-value]
+    return plain, sum(table._stored_rows()["weight"].sum() for table in (model.entity,))  # type: ignore[return-value]
 
 
 def test_ranks_without_rows_or_queries(run_ranks) -> None:

@@ -33,8 +33,8 @@ def _model(
     )
     if rounded:  # so that there are ties
         for table in (model.entity, model.relation):
-            stored = table.stored_rows()
-            table.load_stored_rows({**stored, "weight": stored["weight"].round()})
+            stored = table._stored_rows()
+            table._load_stored_rows({**stored, "weight": stored["weight"].round()})
     return model.eval()
 
 
@@ -127,8 +127,8 @@ def _duplicates(
     torch.set_num_threads(threads)
     model = _model(scorer, rows, rounded=False, dim=dim)
     one = torch.randn(1, dim, generator=torch.Generator().manual_seed(dim))
-    model.entity.load_stored_rows(
-        {**model.entity.stored_rows(), "weight": one.expand(model.entity.plan.num_local, dim)}
+    model.entity._load_stored_rows(
+        {**model.entity._stored_rows(), "weight": one.expand(model.entity.plan.num_local, dim)}
     )
     number = torch.arange(100)
     triples = torch.stack([number * 37 % rows, number % 3, number * 91 % rows], dim=1)
