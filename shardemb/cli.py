@@ -16,7 +16,6 @@ from typing import Any
 
 from shardemb import __version__
 from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
-from shardemb.utils import logs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,9 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
-    if arguments.verbose:
-        logs.verbose()
     try:
+        from shardemb.utils import logs  # reads SHARDEMB_LOG, which may be wrong
+
+        if arguments.verbose:
+            logs.verbose()
         return arguments.run(arguments)
     except KeyboardInterrupt:
         hint = (
