@@ -17,7 +17,6 @@ from typing import Any
 
 from shardemb import __version__
 from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
-from shardemb.utils import logs
 
 _RUN: dict[str, Any] = {"type": Path, "metavar": "RUN"}
 _JSON: dict[str, Any] = {"type": Path, "metavar": "FILE"}
@@ -49,10 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
-    if arguments.verbose:
-        logs.verbose()
     resumes = "; --resume goes on from the newest checkpoint" * (arguments.command == "train")
     try:
+        from shardemb.utils import logs  # reads SHARDEMB_LOG, which may be wrong
+
+        if arguments.verbose:
+            logs.verbose()
         return arguments.run(arguments)
     except KeyboardInterrupt:
         _say(f"shardemb: interrupted{resumes}")

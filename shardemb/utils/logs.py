@@ -1,7 +1,7 @@
 """The package's loggers, ``shardemb.<module>``, and what they print.
 
-As in any library they print nothing by themselves, and the root logger stays as it is. With
-``SHARDEMB_LOG`` (or ``shardemb --verbose``) their lines go to stderr, each with its rank::
+The root logger stays as it is, so that by default only warnings are printed. With ``SHARDEMB_LOG``
+or ``shardemb --verbose`` the lines go to stderr, each with its rank::
 
     SHARDEMB_LOG=INFO
     SHARDEMB_LOG=WARNING,checkpoint=INFO,comm.shared_memory=DEBUG
@@ -15,7 +15,6 @@ from shardemb.exceptions import InputError
 
 VARIABLE = "SHARDEMB_LOG"
 _FORMAT = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
-_package = logging.getLogger("shardemb")
 _handler: logging.Handler | None = None
 
 
@@ -55,7 +54,7 @@ def configure(levels: str) -> None:
     if _handler is None:
         _handler = logging.StreamHandler()
         _handler.setFormatter(logging.Formatter(_FORMAT, defaults={"rank": "?"}))
-        _package.addHandler(_handler)
+        logging.getLogger("shardemb").addHandler(_handler)
     os.environ[VARIABLE] = levels
 
 
@@ -69,6 +68,5 @@ def environment() -> dict[str, str]:
     return {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
 
 
-_package.addHandler(logging.NullHandler())
 if os.environ.get(VARIABLE):
     configure(os.environ[VARIABLE])

@@ -184,3 +184,15 @@ def test_a_restart_by_torchrun(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("restart 1 by torchrun, with 2 ranks") == 1
+
+
+def test_the_command_line_names_a_wrong_setting() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shardemb", "status", "nowhere"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SHARDEMB_LOG": "LOUD"},
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("shardemb: error: SHARDEMB_LOG: got 'LOUD', expected a level")
