@@ -33,8 +33,8 @@ os.environ.update(
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        *("pytest", "shardemb.kge.trainer", "fbgemm_gpu", "torch._dynamo"),
-        *("tensorboardX", "matplotlib.backends.backend_agg"),  # for a run folder's figures
+        *("pytest", "shardemb.kge.job", "fbgemm_gpu", "torch._dynamo"),
+        "matplotlib.backends.backend_agg",  # for a run folder's figures
         "pandas",  # which pyarrow imports when it is given lists
     ]
 )

@@ -18,17 +18,11 @@ from shardemb.utils.validation import at_least, one_of, within
 
 
 class _Softmax(torch.autograd.Function):
-    """One pass over the scores for the loss and its gradient.
-
-    Which autograd would make in eight.
-    """
+    """One pass over the scores for the loss and its gradient; autograd would make eight."""
 
     @staticmethod
     def forward(ctx: Any, positive: Tensor, negative: Tensor, smoothing: float) -> Tensor:
-        top, share = (
-            negative.amax(-1),
-            negative.softmax(-1),
-        )  # torch's softmax takes one pass; the rest is of (...)
+        top, share = negative.amax(-1), negative.softmax(-1)  # one pass; the rest is of (...)
         wrong = top - share.amax(-1).log()
         empty = top == -torch.inf
         if empty.any():  # no negative of a query counts
@@ -38,11 +32,11 @@ class _Softmax(torch.autograd.Function):
         first, scale = torch.expm1(-loss), (wrong - total).exp()
         if smoothing:  # target: 1 - smoothing for the true one, and smoothing shared by all
             counts = negative > -torch.inf
-            each = smoothing / (counts.sum(-1) + 1)
+            part = smoothing / (counts.sum(-1) + 1)
             others = negative.masked_fill(~counts, 0).sum(-1) + positive
-            loss += smoothing * positive - each * others
-            first += smoothing - each
-            share = share * scale.unsqueeze(-1) - each.unsqueeze(-1) * counts
+            loss += smoothing * positive - part * others
+            first += smoothing - part
+            share = share * scale.unsqueeze(-1) - part.unsqueeze(-1) * counts
             scale = torch.ones_like(scale)
         ctx.save_for_backward(first, share, scale)
         return loss
@@ -72,18 +66,12 @@ def logistic(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -
     wrong = F.softplus(negative)
     if label_smoothing:
         wrong = wrong - label_smoothing / 2 * negative.masked_fill(~counts, 0)
-    return (
-        F.softplus(-positive)
-        + label_smoothing / 2 * positive
-        + wrong.sum(-1) / counts.sum(-1).clamp_min(1)
-    )
+    right = F.softplus(-positive) + label_smoothing / 2 * positive
+    return right + wrong.sum(-1) / counts.sum(-1).clamp_min(1)
 
 
 def margin_ranking(positive: Tensor, negative: Tensor, margin: float = 1.0) -> Tensor:
-    """Return the mean over negatives of ``max(0, margin + negative - positive)`` (Bordes et al.
-
-    2013).
-    """
+    """Return the mean of ``max(0, margin + negative - positive)`` (Bordes et al. 2013)."""
     counts = negative > -torch.inf
     return (margin + negative - positive.unsqueeze(-1)).relu().sum(-1) / counts.sum(-1).clamp_min(1)
 
@@ -95,9 +83,8 @@ def self_adversarial(
 
     Hard negatives weigh more, by a softmax without gradient.
     """
-    weights = (
-        (temperature * negative.detach()).softmax(-1).nan_to_num(0)
-    )  # NaN where no negative counts
+    weights = (temperature * negative.detach()).softmax(-1)
+    weights = weights.nan_to_num(0)  # NaN where no negative counts
     return (F.softplus(-margin - positive) + (weights * F.softplus(margin + negative)).sum(-1)) / 2
 
 
@@ -144,8 +131,5 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 
 def lp(*moduli: Tensor, power: float) -> Tensor:
-    """Sum of absolute values to a power: the p-norm's.
-
-    With 3 the weighted nuclear 3-norm of Lacroix et al. 2018, N3.
-    """
+    """Sum absolute values to a power; with 3 it is N3 (Lacroix et al. 2018)."""
     return sum((modulus.pow(power).sum() for modulus in moduli), start=torch.zeros(()))

@@ -49,31 +49,20 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         one_of("optimizer", self, {"name": sorted(OPTIMIZERS), "schedule": SCHEDULES})
-        at_least(
-            "optimizer",
-            self,
-            entity_lr=0,
-            relation_lr=0,
-            weight_decay=0,
-            max_grad_norm=0,
-            warmup_steps=0,
-            plateau_patience=1,
-        )
+        at_least("optimizer", self, entity_lr=0, relation_lr=0, weight_decay=0, max_grad_norm=0)
+        at_least("optimizer", self, warmup_steps=0, plateau_patience=1)
         within("optimizer", self, final_lr=(0, 1), plateau_factor=(0.01, 1))
 
     def make(self, model: KnowledgeGraphModel) -> optim.RowWiseOptimizer:
         """Make the optimizer of both tables."""
-        rates = [(model.entity, self.entity_lr), (model.relation, self.relation_lr)]
-        groups = [
-            {
-                "params": table.parameters(),
-                "lr": lr,
-                "initial_lr": lr,
-                "weight_decay": self.weight_decay,
-            }
-            for table, lr in rates
-        ]
-        return OPTIMIZERS[self.name](groups)
+        rates = {model.entity: self.entity_lr, model.relation: self.relation_lr}
+        decay = self.weight_decay
+        return OPTIMIZERS[self.name](
+            [
+                {"params": table.parameters(), "lr": lr, "initial_lr": lr, "weight_decay": decay}
+                for table, lr in rates.items()
+            ]
+        )
 
     def set_rates(
         self, optimizer: torch.optim.Optimizer, done: int, steps: int, plateau: float = 1.0

@@ -13,9 +13,7 @@ from shardemb.serving.store import Store
 def best_tails(
     store: Store, heads: Keys, relations: Keys, k: int = 10, inverse: bool = False
 ) -> Nearest:
-    """Score all entities as tails of queries (head, relation, ?), and return the best.
-
-    Known ones included.
+    """Score all entities as tails of queries (head, relation, ?), and return the best ones.
 
     Args:
         store: of a checkpoint that the trainer has made.
@@ -30,28 +28,27 @@ def best_tails(
             relations.
         KeyError, IndexError, TypeError: as :meth:`shardemb.serving.read_table.Table.ids`.
     """
-    told = store.state.get("model")
-    if told is None or told["scorer"] not in SCORERS:
+    settings = store.state.get("model")
+    if settings is None or settings["scorer"] not in SCORERS:
         raise InputError(
             f"{store.path}: holds no knowledge-graph model that shardemb train has made, so it has"
             " no scorer"
         )
-    scorer = SCORERS[told["scorer"]]()
+    scorer = SCORERS[settings["scorer"]]()
     entity, relation = store["entity"], store["relation"]
     h, r = entity.ids(heads).reshape(-1), relation.ids(relations).reshape(-1)
     if len(h) != len(r):
         raise InputError(f"got {len(h)} heads and {len(r)} relations, expected as many")
-    r = r + told["num_relations"] * (inverse and told["reciprocal"])
+    r = r + settings["num_relations"] * (inverse and settings["reciprocal"])
     if len(r) and int(r.max()) >= relation.max_id:
         raise IdRangeError(
-            f"{store.path}: got relation {int(r.max())}, expected below {told['num_relations']}"
+            f"{store.path}: got relation {int(r.max())}, expected below {settings['num_relations']}"
             " with inverse=True"
         )
     known, relations = entity.lookup(h), relation.lookup(r, raw=True)
     if scorer.relation_normalizer is not None:
         relations = scorer.relation_normalizer(relations)
-    by_head = inverse and not told["reciprocal"]
-    query: Tensor = (
-        scorer.head_query(known, relations) if by_head else scorer.tail_query(known, relations)
-    )
-    return entity.best(lambda rows: scorer.score_all(query, rows), k, queries=len(h))
+    by_head = inverse and not settings["reciprocal"]
+    query = scorer.head_query if by_head else scorer.tail_query
+    queries: Tensor = query(known, relations)
+    return entity.best(lambda rows: scorer.score_all(queries, rows), k, queries=len(h))

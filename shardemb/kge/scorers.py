@@ -1,6 +1,4 @@
-"""Scores of triples as pure functions of rows.
-
-With a matrix product where many candidates share a query.
+"""Scores of triples as pure functions of rows; candidates that share a query cost one product.
 
 A scorer splits ``score(h, r, t)`` into a query, made of the relation and of the entity that is
 known, and what compares it with a candidate for the other one: a dot product or a distance. So
@@ -94,13 +92,10 @@ class _Distance(Scorer):
         with torch.autocast(query.device.type, enabled=False):  # the difference of large numbers
             wide = torch.promote_types(query.dtype, torch.float32)
             query, candidates = query.to(wide), candidates.to(wide)
-            lengths = query.square().sum(-1, keepdim=True) + candidates.square().sum(-1).unsqueeze(
-                -2
-            )
+            squares = query.square().sum(-1), candidates.square().sum(-1)
+            lengths = squares[0].unsqueeze(-1) + squares[1].unsqueeze(-2)
             square = torch.add(lengths, query @ candidates.mT, alpha=-2)
-        return -square.clamp_min(
-            1e-12
-        ).sqrt()  # where it is clamped, rounding is all there is, and the gradient 0
+        return -square.clamp_min(1e-12).sqrt()  # below that is rounding, and the gradient is 0
 
 
 class TransE(_Distance):
@@ -197,9 +192,9 @@ def _unit_quaternions(rows: Tensor) -> Tensor:
 
 
 class QuatE(_Product):
-    """``-<h r, t>`` with Hamilton's product of quaternions; ``r`` are rotations (Zhang et al. 2019.
+    """``-<h r, t>`` with Hamilton's product of quaternions; ``r`` are rotations.
 
-    The sign is PyKEEN's).
+    Zhang et al. 2019; the sign is PyKEEN's.
     """
 
     parts = 4
@@ -211,9 +206,8 @@ class QuatE(_Product):
 
     def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
         """Return the tail, rotated back."""
-        return _hamilton_product(
-            tail, relation * relation.new_tensor([-1, 1, 1, 1]).repeat(relation.shape[-1] // 4)
-        )
+        signs = relation.new_tensor([-1, 1, 1, 1]).repeat(relation.shape[-1] // 4)
+        return _hamilton_product(tail, relation * signs)
 
 
 class HolE(_Product):
@@ -225,13 +219,12 @@ class HolE(_Product):
 
     def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
         """Return the circular correlation of relation and tail."""
-        return torch.fft.irfft(
-            torch.fft.rfft(relation).conj() * torch.fft.rfft(tail), n=tail.shape[-1]
-        )
+        product = torch.fft.rfft(relation).conj() * torch.fft.rfft(tail)
+        return torch.fft.irfft(product, n=tail.shape[-1])
 
 
 def _complex_product(a: Tensor, b: Tensor, conjugate: bool = False) -> Tensor:
-    """Multiply complex rows, the second conjugated if told so."""
+    """Multiply complex rows; ``conjugate`` conjugates the second."""
     left, right = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (a, b))
     return torch.view_as_real(left * (right.conj() if conjugate else right)).flatten(-2)
 

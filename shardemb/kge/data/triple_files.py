@@ -1,8 +1,8 @@
 """Files of triples: read strictly, a block at a time, on all cores.
 
-Arrow reads a block of lines, and may accept only what the line-by-line reader accepts. At any doubt
-that one reads the block, and raises the error or not. A line that is not three labels is an error
-that names file and line; no triple is ever made up, or skipped unasked.
+Arrow reads a block of lines if it surely agrees with the line-by-line reader; otherwise that one
+reads the block. A line that is not three labels is an error that names file and line; no triple is
+made up, and none is skipped unless the user asks for it.
 """
 
 import gzip
@@ -24,10 +24,10 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from shardemb.exceptions import InputError
-from shardemb.vocabulary import column_of
+from shardemb.vocabulary import column_of, text_column
 
 SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".nt", ".nt.gz", ".parquet")
-#: what becomes of triples whose object is a literal
+#: what happens to triples whose object is a literal
 LITERALS = ("error", "drop", "keep")
 #: longest line that can be a triple, in bytes
 MAX_LINE = 1 << 20
@@ -48,26 +48,16 @@ _BOM = "\ufeff".encode()
 #: what stands over columns of heads, of relations and of tails
 _HEADER = (
     {"head", "h", "subject", "subj", "s", "source", "src", "from", "lhs", "entity1"},
-    {
-        "relation",
-        "relationship",
-        "rel",
-        "r",
-        "predicate",
-        "pred",
-        "p",
-        "property",
-        "edge",
-        "type",
-        "label",
-    },
+    {"relation", "relationship", "rel", "r", "predicate", "pred", "p", "property", "edge"}
+    | {"type", "label"},
     {"tail", "t", "object", "obj", "o", "target", "dst", "to", "rhs", "entity2"},
 )
 _UTF8 = "UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8"
-#: first bytes that tell what a file is instead
+_UTF16 = _UTF8.replace("LATIN1", "UTF-16")
+#: first bytes of other kinds of files
 _MAGIC = {
-    b"\xff\xfe": "UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8",
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
     b"\x1f\x8b": "UTF-8 text: this is gzip, give it a name that ends in .gz",
 }
 
@@ -77,7 +67,7 @@ class Block(NamedTuple):
 
     #: columns "head", "relation" and "tail" of strings
     table: pa.Table
-    #: triples that were left out, because their object is a literal
+    #: triples that were left out: their object is a literal
     dropped: int
     #: how much of the file has been read
     part: float
@@ -89,18 +79,16 @@ def read(path: Path, literals: str = "error") -> pa.Table:
 
 
 def blocks(path: Path, literals: str = "error", threads: int | None = None) -> Iterator[Block]:
-    """Read a file of triples by its suffix.
+    """Read a file of triples: by its suffix N-Triples, Parquet or tab-separated, also gzipped.
 
-    .nt is N-Triples, .parquet Parquet, all others tab-separated; .gz is gzip.
-
-    ``head TAB relation TAB tail`` lines are UTF-8, and a quote is part of a label. Of N-Triples,
-    IRIs lose their brackets, blank nodes are ``_:x``, and literals stand in quotes, with language
-    or type; escapes are decoded but where a label needs them. Parquet has columns "head",
+    Tab-separated lines are UTF-8, ``head TAB relation TAB tail``; a quote is part of a label. In
+    N-Triples, labels of IRIs have no brackets, blank nodes are ``_:x``, and literals keep quotes,
+    language and type; escapes are decoded unless a label needs them. Parquet has columns "head",
     "relation" and "tail", strings (also dictionary-encoded) or integers.
 
     Args:
         path: of the file.
-        literals: what becomes of triples whose object is a literal: "error", "drop" or "keep".
+        literals: what happens to triples whose object is a literal: "error", "drop" or "keep".
         threads: that read; by default one for each core.
 
     Raises:
@@ -121,12 +109,12 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     threads = threads or len(os.sched_getaffinity(0))
     if suffix == ".parquet":
-        found = _in_order(partial(_parquet_block, path), _parquet_batches(path), threads)
+        parsed = _in_order(partial(_parquet_block, path), _parquet_batches(path), threads)
     else:
         parse = partial(_nt_block, path, literals) if suffix == ".nt" else partial(_tsv_block, path)
-        found = _in_order(parse, _lines(path), threads)
+        parsed = _in_order(parse, _lines(path), threads)
     count, dropped = 0, 0
-    for block in found:
+    for block in parsed:
         count, dropped = count + len(block.table), dropped + block.dropped
         yield block
     if not count:
@@ -135,10 +123,7 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
 
 
 def _in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
-    """Apply a function in threads, a few items ahead.
-
-    An error comes after the results of all items before.
-    """
+    """Apply a function in threads, a few items ahead; errors keep their place in the order."""
     pending: deque[Future[U]] = deque()
     iterator, failure = iter(items), None
     with ThreadPoolExecutor(threads) as pool:
@@ -158,25 +143,21 @@ def _malformed(path: Path, number: int, got: str, expected: str) -> ValueError:
 
 
 def _is_label(text: str) -> bool:
-    return (
-        bool(text) and text == text.strip() and (text.isprintable() or _NO_LABEL.isdisjoint(text))
-    )
+    trimmed = bool(text) and text == text.strip()
+    return trimmed and (text.isprintable() or _NO_LABEL.isdisjoint(text))
 
 
 def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
-    """Tell fast whether all are labels; False may be a false alarm."""
+    """Return quickly whether all are labels; False may be a false alarm."""
     if forbidden and pc.any(pc.match_substring_regex(column, f"[{forbidden}]")).as_py():
         return False
-    size = pc.sum(pc.binary_length(column)).as_py()
-    lengths = pc.min_max(pc.binary_length(column)).as_py()
-    return (
-        lengths["min"] > 0
-        and pc.sum(pc.binary_length(pc.utf8_trim_whitespace(column))).as_py() == size
-    )
+    lengths = pc.binary_length(column)
+    trimmed = pc.binary_length(pc.utf8_trim_whitespace(column))
+    return pc.min(lengths).as_py() > 0 and pc.sum(trimmed).as_py() == pc.sum(lengths).as_py()
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    """Tell whether the fields are names of the three columns, in any order."""
+    """Return whether the fields are names of the three columns, in any order."""
     names = [
         re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields
     ]
@@ -202,7 +183,7 @@ def _lines(path: Path) -> Iterator[_Lines]:
         size = os.fstat(raw.fileno()).st_size
         while more:
             try:
-                piece = file.read1(1 << 18)  # a larger read would lose what stands before a damage
+                piece = file.read1(1 << 18)  # a larger read loses what precedes the damage
             except (EOFError, OSError, zlib.error) as error:
                 piece, damage = b"", error
             held += piece
@@ -213,40 +194,30 @@ def _lines(path: Path) -> Iterator[_Lines]:
             end = end or len(held) * (len(held) > MAX_LINE)  # which the line-by-line reader refuses
             if end:
                 count = held.count(b"\n", 0, end) + (held[end - 1] != 10)
-                lines = _Lines(
-                    number, bytes(memoryview(held)[:end]), count, raw.tell() / max(1, size)
-                )
-                held = held[end:]
-                yield lines
-                number += lines.number
+                text, held = bytes(memoryview(held)[:end]), held[end:]
+                yield _Lines(number, text, count, raw.tell() / max(1, size))
+                number += count
     if damage is not None:
         expected = "a whole gzip file" if path.suffix == ".gz" else "a file that can be read"
-        raise _malformed(
-            path, number, f"a damaged file ({damage})", f"{expected}: fetch it anew"
-        ) from damage
+        got = f"a damaged file ({damage})"
+        raise _malformed(path, number, got, f"{expected}: fetch it anew") from damage
 
 
 def _decoded(path: Path, lines: _Lines) -> Iterator[tuple[int, str]]:
     """Yield numbers and lines without their ends."""
     for number, raw in enumerate(lines.text.split(b"\n")[: lines.number], lines.first):
         if len(raw) >= MAX_LINE:
-            raise _malformed(
-                path, number, f"more than {MAX_LINE - 1:,} bytes", "a line of one triple"
-            )
+            got = f"more than {MAX_LINE - 1:,} bytes"
+            raise _malformed(path, number, got, "a line of one triple")
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
         except UnicodeDecodeError as error:
             expected = _MAGIC.get(raw[:2], _UTF8) if number == 1 else _UTF8
-            raise _malformed(
-                path, number, f"byte {error.object[error.start]:#04x}", expected
-            ) from error
+            got = f"byte {error.object[error.start]:#04x}"
+            raise _malformed(path, number, got, expected) from error
         if "\r" in line:
-            raise _malformed(
-                path,
-                number,
-                f"a CR within {line[:80]!r}",
-                "lines that end in LF or CRLF: convert the file",
-            )
+            expected = "lines that end in LF or CRLF: convert the file"
+            raise _malformed(path, number, f"a CR within {line[:80]!r}", expected)
         yield number, line
 
 
@@ -258,18 +229,11 @@ def _tsv_block(path: Path, lines: _Lines) -> Block:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> pa.Table:
-    return pa.table(
-        [pa.array([row[i] for row in rows], pa.large_string()) for i in range(3)], schema=SCHEMA
-    )
+    return pa.table([text_column([row[i] for row in rows]) for i in range(3)], schema=SCHEMA)
 
 
-_PARSE = csv.ParseOptions(
-    delimiter="\t",
-    quote_char=False,
-    double_quote=False,
-    escape_char=False,
-    ignore_empty_lines=False,
-)
+_PLAIN_FIELDS = dict.fromkeys(("quote_char", "double_quote", "escape_char"), False)
+_PARSE = csv.ParseOptions(delimiter="\t", ignore_empty_lines=False, **_PLAIN_FIELDS)
 _CONVERT = csv.ConvertOptions(column_types=SCHEMA, strings_can_be_null=False, check_utf8=True)
 
 
@@ -277,11 +241,9 @@ def _fast_tsv(lines: _Lines) -> pa.Table | None:
     """Read lines with Arrow; None if the line-by-line reader could see anything wrong in them."""
     text = lines.text.removeprefix(_BOM) if lines.first == 1 else lines.text
     # a search for one byte is many times as fast as one for several
-    if (
-        b"\0" in text
-        or (b"\xef" in text and _BOM in text)
-        or (b"\r" in text and text.count(b"\r") != text.count(b"\r\n"))
-    ):
+    inner_bom = b"\xef" in text and _BOM in text
+    lone_cr = b"\r" in text and text.count(b"\r") != text.count(b"\r\n")
+    if b"\0" in text or inner_bom or lone_cr:
         return None
     how = csv.ReadOptions(column_names=COLUMNS, use_threads=False, block_size=len(text) + 1)
     try:
@@ -299,11 +261,8 @@ def _fast_tsv(lines: _Lines) -> pa.Table | None:
 def _tsv_line(path: Path, number: int, line: str) -> list[str]:
     fields = line.split("\t")
     if len(fields) != 3:
-        got = (
-            "an empty line"
-            if not line
-            else f"{len(fields)} field{'s' * (len(fields) != 1)}: {line[:80]!r}"
-        )
+        got = f"{len(fields)} field{'s' * (len(fields) != 1)}: {line[:80]!r}"
+        got = got if line else "an empty line"
         raise _malformed(path, number, got, "three fields, head TAB relation TAB tail")
     for field in fields:
         if not _is_label(field):
@@ -362,9 +321,9 @@ def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
     for place in np.flatnonzero(~fast).tolist():
         line = _Lines(lines.first + place, text[bounds[place] : bounds[place + 1]], 1, 0)
         ((number, decoded),) = _decoded(path, line)
-        found = _nt_line(path, number, decoded, literals)
-        if found is not None:
-            rows.append(found)
+        triple = _nt_line(path, number, decoded, literals)
+        if triple is not None:
+            rows.append(triple)
             places.append(place)
         elif _NT_NOTHING.fullmatch(decoded) is None:
             dropped += 1
@@ -375,7 +334,7 @@ def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
 
 
 def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
-    """Read lines with Arrow; returns which of them are surely triples, and these triples."""
+    """Read lines with Arrow; return which of them are surely triples, and these triples."""
     lines = pa.LargeStringArray.from_buffers(
         len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text)
     )
@@ -385,19 +344,17 @@ def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
     except pa.ArrowInvalid:
         return none
     match = pc.extract_regex(lines, _FAST)
-    found, columns = match.drop_null(), []
-    for name in COLUMNS:
-        column = pc.struct_field(found, name)
-        if name != "relation":
-            blank = pc.struct_field(found, f"{name}_blank")
-            column = pc.if_else(pc.equal(blank, ""), column, blank)
-        columns.append(column)
-    if (
-        not len(found)
-        or np.diff(bounds).max() >= MAX_LINE
-        or not all(_surely_labels(column, _FORBIDDEN) for column in columns)
-    ):
+    triples, columns = match.drop_null(), []
+    if not len(triples) or np.diff(bounds).max() >= MAX_LINE:
         return none
+    for name in COLUMNS:
+        column = pc.struct_field(triples, name)
+        if name != "relation":
+            blank = pc.struct_field(triples, f"{name}_blank")
+            column = pc.if_else(pc.equal(blank, ""), column, blank)
+        if not _surely_labels(column, _FORBIDDEN):
+            return none
+        columns.append(column)
     return np.array(match.is_valid().to_pylist()), pa.table(columns, schema=SCHEMA)
 
 
@@ -416,37 +373,25 @@ def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, st
         if literals == "error":
             expected = (
                 "an IRI or a blank node: literals 'drop' leaves such triples out, 'keep' makes"
-                " entities of them"
+                " entities of them (shardemb ingest --literals)"
             )
-            raise _malformed(
-                path,
-                number,
-                f"the literal {text[:80]!r}",
-                f"{expected} (shardemb ingest --literals)",
-            )
+            raise _malformed(path, number, f"the literal {text[:80]!r}", expected)
         tail = None
     triple: list[Any] = []
     for iri, blank in ((head, blank_head), (relation, None), (tail, blank_tail), (kind, None)):
         if iri is not None:
             iri = _unescaped(path, number, iri)
             if not (_ABSOLUTE.fullmatch(iri) and _is_label(iri)):
-                raise _malformed(
-                    path,
-                    number,
-                    f"the IRI {iri[:80]!r}",
-                    "an absolute one, such as http://a.b/c, no spaces",
-                )
+                expected = "an absolute one, such as http://a.b/c, no spaces"
+                raise _malformed(path, number, f"the IRI {iri[:80]!r}", expected)
         triple.append(blank if iri is None else iri)
     if text is None:
         return triple[0], triple[1], triple[2]
     text = _unescaped(path, number, text).translate(_CANONICAL)
     if literals == "drop":
         return None
-    return (
-        triple[0],
-        triple[1],
-        f'"{text}"{language or ""}{f"^^<{triple[3]}>" if kind is not None else ""}',
-    )
+    suffix = language or (f"^^<{triple[3]}>" if kind is not None else "")
+    return triple[0], triple[1], f'"{text}"{suffix}'
 
 
 def _unescaped(path: Path, number: int, text: str) -> str:
@@ -465,9 +410,7 @@ def _unescaped(path: Path, number: int, text: str) -> str:
 def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
     """Yield the first row of some, these rows, and how much of the file has been read."""
     row = 0
-    with path.open(
-        "rb"
-    ):  # Python's error if it cannot be; Arrow's threads do not get a file of Python's
+    with path.open("rb"):  # for Python's error; Arrow's threads open the file themselves
         try:
             with pq.ParquetFile(path) as parquet:
                 schema = parquet.schema_arrow
@@ -480,13 +423,8 @@ def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
                 for name in COLUMNS:
                     kind = schema.field(name).type
                     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-                    kinds = (
-                        pa.types.is_integer,
-                        pa.types.is_string,
-                        pa.types.is_large_string,
-                        pa.types.is_string_view,
-                    )
-                    if not any(is_kind(plain) for is_kind in kinds):
+                    names = ("integer", "string", "large_string", "string_view")
+                    if not any(getattr(pa.types, f"is_{name}")(plain) for name in names):
                         raise InputError(
                             f"{path}: got column {name!r} of type {plain}, expected strings or"
                             " integers: cast it"
