@@ -58,7 +58,7 @@ def whole() -> tuple[Path, dict[str, float]]:
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    return run_metrics.read_metrics(run / "run_metrics.jsonl")
+    return run_metrics.read_metrics(run / "metrics.jsonl")
 
 
 def _train(output: Path, trouble: str = "") -> dict[str, float]:
