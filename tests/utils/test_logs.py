@@ -188,7 +188,7 @@ def test_a_restart_by_torchrun(tmp_path: Path) -> None:
 
 def test_the_command_line_names_a_wrong_setting() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "shardemb", "status", "nowhere"],
+        [sys.executable, "-m", "shardemb", "top", "nowhere"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "SHARDEMB_LOG": "LOUD"},
