@@ -15,6 +15,9 @@ from shardemb.exceptions import InputError, InputTypeError, NonfiniteError
 from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only, why_refused
 from shardemb.utils.types import few
 
+#: what a NaN or infinite loss or gradient may do
+NONFINITE = ("error", "warn", "skip")
+
 
 class Coordinator:
     """Ends each training step: reduce, update, constrain, clear the gradients.
@@ -68,10 +71,8 @@ class Coordinator:
         nonfinite: Literal["error", "warn", "skip"] | None = None,
         steps: int = 0,
     ) -> None:
-        if nonfinite not in (None, "error", "warn", "skip"):
-            raise InputError(
-                f"got nonfinite={nonfinite!r}, expected 'error', 'warn', 'skip' or None"
-            )
+        if nonfinite not in (None, *NONFINITE):
+            raise InputError(f"got nonfinite={nonfinite!r}, expected one of {NONFINITE} or None")
         self.tables = _tables_in(model)
         self.model = model
         self.max_grad_norm = max_grad_norm

@@ -19,13 +19,12 @@ import torch
 from shardemb import checkpoint
 from shardemb.checkpoint.storage import name_of
 from shardemb.comm import collectives, watchdog
-from shardemb.coordinator import Coordinator
+from shardemb.coordinator import NONFINITE, Coordinator
 from shardemb.exceptions import CheckpointError, InputError, TerminatedError
 from shardemb.kge.data.triples import Triples
 from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
-from shardemb.kge.nonfinite import POLICIES, LossCheck
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.run_folder import RunFolder
 from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
@@ -78,7 +77,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         precisions, devices = ("float32", "bfloat16"), ("cpu", "cuda")
-        allowed = {"nonfinite": POLICIES, "precision": precisions, "device": devices}
+        allowed = {"nonfinite": NONFINITE, "precision": precisions, "device": devices}
         one_of("training", self, allowed)
         at_least("training", self, epochs=1, checkpoint_every=1, keep=1)
         at_least("training", self, seed=0, validate_every=0, validation_triples=0, patience=0)
@@ -227,8 +226,7 @@ class Trainer:
         )
         self.optimizer = settings.optimizer.make(self.model)
         clip = settings.optimizer.max_grad_norm or None
-        self.coordinator = Coordinator(self.model, self.optimizer, clip)
-        self.loss_check = LossCheck(self.config.nonfinite, self.model, self.coordinator)
+        self.coordinator = Coordinator(self.model, self.optimizer, clip, self.config.nonfinite)  # type: ignore[arg-type]
         chunks = -(-sampling.batch_size // sampling.chunk_size)
         if self.world_size > chunks and self.rank == 0 and not self.against_all:
             warnings.warn(
@@ -340,12 +338,9 @@ class Trainer:
             loss, plain, queries = self._loss(at.epoch, at.step)
             (loss / queries).backward()
             flags = [self._checkpoint_due, self.asked_to_end.is_set()]
-            trains, (due, ends) = self.loss_check.agree(self.done + 1, loss, flags)
-            if trains:
-                self.coordinator.step()
+            due, ends = map(bool, self.coordinator.reduce(flags, loss))
+            if self.coordinator.step():
                 seen, triples, total = seen + queries, triples + size, total + plain
-            else:
-                self.coordinator.forget()
             at.step, steps = at.step + 1, steps + 1
             if (due or ends) and at.step < num_steps:
                 self._save()
@@ -449,7 +444,7 @@ class Trainer:
             {"progress": asdict(self.at), "model": model},
             seed=self.config.seed,
             fingerprints=self.fingerprints,
-            nonfinite=self.loss_check.of_checkpoints,
+            nonfinite="error" if self.config.nonfinite == "error" else "warn",
         )
         if saver is None:
             self.saved_at = time.monotonic()
