@@ -33,10 +33,11 @@ _context = multiprocessing.get_context("forkserver")
 def _make() -> tuple[Any, Any]:
     import torch
 
-    from shardemb import Coordinator, Embedding
+    from shardemb import Coordinator, Embedding, Sharding
 
     model = torch.nn.Module()
-    options = {"shape": DIM, "gradient_reduction": "sum", "deduplicate": False}
+    sharding = Sharding(gradient_reduction="sum", deduplicate=False)
+    options = {"shape": DIM, "sharding": sharding}
     model.user = Embedding(ROWS, seed=1, name="user", **options)
     model.item = Embedding(71, seed=2, name="item", **options)
     return model, Coordinator(model, torch.optim.SGD(model.parameters(), lr=0.05))

@@ -21,7 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardemb import Coordinator, Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint
+from shardemb import (
+    Coordinator,
+    Embedding,
+    Fused,
+    FusedOptimizer,
+    RowWiseAdagrad,
+    Sharding,
+    checkpoint,
+)
 from shardemb.checkpoint import AsyncSaver, CheckpointError, writer
 from shardemb.checkpoint.storage import folder_at
 
@@ -29,7 +37,7 @@ from shardemb.checkpoint.storage import folder_at
 class Two(nn.Module):
     def __init__(self, rows: int = 501, **kwargs) -> None:
         super().__init__()
-        common = {"shape": 6, "gradient_reduction": "sum", **kwargs}
+        common = {"shape": 6, "sharding": Sharding(gradient_reduction="sum"), **kwargs}
         self.user = Embedding(rows, seed=1, name="user", **common)
         self.item = Embedding(71, seed=2, name="item", **common)
 
@@ -175,10 +183,10 @@ def test_one_table_out_of_many(run_ranks, tmp_path: Path, origin: int, to: int) 
 
 
 def test_the_state_of_a_fused_optimizer_is_not_dropped_silently(run_ranks, tmp_path: Path) -> None:
-    fused = {"gradient": "fused", "optimizer": FusedOptimizer("rowwise_adagrad", lr=0.1)}
+    fused = {"kernel": Fused(FusedOptimizer("rowwise_adagrad", lr=0.1))}
     expected, *_ = run_ranks(_save_two, 2, tmp_path, fused)
     path = checkpoint.checkpoints(tmp_path)[0]
-    for kwargs in ({}, {"gradient": "fused", "optimizer": FusedOptimizer("sgd")}):
+    for kwargs in ({}, {"kernel": Fused(FusedOptimizer("sgd"))}):
         model = Two(**kwargs)
         with pytest.raises(
             CheckpointError,
@@ -187,9 +195,9 @@ def test_the_state_of_a_fused_optimizer_is_not_dropped_silently(run_ranks, tmp_p
             checkpoint.load(path, model)
         checkpoint.load(path, model, optimizer_state=False)
         assert all(torch.equal(value, expected[name]) for name, value in _rows(model).items())
-    model = Two(**(fused | {"optimizer": FusedOptimizer("rowwise_adagrad", lr=5.0)}))
+    model = Two(kernel=Fused(FusedOptimizer("rowwise_adagrad", lr=5.0)))
     checkpoint.load(path, model)
-    assert model.user.fused_hyperparameters()["lr"] == 0.1
+    assert model.user._fused_hyperparameters()["lr"] == 0.1
 
 
 # --------------------

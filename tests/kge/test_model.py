@@ -225,8 +225,7 @@ def test_dropout_is_of_training_alone() -> None:
 def test_sparse_rows_have_no_gradient_of_all() -> None:
     model, _ = parts({}, 0, 1)
     with pytest.raises(
-        ValueError,
-        match="table 'entity': got gradient='sparse', expected 'dense' for trainable rows",
+        ValueError, match="table 'entity': got kernel='sparse', expected 'dense' for trainable rows"
     ):
         model.entity.local_rows(trainable=True)
 

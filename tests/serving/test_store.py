@@ -44,7 +44,7 @@ KINDS = {
     "normalized": {"shape": 6, "normalizer": "normalize", "normalizer_kwargs": {"dim": -1}},
     "matrix": {"shape": (2, 3)},
     "complex": {"shape": 3, "dtype": torch.complex64},
-    "half": {"shape": 8, "dtype": torch.float16, "gradient": "fused"},
+    "half": {"shape": 8, "dtype": torch.float16, "kernel": "fused"},
     "bfloat16": {"shape": 5, "dtype": torch.bfloat16},
 }
 
