@@ -63,7 +63,7 @@ def _save_two(rank: int, world_size: int, folder: Path, kwargs: dict) -> dict[st
     writer.FILE_BYTES = 1000  # some files a rank
     model = Two(**kwargs)
     optimizer = (
-        RowWiseAdagrad(model.parameters(), lr=0.3) if kwargs.get("gradient") != "fused" else None
+        RowWiseAdagrad(model.parameters(), lr=0.3) if "kernel" not in kwargs else None
     )
     if optimizer is not None:
         _trained(rank, world_size, model, optimizer, range(3))
