@@ -148,3 +148,16 @@ def test_nothing_loads_code_from_files() -> None:
                 assert what not in {"torch.load", "eval", "exec", "dcp.load"}, (
                     f"{path}:{node.lineno}"
                 )
+
+
+def test_no_function_has_more_than_twelve_parameters() -> None:
+    """PyKEEN's own arguments aside, which Embedding takes."""
+    many = []
+    for file, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = node.args
+                names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                if len([name for name in names if name.arg not in ("self", "cls")]) > 12:
+                    many.append(f"{file}: {node.name}")
+    assert many == ["embedding.py: __init__"]

@@ -62,9 +62,7 @@ def _rows(model: Two) -> dict[str, torch.Tensor]:
 def _save_two(rank: int, world_size: int, folder: Path, kwargs: dict) -> dict[str, torch.Tensor]:
     writer.FILE_BYTES = 1000  # some files a rank
     model = Two(**kwargs)
-    optimizer = (
-        RowWiseAdagrad(model.parameters(), lr=0.3) if "kernel" not in kwargs else None
-    )
+    optimizer = RowWiseAdagrad(model.parameters(), lr=0.3) if "kernel" not in kwargs else None
     if optimizer is not None:
         _trained(rank, world_size, model, optimizer, range(3))
     checkpoint.save(folder, 3, model, [optimizer] if optimizer else [], {"epoch": 1})
