@@ -217,8 +217,7 @@ class Coordinator:
             )
         skips = self.nonfinite == "skip"
         left_out = f": step left out, {self.skipped + 1} so far" if skips else ""
-        if collectives.rank_and_size()[0] == 0 or fault:
-            warnings.warn(f"{text}{left_out}", stacklevel=4)
+        warnings.warn(f"{text}{left_out}", stacklevel=4)
         return skips
 
     def step(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import shardemb
-from shardemb import Embedding, FusedOptimizer, RowWiseAdagrad, checkpoint
+from shardemb import Embedding, Fused, FusedOptimizer, RowWiseAdagrad, checkpoint
 from shardemb.checkpoint import CheckpointError, manifest, writer
 
 #: what takes the place of a value: other types, sizes, names, paths, nesting
@@ -36,8 +36,7 @@ class Model(nn.Module):
         super().__init__()
         options = {"normalizer": "normalize", "normalizer_kwargs": {"dim": -1}}
         self.entity = Embedding(101, shape=6, seed=1, name="entity", **options)
-        fused = FusedOptimizer("rowwise_adagrad")
-        self.fused = Embedding(31, shape=4, seed=2, gradient="fused", optimizer=fused)
+        self.fused = Embedding(31, shape=4, seed=2, kernel=Fused(FusedOptimizer("rowwise_adagrad")))
         self.complex = Embedding(7, shape=2, seed=3, dtype=torch.complex64)
         self.layer = nn.Linear(3, 1)
 

@@ -281,7 +281,8 @@ def test_large_tensors_lie_in_large_pages() -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's, from 2.33 on")
 def test_blocks_of_a_step_come_from_memory_that_is_kept() -> None:
     script = """if True:
-        import ctypes, torch, shardemb.kernels.rows
+        import ctypes, torch, shardemb
+        shardemb.Embedding(1, shape=1)
         class Info(ctypes.Structure):  # mallinfo(3)
             names = "arena ordblks smblks hblks hblkhd a b c d e".split()
             _fields_ = [(name, ctypes.c_size_t) for name in names]
