@@ -91,7 +91,7 @@ def _all_ranks_say_so(run_ranks, world_size: int, kind: str, gradient: str) -> N
         assert (name, text) == answers[0][:2]
         assert f"table 'people', rank {world_size - 1} of {world_size}" in text
         assert re.search(BAD[kind][2], text)
-        assert seconds < 1
+        assert seconds < 15  # not the time-out of 30 s
         assert unchanged
 
 
