@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import shardemb
-from shardemb import checkpoint, cli, kge, optim
+from shardemb import checkpoint, cli, exceptions, kge, launch, planning, serving
 from shardemb.kge.config import JobConfig
 
 ROOT = Path(__file__).parent.parent
@@ -210,22 +210,26 @@ def test_commands_in_sentences_have_options_that_there_are() -> None:
     for page, code in said:
         parser = cli.parser()
         for word in shlex.split(code):
-            if commands := [
+            commands = [
                 action
                 for action in parser._actions
                 if isinstance(action, argparse._SubParsersAction)
-            ]:
+            ]
+            if word.startswith("-"):
+                assert word in parser._option_string_actions, f"{page}: shardemb {code}"
+            elif commands:
                 assert word in commands[0].choices, f"{page}: shardemb {code}"
                 parser = commands[0].choices[word]
-            elif word.startswith("-"):
-                assert word in parser._option_string_actions, f"{page}: shardemb {code}"
 
 
 def test_every_benchmark_that_is_named_is_there_and_has_the_options() -> None:
+    """In the pages, and in the result files whose commands the tables show."""
+    results = (ROOT / "benchmarks" / "results").glob("*.json")
+    texts = [*PAGES.values(), *(path.read_text() for path in results)]
     commands = [
         found
-        for text in PAGES.values()
-        for found in re.findall(r"python (benchmarks/\w+\.py)((?: [\w-]+)*)", text)
+        for text in texts
+        for found in re.findall(r"python (benchmarks/\w+\.py)((?: [\w/.-]+)*)", text)
     ]
     assert commands
     for script, rest in commands:
@@ -299,10 +303,15 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
             assert anchor in anchors(path.read_text()), f"{target}#{anchor}"
 
 
-def test_every_page_is_linked_to_from_the_readme() -> None:
-    assert {page for page in PAGES if page.startswith("docs/")} - set(
-        re.findall(r"\]\((docs/[^)#]+)", PAGES["README.md"])
-    ) == {f"docs/api/{name}.md" for name in ("checkpoints", "kge", "launch", "planning")}
+def test_every_page_is_linked_to_from_the_first_ones() -> None:
+    """README.md links to docs/index.md, which links to all others."""
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", PAGES["README.md"]))
+    assert "docs/index.md" in linked
+    linked |= {f"docs/{target}" for target in re.findall(r"\]\(([^)#:]+)", PAGES["docs/index.md"])}
+    pages = {page for page in PAGES if page.startswith("docs/")} - {"docs/index.md"}
+    assert pages - linked == {
+        f"docs/api/{name}.md" for name in ("checkpoints", "kge", "launch", "planning")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -325,31 +334,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_site_has_every_public_name(site: Path) -> None:
     html = "".join(path.read_text() for path in (site / "api").glob("*.html"))
-    names = {
-        f"{module.__name__}.{name}"
-        for module in (shardemb, kge, checkpoint)
-        for name in module.__all__
-    }
-    names |= {
-        f"shardemb.optim.{name}"
-        for name, value in vars(optim).items()
-        if isinstance(value, type) and "Wise" in name
-    }
-    names |= {
-        f"shardemb.{name}"
-        for name in (
-            "pykeen.ShardedEmbedding",
-            "serving.connect",
-            "formats.import_table",
-            "launch.run",
-        )
-    }
-    names |= {
-        f"shardemb.{name}"
-        for name in ("estimate.Job", "estimate.estimate", "planning.plan", "calibrate.calibrate")
-    }
-    missing = sorted(name for name in names if f'id="{name}"' not in html)
-    assert not missing
+    for module in (shardemb, checkpoint, kge, launch, planning, serving):
+        for name in module.__all__:
+            value = getattr(module, name)
+            # "shardemb" passes on names of packages, and packages those of shardemb.exceptions
+            defined = f"{getattr(value, '__module__', '')}.{name}"
+            paths = (f"{module.__name__}.{name}", f"shardemb.{name}", defined)
+            assert any(f'id="{path}"' in html for path in paths), paths[0]
+    others = [f"exceptions.{name}" for name in vars(exceptions) if name.endswith("Error")]
+    others += [f"optim.{name}" for name in ("SparseSGD", "SparseAdagrad", "LazyAdam")]
+    others += ["optim.RowWiseAdam", "pykeen.ShardedEmbedding", "launch.ray.connected"]
+    others += ["serving.store.StoredTable", "planning.calibrate.calibrate"]
+    assert not [name for name in others if f'id="shardemb.{name}"' not in html]
     assert not re.findall(":(?:class|func|meth|mod):", html)  # roles of Sphinx
     assert "what a NaN or infinite loss does" in html  # a comment above an attribute
 
