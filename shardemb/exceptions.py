@@ -16,6 +16,7 @@ Each class is also the built-in class that Python, PyTorch or PyKEEN would raise
     ├── NonfiniteError (FloatingPointError)  a loss or gradient is NaN or infinite
     ├── MissingExtraError (ModuleNotFoundError)  an optional package is not installed
     ├── CheckpointError (RuntimeError)       a checkpoint cannot be written, or is damaged
+    │   ├── OtherDataError                   it was saved with other data or settings
     │   └── NoTableError (AttributeError)    it has no table: hasattr() is False
     ├── PeerFailureError (RuntimeError)      another rank died, stopped, raised or ended early
     ├── WorkerError (RuntimeError)           a launcher's rank failed; carries its traceback
@@ -92,6 +93,10 @@ class CheckpointError(ShardembError, RuntimeError):
 
 class NoTableError(CheckpointError, AttributeError):
     """A checkpoint without tables: an AttributeError, so that hasattr() and getmembers() work."""
+
+
+class OtherDataError(CheckpointError):
+    """A checkpoint that was saved with other entities, relations, triples or settings."""
 
 
 class PeerFailureError(ShardembError, RuntimeError):

@@ -23,7 +23,7 @@ from shardemb.checkpoint.shards import (
 from shardemb.checkpoint.storage import Location
 from shardemb.comm import collectives
 from shardemb.embedding import Embedding
-from shardemb.exceptions import CheckpointError
+from shardemb.exceptions import CheckpointError, OtherDataError
 from shardemb.utils import logs
 
 #: rows that are read at a time where their order changes
@@ -142,8 +142,9 @@ class _Load:
         for name, expected in fingerprints.items():
             got = values["fingerprints"].get(name, expected)
             if got != expected:
-                raise self._error(
-                    f"got {name} of fingerprint {got}, expected {expected}: it is of other data"
+                raise OtherDataError(
+                    f"{self.path}: got {name} of fingerprint {got}, expected {expected}: it is of"
+                    " other data"
                 )
         shards, names_of, stored = local_shards(self.model)
         chosen = {name: name for name in tables} if self.tables is None else self.tables

@@ -55,8 +55,9 @@ def train(
     """Train and rank. A collective.
 
     Every rank of the default process group calls it, with the same arguments. The run folder is
-    that of ``shardemb train``: the command line can evaluate, query and resume the run. If the
-    graph was not loaded by :meth:`Triples.load`, it needs ``--dataset`` for that.
+    that of ``shardemb train``: the command line can evaluate, query and resume the run. A graph
+    that :meth:`Triples.load` did not load needs ``--dataset`` to be evaluated, and is resumed by
+    this function alone: the triples of files have another order.
 
     Args:
         data: the graph, the same on all ranks.

@@ -20,7 +20,7 @@ from shardemb import checkpoint
 from shardemb.checkpoint.storage import name_of
 from shardemb.comm import collectives, watchdog
 from shardemb.coordinator import NONFINITE, Coordinator
-from shardemb.exceptions import CheckpointError, InputError, TerminatedError
+from shardemb.exceptions import CheckpointError, InputError, OtherDataError, TerminatedError
 from shardemb.kge.data.triples import Triples
 from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
 from shardemb.kge.losses import LossConfig
@@ -296,12 +296,12 @@ class Trainer:
                     paths[-1], self.model, [self.optimizer], fingerprints=self.fingerprints
                 )
             except CheckpointError as error:
-                if len(paths) == 1:
+                if len(paths) == 1 or isinstance(error, OtherDataError):
                     raise
                 damaged.append(Path(paths.pop()))
                 if self.rank == 0:
                     warnings.warn(f"{error}; going back to {name_of(paths[-1])}", stacklevel=2)
-                    _log.warning("%s; going back to %s", error, name_of(paths[-1]))
+                    _log.info("%s; going back to %s", error, name_of(paths[-1]))
             else:
                 self.at = _Progress(**state["progress"])
                 if self.config.patience:

@@ -308,7 +308,8 @@ def test_calibration_gives_a_machine_that_plans(
     machine = report.machine_of("cpu")
     assert machine == Machine.load(report.calibrated())
     assert machine is not None
-    # what is measured depends on how busy this machine is; the next test has a machine that is known
+    # what is measured depends on how busy this machine is; the next test has a machine that is
+    # known
     assert machine.overhead_seconds >= 0
     assert machine.matmul_flops > 0
     assert not machine.gpu
