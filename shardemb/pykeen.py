@@ -30,7 +30,7 @@ from shardemb.sharding.options import Fused
 class ShardedEmbedding(Embedding, PyKEENRepresentation):
     """:class:`shardemb.Embedding` for PyKEEN's models and loops.
 
-    Its arguments, with dense gradients unless told otherwise.
+    Its arguments, with dense gradients by default.
 
     PyKEEN's default optimizer, Adam, takes no sparse gradients. With ``kernel="sparse"`` choose
     "SGD", "Adagrad", "SparseAdam", or one of :mod:`shardemb.optim`, by name too: "RowWiseAdagrad".
