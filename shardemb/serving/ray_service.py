@@ -372,7 +372,7 @@ class Client(Tables[ServedTable]):
         return answer
 
     def _ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Send requests to shards and return their answers; retries shards that are down or full."""
+        """Send requests to shards and return their answers, with retries."""
         start, pause = time.monotonic(), 0.02
         answers: dict[int, Any] = {}
         while True:
