@@ -1,4 +1,4 @@
-"""The trainer's policy for losses that are NaN or infinite, all of it."""
+"""The trainer's policy for NaN and infinite losses."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ POLICIES = ("error", "warn", "skip")
 
 
 class LossCheck:
-    """Decides, together with the other ranks, whether a step trains.
+    """Decides, with the other ranks, whether a step trains.
 
     Args:
-        policy: "error" raises on all ranks, "warn" warns and trains, "skip" warns and does not.
-        model: whose bad rows are named.
-        coordinator: of the run.
+        policy: "error" raises on all ranks, "warn" warns and trains, "skip" warns and does not
+            train.
+        model: its bad rows are named.
+        coordinator: the run's coordinator.
     """
 
     def __init__(self, policy: str, model: KnowledgeGraphModel, coordinator: Coordinator) -> None:
         self._policy, self._model, self._coordinator = policy, model, coordinator
-        #: what a checkpoint does with NaN and infinite rows
+        #: policy of checkpoints for NaN and infinite rows
         self.of_checkpoints: Literal["error", "warn"] = "error" if policy == "error" else "warn"
 
     def agree(
@@ -39,7 +40,7 @@ class LossCheck:
         A collective.
 
         Raises:
-            FloatingPointError: by "error", on all ranks; names the ranks and their rows.
+            FloatingPointError: with "error", on all ranks; names ranks and rows.
         """
         sums = self._coordinator.reduce([not torch.isfinite(loss), *flags])
         nonfinite, *flags = (bool(number) for number in sums)
@@ -63,7 +64,6 @@ class LossCheck:
         return not skips, flags
 
     def _bad_rows(self) -> str:
-        """Name this rank's rows that are NaN or infinite."""
         tables = []
         rank = collectives.rank_and_size()[0]
         for table in (self._model.entity, self._model.relation):

@@ -256,9 +256,7 @@ class Trainer:
         keep = self.config.keep
         checkpoint.require_space(run.checkpoints, self.model, [self.optimizer], keep)
         self.saver = checkpoint.AsyncSaver(run.checkpoints, keep, self.config.background_saves)
-        if (
-            self.config.patience
-        ):  # in the foreground: another copy of the rows could exceed the memory
+        if self.config.patience:  # in the foreground, without another copy of the rows
             self.best_saver = checkpoint.AsyncSaver(run.best, keep=1, background=False)
 
     def train(self) -> dict[str, float]:
@@ -475,9 +473,7 @@ class Trainer:
         collectives.all_reduce(figures, operation="figures for the log")
         losses, exchanged, touched, memory = figures.T.tolist()
         loss = sum(losses) / max(1, queries)
-        ends = (
-            self.at.step == self.sampler.num_steps
-        )  # otherwise the bar refreshes by its own clock
+        ends = self.at.step == self.sampler.num_steps  # otherwise the bar uses its own clock
         text = f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}"
         self.bar.set_description(text, refresh=ends)
         self._record(

@@ -580,9 +580,7 @@ def serve(
         for shard, answer in enumerate(asked):
             try:
                 health = ray.get(answer)
-            except (
-                ray.exceptions.RayError
-            ) as error:  # the node's shardemb is missing or another version
+            except ray.exceptions.RayError as error:  # shardemb is missing there, or differs
                 why = f"{info.who(shard, None)}: did not start: {error}"
                 raise ShardUnavailableError(why) from error
             if not health.ok:
