@@ -11,18 +11,14 @@ T = TypeVar("T")
 
 
 class _Bar(tqdm):
-    #: tqdm's own lock is a semaphore between processes, which a killed rank leaks
+    #: tqdm's lock is a semaphore between processes, which a killed rank leaks
     _lock = threading.RLock()
 
 
 def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = True) -> Iterator[T]:
-    """Iterate with a progress bar, which appears after three seconds.
+    """Iterate with a progress bar titled ``what``, which appears after 3 seconds.
 
-    Args:
-        items: to iterate over.
-        what: the bar's title.
-        unit: rows of an item.
-        shown: False shows no bar, on this rank.
+    ``unit`` is the number of rows of an item.
     """
     bar = progress_bar(
         total=round(len(items) * unit), desc=what, unit=" rows", delay=3, disable=not shown
