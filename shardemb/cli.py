@@ -396,7 +396,6 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _watch(service: Any) -> None:
-    """Print a line when a shard goes or comes back."""
     client = service.client()
     last = client.health()
     while True:
@@ -444,7 +443,6 @@ def _add_checkpoint(commands: Any) -> None:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """Return a checkpoint itself, or all of a folder's."""
     from shardemb.checkpoint.manifest import MANIFEST, checkpoints
     from shardemb.kge.run_folder import RunFolder
     from shardemb.serving.store import newest

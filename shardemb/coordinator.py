@@ -156,7 +156,6 @@ class Coordinator:
         return flat.tolist()
 
     def _loss_fault(self, loss: torch.Tensor) -> str:
-        """Describe a NaN or infinite loss and the bad rows; "" for a finite loss."""
         if torch.isfinite(loss.detach()).all():
             return ""
         faults = [f"the loss is {loss.item()}"]
@@ -170,7 +169,6 @@ class Coordinator:
         return ", ".join(faults)
 
     def _gradient_fault(self) -> str:
-        """Name the tables and rows with NaN or infinite gradients; "" without any."""
         faults = []
         tables = {parameter: table for table in self.tables for parameter in table.parameters()}
         for name, parameter in self.model.named_parameters():
@@ -398,7 +396,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 
 
 def _description(coordinator: Coordinator) -> dict[str, object]:
-    """Return what all ranks must have in common."""
     tables = {p: table for table in coordinator.tables for p in table.parameters()}
     shapes = {}
     for name, p in coordinator.model.named_parameters():

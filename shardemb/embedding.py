@@ -311,7 +311,6 @@ class Embedding(Representation):
         )
 
     def _shared_seed(self, options: Mapping[str, Any]) -> int:
-        """Check that all ranks pass the same options; return a common seed."""
         drawn = int(torch.randint(2**62, ())) if self._seed is None else self._seed
         if self._world_size == 1:
             return drawn
@@ -343,7 +342,6 @@ class Embedding(Representation):
 
     @property
     def _row_constrainer(self) -> RowFunction:
-        """The constrainer, as a function of stored rows ``(n, D)``."""
         if len(self._shape) == 1 and is_plain_normalize(self.constrainer):
             return kernels.unit_rows
         return self._constrain_stored
@@ -414,15 +412,10 @@ class Embedding(Representation):
 
     @property
     def _holds_first_copy(self) -> bool:
-        """Whether no earlier rank has the same rows."""
         return self._groups is None or self._groups.holds_first_copy
 
     def _constrainer_in_step(self) -> dict[Tensor, RowFunction]:
-        """Return the constrainer, by Parameter, for optimizers that apply it in their own pass.
-
-        Empty without a constrainer, or if :meth:`post_parameter_update` has other rows to
-        constrain.
-        """
+        """Empty if :meth:`post_parameter_update` has other rows to constrain."""
         in_step = self.kernel == "sparse" and self._constrains_changed_only
         if not in_step or self._embeddings.any_changed:
             return {}
@@ -502,7 +495,6 @@ class Embedding(Representation):
         return self
 
     def _require_default_group(self, who: str) -> None:
-        """Raise ValueError if the table has its own process group."""
         if self._group is not None:
             raise InputError(
                 f"table {self.name!r} lies on a process group of its own, {who} takes the default"
@@ -540,7 +532,6 @@ class Embedding(Representation):
         self._embeddings.set_learning_rate(lr)
 
     def _stored_rows(self) -> dict[str, Tensor]:
-        """Return a checkpoint's tensors: "weight" ``(R, D)`` and the fused optimizer's state."""
         return {"weight": self._embeddings.weight.detach(), **self._embeddings.optimizer_state()}
 
     @torch.no_grad()

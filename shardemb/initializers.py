@@ -239,7 +239,6 @@ def _cut(out: Tensor, rows: Tensor, plan: RowPlan) -> None:
 
 
 def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
-    """Return the initializer's rows ``(n, D)`` for empty ones ``(n, *shape)``."""
     threads = torch.get_num_threads()
     if whole:
         need = 3 * empty.numel() * empty.itemsize  # orthogonal: input, copy, factor

@@ -251,7 +251,6 @@ class Vocabulary:
         )
 
     def _places(self, hashes: np.ndarray) -> np.ndarray:
-        """Return each hash's first position in the index."""
         numbers = np.maximum(np.searchsorted(self._firsts, hashes) - 1, 0)
         places = np.zeros(len(hashes), dtype=np.int64)
         for number in np.unique(numbers) if self._parts else ():

@@ -105,8 +105,6 @@ def _vote(path: Location, stage: Callable[[], None]) -> None:
 
 @dataclass
 class _Load:
-    """One rank's share of a load."""
-
     path: Location
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -128,7 +126,6 @@ class _Load:
         return CheckpointError(f"{self.path}: {text}")
 
     def plan(self, fingerprints: Mapping[str, str]) -> None:
-        """Decide what to read into which tensor and check that it fits; changes nothing."""
         tables = tables_of(self.model)
         try:
             self.manifest = Manifest(self.path)
@@ -311,7 +308,6 @@ class _Load:
         self.wanted.append((name, shard))
 
     def check(self, verify: Verify) -> None:
-        """Check this rank's share of the files that any rank reads."""
         needed = {shard.file for name, _ in self.wanted for shard in self.manifest.shards[name]}
         files = [file for file in self.manifest.files if file in needed]
         rank, world_size = collectives.rank_and_size()
@@ -420,7 +416,6 @@ def _are_disjoint(saved: SavedShard, local: LocalShard) -> bool:
 
 
 def _read(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
-    """Copy the rows that both shards have into the local one."""
     if not local.tensor.dim():
         safetensors_io.read_rows(file, layout, 0, local.tensor)
     elif saved.order == local.order or not (saved.order.permuted or local.order.permuted):

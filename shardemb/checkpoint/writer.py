@@ -265,7 +265,6 @@ def _try(function: Callable[..., Any], *args: Any) -> str | None:
 
 
 def _vote(snapshot: _Snapshot, value: Any, error: str | None) -> list[Any]:
-    """Gather a value of each rank; all ranks raise if one has an error."""
     failure = None
     if error is not None:
         failure = CheckpointError(
@@ -360,7 +359,6 @@ def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
 
 
 def _divided(shards: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]]:
-    """Divide shards among files of FILE_BYTES; large shards are cut between rows."""
     file: dict[str, LocalShard] = {}
     left = FILE_BYTES
     for name, shard in shards.items():

@@ -132,7 +132,6 @@ def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Ten
 
 
 def _device(group: Any, device: torch.device) -> torch.device:
-    """Return the device that a group's collectives require."""
     nccl = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else device
 

@@ -52,8 +52,6 @@ _log = logs.logger(__name__)
 
 
 class _Memory:
-    """One rank's file: flags, headers and message buffers."""
-
     def __init__(self, file: IO[bytes], lock: IO[bytes], world_size: int) -> None:
         self._file, self._lock = file, lock
         self._map()
@@ -83,7 +81,6 @@ class _Memory:
         return self._bytes[begin : begin + size] if fits else None
 
     def message(self, half: int) -> Tensor:
-        """Return this rank's message ``(bytes,)``."""
         size, begin = self.heads[half, :_HEAD].tolist()
         if begin + size > len(self._bytes):  # its owner has enlarged the file
             self._map()

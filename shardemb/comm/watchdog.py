@@ -253,7 +253,6 @@ class PeerWatchdog:
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> bool:
-    """Run a function that may hang; return whether it succeeded in time."""
     done: list[Any] = []
 
     def run() -> None:
@@ -307,11 +306,7 @@ _next_hook: Callable[..., Any] | None = None
 
 
 def _hook_in() -> None:
-    """Report this process's end, with or without an exception, to the other ranks.
-
-    At exit, sys.last_value comes too late: Python first waits for threads, which may wait for other
-    ranks.
-    """
+    """At exit, sys.last_value comes too late: Python first waits for threads, and so for ranks."""
     global _next_hook
     if _next_hook is None:
         _next_hook, sys.excepthook = sys.excepthook, _on_error

@@ -92,7 +92,6 @@ def _libc() -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """Return the compiled functions, or why there are none."""
     library = _load_library()
     _log.info("C kernels are %s", f"off: {library}" if isinstance(library, str) else "on")
     return library
@@ -165,7 +164,6 @@ def _load_library() -> ctypes.CDLL | str:
 
 
 def _compiled(compiler: str) -> Path:
-    """Return the library for this source and processor; compiles it if it is missing."""
     source = Path(__file__).with_name("rows.c")
     flags = next(
         (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), ""
@@ -208,7 +206,6 @@ def why_not() -> str | None:
 
 
 def _loops(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the C loops if they exist and can take these tensors."""
     library = _library()
     if isinstance(library, str):
         return None

@@ -142,7 +142,6 @@ def _format(value: Any) -> str:
 
 
 def _keys(cls: Any, prefix: str = "") -> list[str]:
-    """Return the full names of all settings and sections."""
     keys = []
     for key, expected in get_type_hints(cls).items():
         keys.append(prefix + key)
@@ -152,7 +151,6 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _near(key: str, hints: Iterable[str], prefix: str) -> str:
-    """Suggest a similar key of this section, or else of another one."""
     places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)}
     places |= {name: prefix + name for name in hints}
     for names in (hints, places):
@@ -181,7 +179,6 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
 
 
 def _check(value: Any, expected: Any, where: str) -> Any:
-    """Return a value of the expected type; ValueError for another."""
     _require_writable(value, where)
     kind = getattr(expected, "__origin__", expected)
     if kind is float and type(value) is int:  # not bool
@@ -195,7 +192,6 @@ def _check(value: Any, expected: Any, where: str) -> Any:
 
 
 def _require_writable(value: Any, where: str) -> None:
-    """Raise ValueError for values that ``config.toml`` cannot hold, or no setting takes."""
     if isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             _require_writable(key, where)

@@ -176,7 +176,6 @@ def _prepare(
 def _prepare_and_train(
     config: JobConfig, folder: RunFolder, resume: bool, command: str, notify: Notify
 ) -> dict[str, float] | None:
-    """Train on a rank of torchrun; rank 0 makes the folder and returns the metrics."""
     rank = dist.get_rank()
     resume = resume or int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     if rank == 0:

@@ -69,7 +69,6 @@ class KnownAnswers:
         return entities.long() * self._num_relations + relations
 
     def _pairs(self, splits: Sequence[Tensor], side: Side, only: Tensor | None) -> Tensor:
-        """Return keys of queries and answers ``(n, 2)``."""
         wanted = None if only is None else self._key(*columns_of(side, only)[:2]).unique()
         pairs = [torch.empty(0, 2, dtype=torch.int64)]
         for triples in splits if wanted is None or len(wanted) else ():

@@ -44,8 +44,6 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Tiling:
-    """Scores of queries against this rank's rows, in tiles of one shape."""
-
     #: queries and rows of a tile
     batch: int
     width: int
@@ -171,7 +169,6 @@ def with_drawn(
 def _groups(
     side: Side, triples: Tensor, known: KnownAnswers | None, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield columns of triples in groups, bounded in triples and in known answers."""
     for block in triples.split(size) if len(triples) else ():
         entities, relations, _ = columns = columns_of(side, block)
         if known is None:
@@ -223,7 +220,6 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _padded(rows: Tensor, multiple: int) -> Tensor:
-    """Pad rows ``(n, D)`` with zeros, up to a multiple."""
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
 
 

@@ -197,10 +197,7 @@ class Sampler:
         return np.cumsum(degrees**self.config.degree_power)
 
     def _bernoulli(self, num_relations: int) -> Tensor:
-        """Return the probability, by relation, that the head is replaced (Wang et al. 2014).
-
-        It is tails per head over the sum of tails per head and heads per tail.
-        """
+        """Return the chance, by relation, that the head is replaced (Wang et al. 2014)."""
         blocks = self.triples.split(_BLOCK)
         count = torch.zeros(num_relations, dtype=torch.float64)
         for block in blocks:
@@ -241,7 +238,6 @@ class Sampler:
         return self._ordered(epoch, start, start + size, chunk)
 
     def _ordered(self, epoch: int, start: int, stop: int, stream: int) -> Tensor:
-        """Return the samples at ``[start, stop)`` of an epoch's order."""
         parts, length = [], self._block_size
         whole = self.num_samples // length
         while start < stop:
@@ -328,7 +324,6 @@ class Sampler:
     def _true_answers(
         self, head: Tensor | bool, heads: Tensor, relations: Tensor, tails: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield flat indices in ``(C, c)`` and the known answers of these queries, in parts."""
         assert self._known is not None
         replaced = head if isinstance(head, Tensor) else torch.full(heads.shape, head)
         for side in SIDES:

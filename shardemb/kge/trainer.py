@@ -130,8 +130,6 @@ class Settings:
 
 @dataclass
 class _Progress:
-    """A run's progress, part of every checkpoint."""
-
     #: complete epochs
     epoch: int = 0
     #: complete steps of the next epoch
@@ -289,7 +287,6 @@ class Trainer:
         self.asked_to_end.set()
 
     def _resume(self, run: RunFolder) -> None:
-        """Load the newest undamaged checkpoint."""
         paths = checkpoint.checkpoints(run.checkpoints)
         damaged: list[Path] = []
         while paths:
@@ -313,10 +310,7 @@ class Trainer:
             path.rename(path.with_suffix(".damaged"))
 
     def _resume_best(self, run: RunFolder) -> None:
-        """Keep only the best checkpoint that this run knows; without it, the next is the best.
-
-        Others belong to an attempt that got further than its newest checkpoint.
-        """
+        """Best checkpoints of an attempt that got further than its newest checkpoint are stale."""
         paths = [Path(path) for path in checkpoint.checkpoints(run.best)]
         others = [path for path in paths if path != self._best_path(run)]
         known = len(others) < len(paths)
@@ -388,7 +382,6 @@ class Trainer:
             return loss, plain, sampler.num_corruptions * sampler.size(step)
 
     def _validate(self) -> None:
-        """Rank the validation triples; keep the best model, or lower the rates on a plateau."""
         result = self.evaluate("valid", self.validation)
         at, options = self.at, self.settings.optimizer
         if not result:

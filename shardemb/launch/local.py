@@ -159,7 +159,6 @@ def _rank_main(
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

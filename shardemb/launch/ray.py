@@ -170,7 +170,6 @@ def _missing(address: str, error: OSError) -> ConnectionError:
 
 
 def _refusal(host: str, port: str) -> OSError | None:
-    """Return the error of a connection; None if it works."""
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
@@ -239,10 +238,7 @@ def run_on_ray(
 
 
 def _require_capacity(workers: int, options: RayOptions, gpus: bool) -> None:
-    """Wait until the workers would fit the idle cluster; ValueError if they do not.
-
-    Ray Train itself would wait forever, and ignore Ctrl-C.
-    """
+    """Wait here: Ray Train would wait forever, and ignore Ctrl-C."""
     ray, deadline = load_ray(), time.monotonic() + options.wait_seconds
     resources = options.resources(gpus)
     while True:
@@ -270,8 +266,6 @@ def _require_capacity(workers: int, options: RayOptions, gpus: bool) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """The task of each rank."""
-
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     timeout_s: float
@@ -287,7 +281,6 @@ def _fit(
     gpus: bool,
     storage: Path | None,
 ) -> Any:
-    """Run the task with Ray Train; return rank 0's result, or a WorkerError."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
@@ -340,7 +333,6 @@ def _name_of(error: BaseException) -> str:
 
 @contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the block, unless the user has set them."""
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -371,10 +363,7 @@ def _in_thread(call: Callable[[], Any]) -> Any:
 
 
 def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> run_metrics.Listener:
-    """Return a listener that passes records to Prometheus gauges and Ray Train's reports.
-
-    A report waits for all ranks and the controller, so there is one an epoch and a validation.
-    """
+    """A report waits for all ranks, so there is one an epoch and a validation."""
     from ray.util.metrics import Gauge
 
     gauges: dict[str, Any] = {}
@@ -394,7 +383,6 @@ def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> run_metric
 
 
 def _rank_main(config: dict[str, Any]) -> Any:
-    """Run on each worker, in Ray Train's thread."""
     import ray.train
     import torch
     import torch.distributed as dist

@@ -188,7 +188,6 @@ def _threads(threads: int) -> Iterator[None]:
 
 
 def _median(call: Callable[[], object], device: str, repeat: int) -> float:
-    """Return a call's median seconds, after two warm-up calls."""
     spent = []
     for _ in range(repeat + 2):
         start = time.perf_counter()

@@ -117,7 +117,6 @@ class Machine:
 
 
 def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 50e9) -> Machine:
-    """Return a GPU of NVIDIA's Hopper data sheets."""
     reached = 0.6  # share of the data sheet's rates that well-made kernels reach
     return Machine(
         name=name,

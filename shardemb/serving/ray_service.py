@@ -372,7 +372,6 @@ class Client(Tables[ServedTable]):
         return answer
 
     def _ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Send requests to shards and return their answers, with retries."""
         start, pause = time.monotonic(), 0.02
         answers: dict[int, Any] = {}
         while True:
@@ -393,7 +392,6 @@ class Client(Tables[ServedTable]):
     def _round(
         self, requests: Mapping[int, tuple[Any, ...]], end: float
     ) -> Iterator[tuple[int, Any]]:
-        """Send all requests at once; yields each answer, or the error to retry after."""
         ray, sent = _connected(), {}
         key = self.info.digest, self.info.shards
         for shard, request in requests.items():

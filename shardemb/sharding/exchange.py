@@ -44,10 +44,7 @@ _HEAD = 3
 
 
 class _HeaderSize:
-    """Ids per rank that a group's next header can carry.
-
-    Changes only by values that all ranks have received, so that they agree.
-    """
+    """Changes only by values that all ranks have received, so that they agree."""
 
     def __init__(self) -> None:
         self.ids, self._small_lookups = _FEW, 0

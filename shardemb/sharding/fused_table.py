@@ -55,7 +55,6 @@ class FusedTable(Table):
         self._build(dtype, device)
 
     def _build(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Make FBGEMM's module and :attr:`weight`, a view of its rows."""
         plan = self.plan
         columns = max(4, -(-plan.dim // 4) * 4)
         # FBGEMM's row-wise mean includes the padding; a smaller rate and eps correct it
@@ -69,7 +68,6 @@ class FusedTable(Table):
         self._pending: weakref.ref[_Pending] | None = None
 
     def _engine_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options of FBGEMM's module."""
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 
@@ -153,7 +151,6 @@ class FusedTable(Table):
         return pending is not None and not pending.done
 
     def _trained(self, rows: Tensor, engine: Callable[[], Tensor]) -> Tensor:
-        """Return the rows ``(n, D)`` from ``engine``, without padding."""
         if self._one_lookup and self._waits_for_backward:
             raise UsageError(
                 f"table {self.plan.table!r}: a second lookup before the backward of the first would"

@@ -104,7 +104,6 @@ class Table(nn.Module):
         return self.weight.device
 
     def _row_range(self) -> tuple[int, ...]:
-        """Return first slot, end slot, rows of the whole table, and its order."""
         plan = self.plan
         last = plan.first + plan.num_local
         return (plan.first, last, plan.num_rows, *plan.order.parameters)
@@ -287,12 +286,7 @@ class _SparseLookup(torch.autograd.Function):
 
 
 class _OptimizerHooks:
-    """Hooks on optimizers' steps, installed while a ParameterTable lives.
-
-    Before a step they reject an optimizer that cannot take a table's gradient, with a better
-    message than torch's. After it they mark the updated rows, because ``post_parameter_update``
-    cannot know whether a step came before it.
-    """
+    """Rejects optimizers that cannot take a table's gradient, and marks the updated rows."""
 
     _tables: ClassVar[weakref.WeakSet[ParameterTable]] = weakref.WeakSet()
     _handles: ClassVar[tuple[Any, ...]] = ()

@@ -187,11 +187,7 @@ class TorchRecTable(FusedTable):
         return module._lookups[0]._emb_modules[0].emb_module
 
     def _planned(self, collection: Any, sharder: Any, columns: int, dtype: torch.dtype) -> Any:
-        """Return the planner's ParameterSharding. A collective.
-
-        Raises:
-            MemoryError: on all ranks, if the plan exceeds any rank's free memory.
-        """
+        """MemoryError, on all ranks, if the plan exceeds any rank's free memory. A collective."""
         from torch.distributed.remote_device import _remote_device
         from torchrec.distributed.planner import ParameterConstraints
         from torchrec.distributed.planner.types import PlannerError, TrainerConfig
@@ -392,7 +388,6 @@ def _optimizer_class(name: str) -> Any:
 
 
 def _planner(device: str, trainer: Any, constraints: dict[str, Any]) -> Any:
-    """Return TorchRec's planner, silent and without reserved memory."""
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import KernelConfig, TopologyFactory

@@ -147,7 +147,6 @@ def _made_whole(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder; yield whether it was unlocked."""
     descriptor, free = os.open(folder, os.O_RDONLY), True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +162,6 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
-    """Explain errors of DuckDB and of a full disk."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
@@ -182,8 +180,6 @@ def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
 
 
 class _Job:
-    """A run: DuckDB's tables, and threads that wait for it, so that signals and bars work."""
-
     def __init__(self, name: str, folder: Path, limit: int, threads: int, progress: bool) -> None:
         self.name, self.folder, self.progress = name, folder, progress
         self.work = folder / "work"
@@ -230,7 +226,6 @@ class _Job:
         unseen: str,
         literals: str,
     ) -> dict[str, Any]:
-        """Do all steps; return the content of dataset.json."""
         dropped = self.read(files, literals)
         if "" in files:
             self.hold_out(valid, test)
@@ -272,7 +267,6 @@ class _Job:
         return entries
 
     def read(self, files: dict[str, list[Path]], literals: str) -> int:
-        """Read all files into tables; return the number of dropped triples with literals."""
         keys = ", ".join(f"{column} UHUGEINT" for column in COLUMNS)
         self.query(f"CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, {keys})")
         for kind in _COLUMNS:
@@ -305,7 +299,6 @@ class _Job:
         return dropped
 
     def insert(self, split: str, first: int, tables: list[pa.Table]) -> None:
-        """Insert triples into the tables; their rows start at ``first``."""
         table = pa.concat_tables(tables)
         rows = np.arange(first, first + len(table), dtype=np.uint64)
         table = table.append_column("row", column_of(rows))
@@ -324,7 +317,6 @@ class _Job:
             cursor.unregister("block")
 
     def hold_out(self, valid: int | None, test: int | None) -> None:
-        """Take test and valid from the start of the order of training triples."""
         count = self.value("SELECT count(*) FROM read")
         num_valid, num_test = held_out(self.name, count, valid, test)
         first = f"SELECT mixed FROM read ORDER BY mixed LIMIT {num_valid + num_test}"
@@ -340,7 +332,6 @@ class _Job:
             )
 
     def settle_unseen(self, unseen: str) -> dict[str, int]:
-        """Keep, drop or reject valid and test triples with unseen labels; return their numbers."""
         for kind, columns in _COLUMNS.items():
             held = " UNION ".join(f"SELECT {c} AS key FROM read WHERE split > 0" for c in columns)
             self.query(f"CREATE TABLE held_{kind} AS {held}")
@@ -378,7 +369,6 @@ class _Job:
         return {one.split: one.triples for one in reports}
 
     def unseen_labels(self, split: int, kind: str) -> tuple[int, list[str]]:
-        """Return the number of a split's unseen labels, and the first three."""
         places = " UNION ALL ".join(
             f"SELECT {column} AS key, 2 * row + {place} AS place FROM strange WHERE split = {split}"
             for place, column in enumerate(_COLUMNS[kind])
@@ -401,7 +391,6 @@ class _Job:
         return self.value(f"SELECT count(*) FROM {kind}")
 
     def write_labels(self, kind: str) -> str:
-        """Write a vocabulary; return its fingerprint."""
         columns = (
             "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS lower"
         )
@@ -423,7 +412,6 @@ class _Job:
         return vocabulary.write(self.folder / f"{kind}.arrow", batches())
 
     def number(self, dtype: str) -> None:
-        """Replace the triples' keys by ids, in the order of writing."""
         sql = {"int32": "INTEGER", "int64": "BIGINT"}[dtype]
         ids = ", ".join(f"{column}.rowid::{sql} AS {column}" for column in COLUMNS)
         joins = " ".join(
@@ -446,7 +434,6 @@ class _Job:
         )
 
     def write_triples(self, number: int, split: str, dtype: str) -> int:
-        """Write a split; return its number of triples."""
         first, last = (
             self.value(f"SELECT count(*) FROM numbered WHERE split {sign} {number}")
             for sign in ("<", "<=")
@@ -478,7 +465,6 @@ class _Job:
         first: int = 0,
         last: int | None = None,
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yield a table in pages, each with its first row number."""
         if last is None:
             last = self.value(f"SELECT count(*) FROM {table}")
         with self.bar(total=last - first, desc=shown, unit=" rows") as bar:

@@ -157,7 +157,6 @@ def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    """Whether the fields name the three columns, in any order."""
     names = [
         re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields
     ]
@@ -204,7 +203,6 @@ def _lines(path: Path) -> Iterator[_Lines]:
 
 
 def _decoded(path: Path, lines: _Lines) -> Iterator[tuple[int, str]]:
-    """Yield line numbers, and lines without their ends."""
     for number, raw in enumerate(lines.text.split(b"\n")[: lines.number], lines.first):
         if len(raw) >= MAX_LINE:
             got = f"more than {MAX_LINE - 1:,} bytes"
@@ -408,7 +406,6 @@ def _unescaped(path: Path, number: int, text: str) -> str:
 
 
 def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
-    """Yield first row, rows, and the share of the file read so far."""
     row = 0
     with path.open("rb"):  # raises Python's error; Arrow's threads open the file themselves
         try:

@@ -233,7 +233,6 @@ def _encode(tables: Mapping[str, pa.Table]) -> tuple[dict[str, pa.Array], dict[s
 def _settle_unseen(
     name: str, labels: Mapping[str, pa.Array], codes: dict[str, np.ndarray], unseen: str
 ) -> None:
-    """Keep, drop or reject valid and test triples with unseen labels."""
     seen = {}
     for kind, columns in _COLUMNS.items():
         seen[kind] = np.zeros(len(labels[kind]), dtype=bool)
