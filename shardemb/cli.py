@@ -24,7 +24,7 @@ _NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; its result's ``run`` is the function to call."""
+    """Return the parser; ``run`` of its result is the function to call."""
     parser = argparse.ArgumentParser(
         prog="shardemb", description="Embedding tables, row-sharded over processes."
     )
@@ -84,7 +84,6 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _cleaning_up_after_sigterm() -> Iterator[None]:
-    """Raise an exception on SIGTERM, so that current work cleans up."""
     before = signal.signal(signal.SIGTERM, _end)
     try:
         yield

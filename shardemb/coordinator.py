@@ -22,39 +22,41 @@ class Coordinator:
     After ``loss.backward()``, :meth:`step` does in this order:
 
     1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers) by
-    mean, or by sum for a replicated table with that option, in one all-reduce; 2. with
-    ``max_grad_norm``: clip all gradients by their norm over all tables and ranks, with one
-    all-reduce; 3. ``optimizer.step()`` of each optimizer. Those of :mod:`shardemb.optim` constrain
-    rows of sparse tables in the same pass. Fused tables were updated in backward; TorchRec's
-    replicas are averaged now, a collective; 4. ``post_parameter_update()`` of each module that has
-    one: tables constrain their changed rows; 5. clear the gradients.
+       mean, or by sum for a replicated table with that option, in one all-reduce;
+    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks, with one
+       all-reduce;
+    3. ``optimizer.step()`` of each optimizer. Those of :mod:`shardemb.optim` constrain rows of
+       sparse tables in the same pass. Fused tables were updated in backward; TorchRec's replicas
+       are averaged now, a collective;
+    4. ``post_parameter_update()`` of each module that has one: tables constrain their changed rows;
+    5. clear the gradients.
 
-    ``nonfinite`` first checks the gradients for NaN and infinite values: a pass over them and an
-    all-reduce of one number. Checking the loss instead is almost free: :meth:`backward` does it
-    before fused tables are updated, :meth:`reduce` in the gradients' all-reduce.
+    ``nonfinite`` checks the gradients first: a pass over them and an all-reduce of one number.
+    Checking the loss instead is almost free: :meth:`backward` does it before fused tables are
+    updated, :meth:`reduce` in the gradients' all-reduce.
 
     The constructor is a collective: it checks that all ranks have the same parameters, optimizers
-    and step, and copies rank 0's values of whole parameters and buffers to all ranks, as
+    and step, and copies rank 0's whole parameters and buffers to all ranks, as
     DistributedDataParallel.
 
     Args:
         model: module that holds the tables.
         optimizers: over the model's parameters; none for fused tables alone.
-        max_grad_norm: clip gradients to this 2-norm in each step, see :func:`clip_grad_norm_`.
-        nonfinite: reaction to a NaN or infinite loss or gradient, on all ranks: "error" raises
+        max_grad_norm: clip gradients to this 2-norm, see :func:`clip_grad_norm_`.
+        nonfinite: for NaN or infinite losses and gradients, on all ranks: "error" raises
             FloatingPointError before any update, "warn" warns and trains, "skip" warns and skips
             the step; None does not check.
         steps: completed steps of a continued run.
 
     Attributes:
         steps: completed steps.
-        skipped: steps skipped by this object.
+        skipped: skipped steps.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a torch optimizer that takes no sparse gradients, over a sparse table; one that
-            moves rows without a gradient (momentum, weight decay), over a sparse table with a
-            constrainer; a table with its own process group; or clipping with a fused table.
+        ValueError: an optimizer of a sparse table that takes no sparse gradients, or moves rows
+            without a gradient (momentum, weight decay) despite a constrainer; a table with its own
+            process group; clipping with a fused table.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Coordinator:
             Whether backward ran; if not, omit :meth:`step` too.
 
         Raises:
-            FloatingPointError: a rank's loss is NaN or infinite, and ``nonfinite`` is "error".
+            FloatingPointError: a rank's loss is bad, and ``nonfinite`` is "error".
         """
         if self.nonfinite is not None:
             fault = self._loss_fault(loss)
@@ -192,7 +194,7 @@ class Coordinator:
         return "; ".join(faults)
 
     def _on_fault(self, fault: str) -> bool:
-        """Raise or warn as ``nonfinite`` says; return whether to skip the step. A collective."""
+        """Raise or warn as ``nonfinite`` says; return whether to skip the step."""
         faults = collectives.gather(fault, operation="what is not finite?")
         text = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(faults) if what)
         text = f"step {self.steps + 1}: {text}"
@@ -213,8 +215,7 @@ class Coordinator:
             Whether the parameters were updated; False for a skipped step.
 
         Raises:
-            FloatingPointError: a gradient is NaN or infinite, on all ranks, and ``nonfinite`` is
-                "error".
+            FloatingPointError: on all ranks, a gradient is bad and ``nonfinite`` is "error".
         """
         if not self._reduced:
             self.reduce()
@@ -259,8 +260,8 @@ class Coordinator:
         """Reduce the gradients now; the next :meth:`step` skips this part. A collective.
 
         The same all-reduce sums ``flags``, so ranks can agree at no cost, for example to
-        :meth:`forget` the step. With ``nonfinite`` and a ``loss`` it also checks the loss, and the
-        step's gradients are not checked.
+        :meth:`forget` the step. With ``nonfinite`` it also checks ``loss``, instead of the
+        gradients.
 
         Args:
             flags: small integers, as many on every rank.
@@ -270,7 +271,7 @@ class Coordinator:
             The sums of ``flags`` over ranks.
 
         Raises:
-            FloatingPointError: a rank's loss is NaN or infinite, and ``nonfinite`` is "error".
+            FloatingPointError: a rank's loss is bad, and ``nonfinite`` is "error".
         """
         self._reduced = True
         if loss is None or self.nonfinite is None:
@@ -290,8 +291,7 @@ class Coordinator:
         dtypes = sorted({p.dtype for p in self._replicated}, key=str)
         for number, dtype in enumerate(dtypes):
             parameters = [p for p in self._replicated if p.dtype == dtype]
-            # every rank sends every gradient (zeros if it has none), whether it has one, and a
-            # sparse one's rows
+            # every rank sends all gradients (or zeros), whether it has them, and sparse ones' rows
             touched = [self._touched(p) for p in parameters]
             grads = [
                 torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters
@@ -318,7 +318,7 @@ class Coordinator:
         return sums.tolist()
 
     def _touched(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return ``(1 + R,)``: whether there is a gradient, and for each row of a sparse table."""
+        """Return ``(1 + R,)``: whether there is a gradient, and for which rows if sparse."""
         grad, rows = parameter.grad, len(parameter) if parameter in self._sparse else 0
         mask = torch.zeros(1 + rows, dtype=parameter.dtype, device=parameter.device)
         if grad is None:

@@ -93,7 +93,6 @@ class Representation(nn.Module, ABC):
         return x if self.dropout is None else self.dropout(x)
 
     def _unique(self, indices: Any) -> tuple[Any, Tensor | None]:
-        """With ``unique``: return the unique indices, and the position of each index in them."""
         if self.unique and isinstance(indices, Tensor):
             return indices.unique(return_inverse=True)
         return indices, None
@@ -214,8 +213,7 @@ class Embedding(Representation):
         self._shape = (*self.shape, 2) if self.is_complex else self.shape
         self.initializer: Initializer = resolve_initializer(initializer, initializer_kwargs)
         self.constrainer: RowFunction | None = resolve_constrainer(constrainer, constrainer_kwargs)
-        #: whether constraining changed rows is enough; replicas also have rows that other ranks
-        #: changed
+        #: whether constraining changed rows is enough; replicas also change on other ranks
         self._constrains_changed_only = (
             self.constrainer is not None
             and probe_constrainer(self.constrainer, self.shape, dtype, name)

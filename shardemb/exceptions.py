@@ -147,7 +147,7 @@ class WorkerError(ShardembError, RuntimeError):
 
     @property
     def order(self) -> tuple[bool, bool]:
-        """Sort key of a job's failures, the cause first; lost peers may be reported earlier."""
+        """Sort key of a job's failures, the cause first."""
         return self.error == PeerFailureError.__name__, self.error != "died"
 
     @classmethod
@@ -179,8 +179,8 @@ class ShardBusyError(ShardembError, RuntimeError):
 def restart_may_help(error: BaseException) -> bool:
     """Whether a job that raised this may succeed when its ranks start again.
 
-    Other code's errors of logic (ValueError, KeyError, ...) and of missing files last; RuntimeError
-    and errors of the machine may not.
+    In other code, errors of logic (ValueError, KeyError, ...) and missing files would come again;
+    RuntimeError and errors of the machine may not.
     """
     if isinstance(error, ShardembError):
         return error.restart_may_help

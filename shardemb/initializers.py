@@ -1,10 +1,10 @@
 """Initial rows that depend on the seed and the id, not on the number of ranks.
 
-A table is filled in blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.sharding.placement`); a
-smaller table is one block of all ids. Each block has its own random stream. A rank makes whole
-blocks and keeps its rows, so any initializer works whose values do not depend on the number of
-rows. Known initializers that do are corrected: their scale (fan-out of Glorot and Kaiming,
-quaternions), or every rank makes the whole table (orthogonal, sparse, eye, dirac).
+A table is filled in blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.sharding.placement`),
+each with its own random stream; a smaller table is one block of all ids. A rank makes whole blocks
+and keeps its rows, so any initializer works whose values do not depend on the number of rows. Of
+known ones that do, the scale is corrected (fan-out of Glorot and Kaiming, quaternions), or every
+rank makes the whole table (orthogonal, sparse, eye, dirac).
 """
 
 import math
@@ -134,7 +134,6 @@ _WHOLE_TABLE = {init.dirac_, init.eye_, init.orthogonal_, init.sparse_}
 def _row_count_scale(
     function: Any, kwargs: Mapping[str, Any], rows: int, total: int, shape: tuple[int, ...]
 ) -> float:
-    """Return the factor from values made for ``rows`` rows to those for ``total``."""
     if rows == total:
         return 1.0
     field = math.prod(shape[1:])  # torch: fan_in = shape[0] * field, fan_out = rows * field
@@ -147,12 +146,7 @@ def _row_count_scale(
 
 
 def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> Initializer:
-    """Resolve a name, a callable, a tensor wrapper or None (normal).
-
-    Raises:
-        KeyError: an unknown name.
-        TypeError: neither a name nor a callable.
-    """
+    """Resolve a name (KeyError if unknown), a callable or None (normal); TypeError for others."""
     if initializer is None:
         function: Any = init.normal_
     elif callable(initializer):
@@ -190,7 +184,7 @@ def fill_rows(
 
     Raises:
         ValueError: the initializer's result, or a pretrained tensor, has another shape.
-        MemoryError: the initializer needs the whole table, which does not fit.
+        MemoryError: a whole table, if the initializer needs it, does not fit.
     """
     total = plan.num_rows
     pretrained = getattr(initializer, "tensor", None)

@@ -4,7 +4,7 @@ A row-wise optimizer is an ordinary ``torch.optim.Optimizer``. A step sorts the 
 sparse gradient and passes over them once, in chunks that stay in cache: sum a row's gradients, read
 it, decay, update, constrain (on the coordinator's request), write. Other rows and their moments
 stay, as with torch.optim.SparseAdam. A dense gradient touches all rows. float32 rows on the CPU use
-the C loops of :mod:`shardemb.kernels.rows` if available, others torch's operators.
+the C loops of :mod:`shardemb.kernels.rows`, others torch's operators.
 
 Class names differ from torch.optim's, because PyKEEN's class_resolver rejects duplicates at import.
 """
@@ -227,7 +227,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def why_refused(optimizer: torch.optim.Optimizer, group: Group, sparse: bool) -> str | None:
-    """Return why a torch optimizer cannot take a table's gradient, with an alternative; or None."""
+    """Return why a torch optimizer cannot take a table's gradient, and what can; or None."""
     name = type(optimizer).__name__
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
@@ -253,7 +253,7 @@ def _state_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Group) -> bool:
-    """Whether a step on a sparse gradient surely leaves all other rows unchanged."""
+    """Whether a step on a sparse gradient surely leaves other rows unchanged."""
     if isinstance(optimizer, RowWiseOptimizer):
         return True
     known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad | torch.optim.SparseAdam)

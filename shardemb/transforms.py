@@ -64,7 +64,7 @@ def _resolve(
 
 
 def to_json(function: RowFunction | None) -> dict[str, Any] | None:
-    """Describe a normalizer or constrainer by name and arguments; name None for unknown ones."""
+    """Describe a function by name (None if unknown) and arguments."""
     if function is None:
         return None
     plain, args, kwargs = _parts(function)

@@ -1,8 +1,7 @@
 """Labels and their dense ids, in a memory-mapped file.
 
 Ids follow the order of the labels' MD5. It depends only on the set of labels, and spreads popular
-ones: in order of appearance or the alphabet, the first of 8 contiguous shards would get 2.4 times
-the mean load.
+ones: in order of appearance, the first of 8 contiguous shards would get 2.4 times the mean load.
 """
 
 import hashlib
@@ -41,7 +40,7 @@ _NO_FINGERPRINT = b"?" * 64
 def digests(labels: Sequence[str]) -> np.ndarray:
     """Return the halves of each label's MD5, upper first, as uint64 ``(n, 2)``.
 
-    Little-endian, as DuckDB's ``md5_number``; the upper half is the index's hash.
+    Little-endian, as DuckDB's ``md5_number``.
     """
     joined = b"".join(
         hashlib.md5(label.encode(), usedforsecurity=False).digest() for label in labels

@@ -1,7 +1,6 @@
 """A checkpoint's manifest: its files, and which rows of which tensor each file holds.
 
-The content of a manifest is untrusted. :class:`Manifest` checks all of it against a schema first
-and raises CheckpointError for anything else.
+Manifests are untrusted; :class:`Manifest` checks them against a schema.
 """
 
 import hashlib
@@ -91,7 +90,7 @@ _MANIFEST = {
 
 
 def check_schema(values: Any, where: str) -> None:
-    """Raise CheckpointError, which names the key, unless ``values`` fit the manifest's schema."""
+    """Raise CheckpointError, which names the key, unless ``values`` fit the schema."""
     _check(values, _MANIFEST, f"{where}manifest")
 
 
@@ -159,8 +158,8 @@ class Manifest:
         shards: saved shards, by tensor.
 
     Raises:
-        CheckpointError: it is missing, damaged, changed, inconsistent or of another format, or
-            names a file outside of the folder.
+        CheckpointError: it is missing, damaged, inconsistent or of another format, or names a file
+            outside of the folder.
     """
 
     def __init__(self, path: Location) -> None:
@@ -234,7 +233,7 @@ class Manifest:
         return ", ".join(self.files[file]["tensors"])
 
     def check_covered(self, name: str) -> None:
-        """Raise CheckpointError unless a tensor's shards hold each of its rows once."""
+        """Raise CheckpointError unless the shards hold each row of a tensor once."""
         covered = 0
         for shard in sorted(self.shards[name], key=lambda shard: (shard.first, shard.length)):
             if shard.first != covered:
@@ -247,7 +246,7 @@ class Manifest:
             )
 
     def check_file(self, file: str, verify: Verify = "sha256") -> None:
-        """Raise CheckpointError if a file's size, or with "sha256" its hash, is wrong."""
+        """Raise CheckpointError if a file's size, or its sha256, is wrong."""
         entry, where = self.files[file], child(self.path, file)
         holds, size = f"it holds {self.holds(file)}", self.folder.size(file)
         if size is None:
@@ -296,7 +295,7 @@ def verify(path: Location, how: Verify = "sha256") -> Manifest:
 
 
 def finished(root: Folder) -> list[str]:
-    """Return the names of the finished checkpoints in a folder, oldest first."""
+    """Return the names of a folder's finished checkpoints, oldest first."""
     names = [name for name in root.names() if STEP.fullmatch(name)]
     if not root.renames:
         names = [name for name in names if root.child(name).size(MANIFEST) is not None]
@@ -304,7 +303,7 @@ def finished(root: Folder) -> list[str]:
 
 
 def checkpoints(folder: Location) -> list[Location]:
-    """Return the finished checkpoints in a folder, oldest first: paths, or URIs for a URI."""
+    """Return a folder's finished checkpoints, oldest first: paths, or URIs for a URI."""
     return [child(folder, name) for name in finished(folder_at(folder))]
 
 

@@ -47,9 +47,9 @@ def load(
 ) -> dict[str, Any]:
     """Load ``folder/step-N`` into the tables of any number of ranks. A collective.
 
-    The ranks check the files together, then each reads its own rows straight into its tables. The
-    model changes only if all files are complete and undamaged. With optimizers or schedulers, and
-    the saved number of ranks, the random generators are restored too.
+    Each rank reads its own rows straight into its tables. The model changes only if all files are
+    complete and undamaged. With optimizers or schedulers, and the saved number of ranks, the random
+    generators are restored too.
 
     Args:
         path: the checkpoint.
@@ -68,8 +68,8 @@ def load(
         The saved ``state``.
 
     Raises:
-        CheckpointError: on all ranks: a file is missing, damaged or foreign; or tables, shapes,
-            dtypes, optimizers, schedulers or fingerprints differ from the saved ones.
+        CheckpointError: on all ranks: a missing or damaged file, or a model, optimizers, schedulers
+            or fingerprints that differ from the saved ones.
     """
     start = time.monotonic()
     if tables is not None and not isinstance(tables, Mapping):
@@ -119,7 +119,7 @@ class _Load:
     rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     #: the new state of each optimizer's parameters
     states: list[tuple[torch.optim.Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
-    #: tensors of these states that must be allocated: index in `wanted`, state, key, device
+    #: these states' tensors to allocate: index in `wanted`, state, key, device
     missing: list[tuple[int, dict[str, Any], str, torch.device]] = field(default_factory=list)
 
     def _error(self, text: str) -> CheckpointError:
@@ -177,7 +177,6 @@ class _Load:
     def _plan_others(
         self, shards: Mapping[str, LocalShard], in_tables: set[str], tables: Mapping[str, Any]
     ) -> None:
-        """Plan parameters and buffers outside of tables; raises if the model lacks a saved one."""
         others = shards.keys() - in_tables
         for name in sorted(others):
             self._want(name, shards[name], False)
@@ -342,7 +341,7 @@ class _Load:
 
     def _restore(self, scheduler: Any, state: dict[str, Any]) -> None:
         before = scheduler.state_dict()
-        # load_state_dict would set any name as an attribute, even `optimizer` or a method
+        # load_state_dict sets any name as an attribute, even `optimizer`
         foreign = [key for key in state if key not in before and hasattr(scheduler, key)]
         try:
             if foreign:
@@ -429,7 +428,7 @@ def _read(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) 
 
 
 def _read_permuted(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
-    """As :func:`_read`, for another order of rows or a smaller saved table."""
+    """As :func:`_read`, for another order or number of rows."""
     for start in range(0, saved.length, _READ_ROWS):
         stop = min(start + _READ_ROWS, saved.length)
         ids = saved.order.ids(torch.arange(saved.first + start, saved.first + stop))

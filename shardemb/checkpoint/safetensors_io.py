@@ -1,7 +1,6 @@
 """Reads and writes safetensors files (https://github.com/huggingface/safetensors) in slices.
 
-The ``safetensors`` package needs a whole file in memory to write it. This module writes straight
-from tensors, hashes meanwhile, and reads straight into tensors.
+Unlike the ``safetensors`` package, it needs no memory for a whole file, and hashes while writing.
 """
 
 import hashlib
@@ -53,7 +52,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Iterate over rows in contiguous CPU chunks; a contiguous CPU tensor is not copied."""
+    """Iterate over rows in contiguous CPU chunks, without a copy if possible."""
     rows = tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
     step = max(1, CHUNK_BYTES // max(1, rows.itemsize * math.prod(rows.shape[1:])))
     for start in range(0, len(rows), step):
@@ -123,11 +122,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def layouts(file: BinaryIO) -> dict[str, Layout]:
-    """Read a file's header.
-
-    Raises:
-        ValueError: it is malformed, or its tensors leave gaps or overlap.
-    """
+    """Read a file's header; ValueError if it is malformed, or its tensors leave gaps."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -161,7 +156,7 @@ def layouts(file: BinaryIO) -> dict[str, Layout]:
 
 
 def read_into(file: BinaryIO, place: int, out: Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes from ``place`` on; EOFError if they end early."""
+    """Fill a contiguous CPU tensor with the bytes from ``place`` on, or raise EOFError."""
     view, done = as_bytes(out), 0
     file.seek(place)
     while done < len(view):
@@ -172,7 +167,7 @@ def read_into(file: BinaryIO, place: int, out: Tensor) -> None:
 
 
 def read_rows(file: BinaryIO, layout: Layout, start: int, out: Tensor) -> None:
-    """Read rows ``[start, start + n)`` into ``out`` ``(n, ...)``, converting dtype and device."""
+    """Read rows ``[start, start + n)`` into ``out`` ``(n, ...)``, in its dtype and device."""
     place = layout.start + start * layout.row_bytes
     if out.device.type == "cpu" and out.dtype == layout.dtype and out.is_contiguous():
         read_into(file, place, out)

@@ -1,4 +1,4 @@
-"""This rank's share of a model's tables, parameters and optimizer state, by tensor name."""
+"""This rank's share of a model's tables, parameters and optimizer state, by name."""
 
 import base64
 import random
@@ -29,7 +29,7 @@ class LocalShard:
     table: str = ""
 
     def like(self, tensor: Tensor, by_row: bool) -> "LocalShard":
-        """Return the shard of a tensor that has a value for each of these rows, or is whole."""
+        """Return the shard of a tensor with a value for each row, or of a whole tensor."""
         if by_row:
             return replace(self, tensor=tensor)
         return whole(tensor, self.table)
@@ -39,7 +39,7 @@ class LocalShard:
         return replace(self, tensor=self.tensor[start:stop], first=self.first + start)
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Return the rows ``(n,)`` of ids ``(n,)``; out of range for ids of other ranks."""
+        """Return the rows ``(n,)`` of ids ``(n,)``, out of range for other ranks' ids."""
         return self.order.slots(ids) - self.first
 
     def ids(self, positions: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def length_of(tensor: Tensor) -> int:
 
 
 def tables_of(model: nn.Module) -> dict[str, Embedding]:
-    """Return a model's tables by name; the name of an Embedding on its own is ""."""
+    """Return a model's tables by name; "" for an Embedding on its own."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Embedding)}
 
 
@@ -75,7 +75,7 @@ def dotted(prefix: str, name: str) -> str:
 def local_shards(
     model: nn.Module,
 ) -> tuple[dict[str, LocalShard], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
-    """Return the shards by name, the parameters' names, and the stored tensors of each table."""
+    """Return shards by name, names by parameter, and each table's stored tensors."""
     shards: dict[str, LocalShard] = {}
     names: dict[Tensor, str] = {}
     in_tables: set[Tensor] = set()
@@ -127,7 +127,7 @@ def check_known(
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of the random generators of torch, Python and numpy, for JSON."""
+    """Return the state of torch's, Python's and numpy's random generators, for JSON."""
 
     def text(state: Tensor) -> str:
         return base64.b64encode(state.numpy().tobytes()).decode()
@@ -142,7 +142,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(saved: Mapping[str, Any], try_out: bool = False) -> None:
-    """Restore the random generators; ``try_out`` only checks that the state is valid."""
+    """Restore the random generators; ``try_out`` only validates the state."""
 
     def state(text: str) -> Tensor:
         return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())

@@ -21,7 +21,7 @@ Location = str | Path
 
 
 def is_remote(location: Location) -> bool:
-    """Whether a location is a URI of another file system than the local one."""
+    """Whether a location is a URI of a remote file system."""
     return "://" in str(location) and not str(location).startswith("file://")
 
 
@@ -45,11 +45,7 @@ def _local(location: Location) -> Path:
 
 
 def folder_at(location: Location) -> "Folder":
-    """Return the folder at a location; it need not exist.
-
-    Raises:
-        ValueError: neither pyarrow nor an installed fsspec package knows the URI.
-    """
+    """Return the folder at a location, which need not exist; ValueError for an unknown URI."""
     return _ObjectFolder(str(location)) if is_remote(location) else _LocalFolder(_local(location))
 
 
@@ -73,7 +69,7 @@ class Folder(ABC):
 
     @abstractmethod
     def create(self, name: str) -> Any:
-        """Open a new file as a context manager, which syncs it to disk on success."""
+        """Open a new file as a context manager, which syncs it to disk."""
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:

@@ -40,7 +40,7 @@ from shardemb.utils import logs
 from shardemb.utils.memory import free_bytes
 from shardemb.utils.types import few
 
-#: largest bytes of tensors in a file (a single row may exceed it); several files hash in parallel
+#: most bytes of tensors in a file (a single row may exceed it); files hash in parallel
 FILE_BYTES = 1 << 28
 
 Nonfinite = Literal["error", "warn", "ignore"]
@@ -251,12 +251,12 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
 
 
 def _check_loadable(manifest: Mapping[str, Any]) -> None:
-    """Raise now what loading would raise: values that JSON or the schema do not allow."""
+    """Raise what loading would raise, before writing."""
     check_schema(json.loads(json.dumps({**manifest, "files": [], "rng": []})), "")
 
 
 def _try(function: Callable[..., Any], *args: Any) -> str | None:
-    """Return the error's text instead of raising, because other ranks wait for it."""
+    """Return the error's text instead of raising: other ranks wait for it."""
     try:
         function(*args)
     except Exception as error:
@@ -285,7 +285,7 @@ def _prepare(root: Folder, name: str, target: str, needed: int) -> None:
 
 
 def check_space(root: Folder, needed: int) -> None:
-    """Raise OSError if the disk has fewer free bytes than needed; unknown free space passes."""
+    """Raise OSError if the disk has fewer free bytes than needed, if known."""
     free = root.free_bytes()
     if free is not None and free < needed:
         raise OSError(
@@ -302,8 +302,7 @@ def require_space(
 ) -> None:
     """Check that a folder is writable and has space for ``keep`` checkpoints. A collective.
 
-    Counts the future optimizer state of :mod:`shardemb.optim`, and the existing state of other
-    optimizers.
+    Counts future optimizer state of :mod:`shardemb.optim`, and only existing state of others.
 
     Raises:
         CheckpointError: on all ranks; names the folder, the needed and the free bytes.
@@ -411,7 +410,7 @@ def _commit(root: Folder, name: str, target: str, manifest: Mapping[str, Any], k
 
 
 def _retire(root: Folder, name: str) -> None:
-    """Remove a checkpoint so that an interrupted removal never looks finished."""
+    """Remove a checkpoint; an interrupted removal must not look finished."""
     if root.renames:
         retired = f"{name}.tmp"
         root.remove(retired)
@@ -456,9 +455,8 @@ def save_rows(
 class AsyncSaver:
     """Saves in the background: :meth:`save` copies this rank's rows, and a thread writes the copy.
 
-    The copy takes as much memory as this rank's rows and optimizer state. If less is free, the save
-    runs in the foreground, with a warning. The constructor is a collective, which creates a process
-    group for the threads.
+    The copy doubles the memory of rows and optimizer state. Without enough free memory, the save
+    runs in the foreground, with a warning. The constructor is a collective.
 
     Args:
         folder: as in :func:`save`.
@@ -473,8 +471,7 @@ class AsyncSaver:
             operation = "a saver's process group"
             with watchdog.guarded(None, operation):
                 self._group = dist.new_group(backend="gloo")
-            # new_group returns before its peers have connected; a rank that ended now would break
-            # it
+            # new_group returns before its peers have connected
             collectives.gather(None, group=self._group, operation=operation)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -494,10 +491,10 @@ class AsyncSaver:
     ) -> None:
         """Wait for the previous save, copy the rows, and write them. A collective.
 
-        The arguments are those of :func:`shardemb.checkpoint.save`.
+        Arguments of :func:`shardemb.checkpoint.save`.
 
         Raises:
-            CheckpointError: the previous save failed; on all ranks.
+            CheckpointError: the previous save failed, on all ranks.
         """
         self.wait()
         snapshot = _snapshot(
@@ -552,13 +549,13 @@ class AsyncSaver:
             self._failure = error
 
     def check(self) -> None:
-        """Raise CheckpointError if the last save failed; cheap enough for each step."""
+        """Raise CheckpointError if the last save failed; cheap."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def wait(self) -> None:
-        """Wait until the last save is complete; CheckpointError, on all ranks, if it failed."""
+        """Wait for the last save; CheckpointError, on all ranks, if it failed."""
         self._join()
         self.check()
 

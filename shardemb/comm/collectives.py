@@ -1,6 +1,6 @@
 """torch.distributed's collectives, with a timeout and an error that names the missing rank.
 
-``operation`` describes a collective's purpose in that error.
+``operation`` describes a collective in that error.
 """
 
 import builtins
@@ -32,7 +32,7 @@ class Pending:
     operation: str
 
     def wait(self) -> None:
-        """Wait for it; raises PeerFailureError, as all functions of this module."""
+        """Wait; PeerFailureError on failure, as for all functions of this module."""
         self.watchdog.wait(self.work, self.operation)
 
 
@@ -42,7 +42,7 @@ _host_ranks: WeakKeyDictionary[PeerWatchdog, HostRanks | None] = WeakKeyDictiona
 def _through_memory(
     group: Any, tensor: Tensor, operation: str, sent: Sequence[int] | None = None
 ) -> Message | None:
-    """Exchange contiguous tensors through shared memory; None, on all ranks, if impossible."""
+    """Exchange contiguous tensors through shared memory; None on all ranks if impossible."""
     watchdog = watch(group)
     if tensor.device.type != "cpu" or not watchdog.slices:
         return None
@@ -73,8 +73,7 @@ def all_to_all(
 ) -> Pending | None:
     """Send each rank its rows of ``tensor``, equally many or ``sent``; receive into ``out``.
 
-    Returns:
-        None, or without ``wait`` the pending collective.
+    Without ``wait``, returns the pending collective.
     """
     watchdog = watch(group)
     if wait:
@@ -109,7 +108,7 @@ def all_gather(out: list[Tensor], tensor: Tensor, *, group: Any = None, operatio
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return this process's rank and world size; 0 and 1 without a process group."""
+    """Return rank and world size; 0 and 1 without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -119,7 +118,7 @@ def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
 
 
 def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Tensor:
-    """Return the rows ``(n, ...)`` of all ranks, in the order of ranks; ``n`` may differ."""
+    """Return all ranks' rows ``(n, ...)``, in the order of ranks; ``n`` may differ."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tensor
     sizes = gather(len(tensor), group=group, operation=operation)
@@ -137,10 +136,7 @@ def _device(group: Any, device: torch.device) -> torch.device:
 
 
 def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
-    """Return each rank's JSON value, in the order of ranks; tuples become lists.
-
-    Returns only this process's without a process group.
-    """
+    """Return each rank's JSON value, in the order of ranks; tuples become lists."""
     if not dist.is_initialized():
         return [value]
     world_size = dist.get_world_size(group)
@@ -162,14 +158,8 @@ def gather_or_raise(
 ) -> list[Any]:
     """Return each rank's JSON value; if any rank has an error, raise it on all ranks.
 
-    Args:
-        value: of this rank.
-        error: of this rank; its class is of :mod:`shardemb.exceptions` or built in.
-        group: process group; None for the default one.
-        operation: for errors of the collective itself.
-
-    Raises:
-        Exception: the first failed rank's class, with each distinct message.
+    The class is the first failed rank's (of :mod:`shardemb.exceptions` or built in), the message
+    all distinct ones.
     """
     entry = None if error is None else (type(error).__name__, str(error))
     gathered = gather((value, entry), group=group, operation=operation)
@@ -193,8 +183,7 @@ def agree(
 ) -> Any:
     """Raise unless all ranks have the same JSON values; return rank 0's ``share``.
 
-    Raises:
-        RanksDisagreeError: on all ranks; names the differing keys, and two values of the first.
+    The error, on all ranks, names the differing keys and two values of the first.
     """
     gathered = gather((dict(values), share), group=group, operation=f"{what}: do all ranks agree?")
     first = gathered[0][0]

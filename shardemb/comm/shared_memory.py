@@ -1,13 +1,12 @@
 """Collectives between ranks of one machine, through shared memory.
 
-gloo wakes a thread on both sides, which takes over a millisecond for half a megabyte between two
-busy processes. This module copies the message into memory that all ranks have mapped, and raises a
-flag.
+gloo takes over a millisecond for half a megabyte between two busy processes, because it wakes a
+thread on both sides. This module copies messages into mapped memory, and raises a flag.
 
 Each rank has a file in ``/dev/shm``, unlinked as soon as all have opened it, with two message
 buffers. A rank reuses the buffer of message n for message n + 2 after all others have raised their
 flags for message n + 1, and so have read message n. A lock on a second file ends with the process,
-which shows its end to others. It needs its own file: closing any descriptor of a file, as unmapping
+which shows its end. The file is separate, because closing any descriptor of a file, as unmapping
 does, releases the process's lock on it.
 """
 
@@ -34,8 +33,7 @@ FIRST_BYTES, MOST_BYTES = 1 << 20, 64 << 20
 _HEAD_BYTES = 8192
 #: 64-bit numbers before the headers: two flags, one per cache line
 _FLAGS = 16
-#: 64-bit numbers of a header before the ends: bytes of the message (-1: too large), and its offset
-#: in the file
+#: 64-bit numbers of a header before the ends: the message's bytes (-1: too large) and offset
 _HEAD = 2
 #: ranks whose ends fit two headers
 MOST_RANKS = (_HEAD_BYTES // 8 - _FLAGS) // 2 - _HEAD - 1
@@ -69,7 +67,7 @@ class _Memory:
         self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
 
     def reserve(self, half: int, size: int) -> Tensor | None:
-        """Return a buffer ``(size,)`` for a message and fill its header; None if too large."""
+        """Return a buffer ``(size,)`` and fill its header; None if too large."""
         if self._capacity < size <= MOST_BYTES:
             capacity, end = max(2 * self._capacity, size), len(self._bytes)
             with suppress(OSError):
@@ -99,9 +97,7 @@ class _Memory:
 class HostRanks:
     """The ranks of a process group that share this machine's memory.
 
-    Args:
-        rank: this process.
-        files: open files of all ranks: memory and lock.
+    Takes the open files (memory, lock) of all ranks.
     """
 
     def __init__(self, rank: int, files: Sequence[tuple[IO[bytes], IO[bytes]]]) -> None:
@@ -115,7 +111,7 @@ class HostRanks:
         self._number = 0
 
     def send(self, tensor: Tensor, sent: Sequence[int] | None = None) -> "Message":
-        """Send a contiguous CPU tensor to all ranks, or ``sent`` of its rows to each."""
+        """Send all ranks a contiguous CPU tensor, or ``sent`` of its rows to each."""
         self._number += 1
         half, memory = self._number % 2, self.memories[self.rank]
         size = tensor.numel() * tensor.itemsize
@@ -151,11 +147,7 @@ class Message:
         return self._ranks.flags[self._half].reached(self._number, awake, limit)
 
     def wait(self, limit: timedelta = timedelta()) -> None:
-        """Wait for all messages.
-
-        Raises:
-            RuntimeError: the limit has passed, or a process has ended.
-        """
+        """Wait for all messages; RuntimeError after the limit, or if a process has ended."""
         reached = self._reached(0.0, limit.total_seconds())
         if reached == len(self._ranks.others):
             return
@@ -172,11 +164,7 @@ class Message:
         return all(memory.heads[self._half, 0] >= 0 for memory in self._ranks.memories)
 
     def scatter(self, out: Tensor, received: Sequence[int]) -> None:
-        """Copy the rows for this rank into ``out``.
-
-        Raises:
-            RuntimeError: a rank sent another number of rows than ``received``.
-        """
+        """Copy the rows for this rank into ``out``; RuntimeError for another number of rows."""
         row_bytes = out.numel() * out.itemsize // max(1, len(out))
         arriving, place, rank = out.view(-1).view(torch.uint8), 0, self._ranks.rank
         for other, (memory, count) in enumerate(zip(self._ranks.memories, received, strict=True)):
@@ -192,11 +180,7 @@ class Message:
             place += size
 
     def reduce(self, tensor: Tensor, op: Any) -> None:
-        """Reduce all ranks' tensors, in the order of ranks, into ``tensor``.
-
-        Raises:
-            RuntimeError: they have different sizes.
-        """
+        """Reduce the tensors in the order of ranks; RuntimeError for different sizes."""
         size, tensors = tensor.numel() * tensor.itemsize, []
         for other, memory in enumerate(self._ranks.memories):
             data = memory.message(self._half)
@@ -218,9 +202,8 @@ def reduces(op: Any) -> bool:
 def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> HostRanks | None:
     """Return the ranks of this machine, or None on all ranks if any cannot share its memory.
 
-    A collective. Memory cannot be shared over several machines, in containers without a common and
-    large enough ``/dev/shm``, without a C compiler, or with ``SHARDEMB_SHARED_MEMORY=0``.
-    ``gather`` returns the values of all ranks.
+    A collective. Not shared: several machines, containers without a common and large enough
+    ``/dev/shm``, no C compiler, ``SHARDEMB_SHARED_MEMORY=0``.
     """
     path = _FOLDER / f"shardemb-{secrets.token_hex(16)}"
     files: list[tuple[IO[bytes], IO[bytes]]] = []
@@ -270,7 +253,6 @@ def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _make(path: Path) -> tuple[IO[bytes], IO[bytes]]:
-    """Make this rank's files and lock the second; OSError without space."""
     for new in (path, _lock_of(path)):
         new.touch(0o600, exist_ok=False)
     file, lock = _open(path)
@@ -280,5 +262,5 @@ def _make(path: Path) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Allocate a file's memory, or raise OSError; a later failure would kill the process."""
+    """Allocate a file's memory, or raise OSError; otherwise a write could kill the process."""
     os.posix_fallocate(file.fileno(), 0, size)

@@ -1,9 +1,9 @@
 """Ends a rank whose peer has died, stopped, raised or run out of data, with a named error.
 
 gloo reports a lost connection without naming the peer, and does not detect a stopped peer. So each
-process group has an alarm in its store. A rank sets it when its collective fails or exceeds the
-timeout. A thread on every rank reads it four times a second and answers with the rank's state; a
-rank that raised or ended has left a notice. A rank without answer or notice is dead or stopped.
+process group has an alarm in its store, set by a rank whose collective fails or exceeds the
+timeout. A thread on every rank reads it four times a second and answers with the rank's state. A
+rank that raised or ended has left a notice; one without answer or notice is dead or stopped.
 Waiting ranks read the alarm too, so all end together.
 """
 
@@ -38,7 +38,7 @@ _GRACE = 1.0
 _LATE = 1.0
 #: equal reads in a row that prove that all others have ended or wait
 _SURE = 3
-#: failed reads in a row before the watchdog gives up; a store may be slow
+#: failed reads in a row before the watchdog gives up
 _FAILURES = 240
 
 _timeout = float(os.environ.get("SHARDEMB_TIMEOUT", "300"))
@@ -81,7 +81,7 @@ class PeerWatchdog:
         group: the process group.
         ranks: its members, by their ranks in the default group.
         store: a client of this rank alone.
-        slices: whether waits can have a timeout, as gloo's can.
+        slices: whether waits can have a timeout, as gloo's.
     """
 
     group: Any
@@ -135,7 +135,7 @@ class PeerWatchdog:
                 return
 
     def leave(self) -> None:
-        """Stop the thread; a request to the store at exit would abort the process."""
+        """Stop the thread; a request to the store at exit aborts the process."""
         self._leaves.set()
         self._thread.join(_GRACE)
 
@@ -147,7 +147,6 @@ class PeerWatchdog:
             self.store.set(key, text)
 
     def _read(self, kind: str, ranks: Iterable[int | None]) -> dict[Any, str]:
-        """Return the ranks' values of a kind of key; None is a key without a rank."""
         keys = {rank: kind if rank is None else f"{kind}/{rank}" for rank in ranks}
         with self._lock:
             return {
@@ -167,11 +166,7 @@ class PeerWatchdog:
         _within(_GRACE, leave)
 
     def wait(self, work: Any, operation: str) -> None:
-        """Wait for a collective.
-
-        Raises:
-            PeerFailureError: it failed or exceeded the timeout.
-        """
+        """Wait for a collective; PeerFailureError if it fails or exceeds the timeout."""
         self.operation, self.since, self.deserted = operation, time.monotonic(), False
         # poll first: on virtual cores, a sleeping thread wakes up to 0.3 ms late
         if self.slices:
@@ -196,12 +191,7 @@ class PeerWatchdog:
                 return
 
     def failure(self, why: str, lost: bool) -> PeerFailureError:
-        """Set the alarm, wait for answers, and return an error that names the failed rank.
-
-        Args:
-            why: the collective's own error.
-            lost: a connection was lost.
-        """
+        """Set the alarm, wait for answers, and return an error that names the failed rank."""
         seconds, operation, own_step = time.monotonic() - self.since, self.operation, _step
         heard: dict[str, dict[int, str]] = {"raised": {}, "ended": {}, "answer": {}}
         raised, ended, answers = heard.values()
@@ -273,15 +263,14 @@ _begun: Counter[str] = Counter()
 
 
 def watch(group: Any) -> PeerWatchdog:
-    """Return a group's watchdog, started at first use; None is the default group."""
+    """Return a group's watchdog, started at first use; None for the default group."""
     key = dist.group.WORLD if group is None else group
     watchdog = _watchdogs.get(key)
     return watchdog if watchdog is not None else _begin(key)
 
 
 def _begin(group: Any) -> PeerWatchdog:
-    # unique, because a store may keep keys of a failed attempt (torchrun's does), or of an earlier
-    # group of this name
+    # a store may keep keys of a failed attempt (torchrun), or of an earlier group of this name
     name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{group.group_name}"
     _begun[name] += 1
     default: Any = dist.distributed_c10d._get_default_store()
@@ -306,7 +295,7 @@ _next_hook: Callable[..., Any] | None = None
 
 
 def _hook_in() -> None:
-    """At exit, sys.last_value comes too late: Python first waits for threads, and so for ranks."""
+    """An excepthook, because at exit Python first waits for threads, which may wait for ranks."""
     global _next_hook
     if _next_hook is None:
         _next_hook, sys.excepthook = sys.excepthook, _on_error
@@ -339,7 +328,7 @@ def report(error: BaseException) -> None:
 
 
 def raised_elsewhere() -> WorkerError | None:
-    """Return the exception that another rank of the default group reported; for launchers."""
+    """Return the exception reported by another rank; for launchers."""
     watchdog = _of_default_group()
     notices: dict[int, str] = {}
     if watchdog is not None:
@@ -368,10 +357,9 @@ def _leave() -> None:
 
 
 def finish() -> None:
-    """Report this rank's end, and wait until all others have ended; for launchers.
+    """Report this rank's end, and wait for the others'; for launchers.
 
-    Raises:
-        PeerFailureError: another rank failed.
+    PeerFailureError if another rank failed.
     """
     watchdog = _of_default_group()
     if watchdog is None:
@@ -392,8 +380,7 @@ def finish() -> None:
 def attend(fn: Callable[..., Any], *args: Any) -> Any:
     """Run a rank's function, watched until all ranks have ended; for launchers.
 
-    Raises:
-        PeerFailureError: another rank failed.
+    PeerFailureError if another rank failed.
     """
     watch(None)
     result = fn(*args)

@@ -1,8 +1,8 @@
 """Loops over rows on the CPU in C, or else torch's operators.
 
 The C compiler (``cc``, or ``$CC``) builds ``rows.c`` once, in under a second, into
-``$XDG_CACHE_HOME/shardemb``. Without a compiler, or with ``SHARDEMB_NATIVE=0``, torch's operators
-do the same, more slowly; :func:`why_not` returns the reason. Callers check row numbers.
+``$XDG_CACHE_HOME/shardemb``. Without it, or with ``SHARDEMB_NATIVE=0``, torch's operators do the
+same, more slowly. Callers check row numbers.
 """
 
 import ctypes
@@ -50,8 +50,8 @@ _log = logs.logger(__name__)
 def keep_freed_blocks() -> None:
     """Make glibc keep freed blocks of up to 32 MiB; once a process.
 
-    By default it maps large blocks anew each time (mallopt(3), M_MMAP_THRESHOLD). Page faults were
-    half of the time of a step of 4096 x 128.
+    By default it maps large blocks anew (mallopt(3), M_MMAP_THRESHOLD), and page faults are half of
+    the time of a step of 4096 x 128.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
@@ -60,7 +60,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     """Return an uninitialized tensor; a large CPU tensor has pages of 2 MiB, if Linux has them.
 
     With small pages, each random row costs a walk through the page table, and a new buffer of 32
-    MiB costs more time for 8192 page faults than for its contents.
+    MiB spends most of its time on 8192 page faults.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     size = tensor.numel() * tensor.itemsize
@@ -370,8 +370,7 @@ def update(
         decay: rows are first scaled by ``1 - decay``.
         eps: added to the root.
         betas: decay of Adam's moments.
-        constrain: function of rows ``(m, D)``, applied to updated rows in cache; :func:`unit_rows`
-            in C.
+        constrain: function of rows ``(m, D)``, applied in cache; :func:`unit_rows` in C.
     """
     loops, dim = _library(), weight.shape[1]
     assert not isinstance(loops, str)
@@ -406,11 +405,8 @@ def _shifted(part: Callable[..., None], start: int, rows: Tensor, a: int, b: int
 def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
     """Count scores ``(B, N)`` above ``truth`` ``(B,)``, equal to it, and finite, by row.
 
-    Args:
-        scores: any real dtype; float32 in C.
-        truth: of the same dtype.
-        n: columns to count, below 2^31.
-        out: ``(3, B)`` int64; the counts are added.
+    Adds the counts of the first ``n`` columns, below 2^31, to ``out`` ``(3, B)`` int64. In C for
+    float32.
     """
     loops = _loops(scores, truth, out) if scores.dtype == torch.float32 else None
     if loops is not None:
@@ -467,11 +463,7 @@ def nonfinite_rows(values: Tensor) -> Tensor:
 
 
 class Flag:
-    """A number in memory shared with other processes; needs the C loops.
-
-    Args:
-        memory: its first 8 bytes are the flag.
-    """
+    """A number in the first 8 bytes of memory shared with other processes; needs the C loops."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.pointer = memory, memory.data_ptr()
@@ -495,8 +487,7 @@ class Flags:
     def reached(self, value: int, awake: float = 0.0, limit: float = 0.0) -> int:
         """Wait up to ``limit`` seconds (``awake`` without sleep) until all reach ``value``.
 
-        Returns:
-            How many have, in their order.
+        Returns how many have, in their order.
         """
         return self._raised(
             self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9)

@@ -111,7 +111,7 @@ class JobConfig:
     def differences(self, other: "JobConfig") -> list[str]:
         """Return ``this against other`` for each differing setting that changes the results.
 
-        The dataset is not compared if ``other`` has none.
+        The dataset is compared only if ``other`` has one.
         """
         launch, dataset = LaunchConfig(), other.dataset and self.dataset
         own = dataclasses.replace(self, launch=launch, dataset=dataset).to_toml()

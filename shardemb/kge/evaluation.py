@@ -52,8 +52,7 @@ class Report:
 
     #: metrics of "both", "tail" and "head"
     sides: dict[str, dict[str, float]]
-    #: with per_relation: metrics by relation id ("relation") and "side", with the number of triples
-    #: ("count")
+    #: with per_relation: metrics by id ("relation") and "side", with the triples' number ("count")
     table: list[dict[str, Any]]
 
     @property
@@ -137,7 +136,6 @@ def report(
 
 
 def _known(splits: Sequence[Tensor], num_relations: int, triples: Tensor) -> KnownAnswers:
-    """Index the known answers of triples; each rank reads a part of the splits."""
     rank, world_size = collectives.rank_and_size()
     parts = [
         split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size]

@@ -70,13 +70,11 @@ def train(
         progress: show a progress bar on rank 0.
 
     Returns:
-        The model with this rank's rows, and the metrics of the test split (empty without test
-        triples).
+        The model with this rank's rows, and the metrics of the test split, if any.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite, on all ranks.
-        CheckpointError: a checkpoint cannot be written or read; lack of space raises before
-            training.
+        CheckpointError: a checkpoint cannot be written (checked before training) or read.
         TerminatedError: SIGTERM came; a checkpoint of the current step is complete.
         ValueError: incompatible settings, or a resumed run has other data or settings.
         FileExistsError: ``output`` holds a run, and ``resume`` is False.

@@ -47,7 +47,7 @@ class KnownAnswers:
     Args:
         splits: ``(T, 3)`` each: head, relation, tail.
         num_relations: relations of the graph.
-        only: ``(B, 3)`` triples whose queries are indexed, to save memory and time; None for all.
+        only: ``(B, 3)`` triples, to index only their queries; None for all.
         gather: concatenates ``(n, 2)`` pairs of all ranks, if each indexes a part of the splits.
     """
 

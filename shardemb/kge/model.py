@@ -212,7 +212,7 @@ class KnowledgeGraphModel(nn.Module):
             world_size: number of processes.
 
         Returns:
-            As :meth:`loss`; the gradients of the first, summed over ranks, are those of the step.
+            As :meth:`loss`; sum the gradients of the first over ranks.
         """
         device = self.entity.device
         share = share_of(len(queries.entities), rank, world_size)

@@ -20,11 +20,7 @@ POLICIES = ("error", "warn", "skip")
 class LossCheck:
     """Decides, with the other ranks, whether a step trains.
 
-    Args:
-        policy: "error" raises on all ranks, "warn" warns and trains, "skip" warns and does not
-            train.
-        model: its bad rows are named.
-        coordinator: the run's coordinator.
+    Policy "error" raises on all ranks, "warn" warns and trains, "skip" warns and does not train.
     """
 
     def __init__(self, policy: str, model: KnowledgeGraphModel, coordinator: Coordinator) -> None:
@@ -37,10 +33,7 @@ class LossCheck:
     ) -> tuple[bool, list[bool]]:
         """Reduce the gradients; return whether the step trains, and which flags any rank set.
 
-        A collective.
-
-        Raises:
-            FloatingPointError: with "error", on all ranks; names ranks and rows.
+        A collective. With "error", FloatingPointError on all ranks names ranks and rows.
         """
         sums = self._coordinator.reduce([not torch.isfinite(loss), *flags])
         nonfinite, *flags = (bool(number) for number in sums)

@@ -67,13 +67,9 @@ class OptimizerConfig:
     def set_rates(
         self, optimizer: torch.optim.Optimizer, done: int, steps: int, plateau: float = 1.0
     ) -> None:
-        """Set the learning rates of the next step.
+        """Set the learning rates of the next step, after ``done`` of all ``steps``.
 
-        Args:
-            optimizer: from :meth:`make`.
-            done: completed steps.
-            steps: of the whole run.
-            plateau: factor of the rates after plateaus.
+        ``plateau`` is their factor after plateaus.
         """
         progress = done / steps
         left = {

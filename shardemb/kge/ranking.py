@@ -1,4 +1,4 @@
-"""Counts entities that score better than a triple's answer, and entities that score the same.
+"""Counts entities that score better than a triple's answer, and that score the same.
 
 Each rank scores its own rows, in tiles that are counted while in cache; only counts travel between
 ranks. Tiles have one shape on all ranks, so that equal rows get bitwise equal scores.
@@ -74,7 +74,7 @@ def with_all(
         model: in evaluation mode.
         side: the side to predict.
         triples: ``(T, 3)``, the same on all ranks.
-        known: answers that are not candidates; None for none.
+        known: answers that are not candidates.
         on_done: called with the number of finished queries.
 
     Raises:
@@ -138,8 +138,8 @@ def with_drawn(
 ) -> Comparison:
     """Compare one side of each triple with ``number`` uniformly drawn entities. A collective.
 
-    The draw depends only on seed, side and the triple's index. Neither the answer nor a known one
-    is a candidate. Other arguments and errors: :func:`with_all`.
+    The draw depends only on seed, side and the triple's index. Answers and known answers are not
+    candidates. Other arguments and errors: :func:`with_all`.
     """
     entity, scorer, plan = model.entity, model.scorer, model.entity.plan
     size = plan.world_size * max(1, _DRAWN // ((number + 1) * max(1, plan.dim)))
@@ -185,7 +185,7 @@ def _left_out(
     plan: RowPlan,
     tiling: _Tiling,
 ) -> Tensor:
-    """Return the numbers, each once, of this rank's scores that are not candidates."""
+    """Return the distinct numbers of this rank's scores that are not candidates."""
     entities, relations, answers = columns
     queries = torch.arange(len(answers))
     if known is not None:

@@ -88,13 +88,7 @@ class RunFolder:
             ) from error
 
     def write_start(self, config: str, command: str, workers: str) -> None:
-        """Write the settings of a new run, and add a start to run.json.
-
-        Args:
-            config: TOML.
-            command: the command line.
-            workers: number of ranks, as text.
-        """
+        """Write the settings of a new run as TOML, and add a start to run.json."""
         if self.resumable_config is None:
             _write(self.config, config)
         starts = json.loads(self.starts.read_text("utf-8")) if self.starts.exists() else []
@@ -135,7 +129,7 @@ class RunFolder:
                 )
 
     def save_labels(self, vocabularies: Mapping[str, Vocabulary]) -> None:
-        """Write missing label files; other ranks may be reading the existing ones."""
+        """Write missing label files; other ranks may be reading existing ones."""
         for path, vocabulary in self._labels(vocabularies):
             if not path.exists():
                 vocabulary.save(path)

@@ -103,8 +103,8 @@ class Batch:
     replaced_heads: tuple[Tensor | bool, ...]
     #: (S, C, N) ids of the replacing entities
     candidates: Tensor
-    #: (n,) flat indices in ``(S, C, c, N)`` of candidates to ignore: the true answer and, if
-    #: filtered, other true answers
+    #: (n,) flat indices in ``(S, C, c, N)`` of candidates to ignore: true answers (with
+    #: ``filtered``, all known ones)
     masked: Tensor
 
 
@@ -218,15 +218,14 @@ class Sampler:
         return torch.Generator().manual_seed(seed_of(self._seed, *key))
 
     def size(self, step: int) -> int:
-        """Return a step's triples (or queries) on all ranks; an epoch's last step has fewer."""
+        """Return a step's triples (or queries) on all ranks; the last step has fewer."""
         return min(self.config.batch_size, self.num_samples - step * self.config.batch_size)
 
     def places(self, epoch: int, step: int, chunk: int | None = None) -> Tensor:
         """Return indices of a step's samples ``(B,)``, or of one chunk's ``(c,)``.
 
         An epoch goes over whole blocks in random order, each shuffled, and a partial block last.
-        Each chunk has its own part of that order, so that a rank reads only the triples that it
-        trains.
+        Each chunk has its own part of that order: a rank reads only triples that it trains.
         """
         batch, size = self.config.batch_size, self.config.chunk_size
         whole = self.num_samples // batch
@@ -305,7 +304,6 @@ class Sampler:
         answers: Tensor,
         candidates: Tensor,
     ) -> Tensor:
-        """Return flat indices in ``(S, C, c, N)`` of candidates to ignore."""
         size, width, entities = answers.shape[2], candidates.shape[2], self.num_entities
         # give the entities of each chunk distinct numbers
         chunks = answers[..., 0].numel()

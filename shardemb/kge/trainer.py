@@ -147,12 +147,7 @@ class _Progress:
 class Trainer:
     """One run on one rank. The constructor and all methods are collectives.
 
-    Args:
-        data: the graph, the same on all ranks.
-        settings: the job's settings.
-        run: folder of the run; None writes nothing.
-        resume: continue from the newest checkpoint of ``run``, if any.
-        progress: show a progress bar on rank 0.
+    With ``run=None`` it writes nothing; ``resume`` continues from the newest checkpoint, if any.
     """
 
     def __init__(
@@ -275,7 +270,7 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the last ``patience`` validations brought no better MRR."""
+        """Whether ``patience`` validations in a row were no better."""
         return 0 < self.config.patience <= self.at.since_best
 
     @property
@@ -310,7 +305,7 @@ class Trainer:
             path.rename(path.with_suffix(".damaged"))
 
     def _resume_best(self, run: RunFolder) -> None:
-        """Best checkpoints of an attempt that got further than its newest checkpoint are stale."""
+        """Best checkpoints newer than the loaded checkpoint are stale."""
         paths = [Path(path) for path in checkpoint.checkpoints(run.best)]
         others = [path for path in paths if path != self._best_path(run)]
         known = len(others) < len(paths)
@@ -368,7 +363,7 @@ class Trainer:
         return self.rank == 0 and 0 < seconds <= time.monotonic() - self.saved_at
 
     def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return this rank's loss with and without regularizers, and the queries of all ranks."""
+        """Return this rank's loss with and without regularizers, and all ranks' queries."""
         model, sampler = self.settings.model, self.sampler
         if model.entity_dropout or model.relation_dropout:  # dropout masks depend on the rank
             torch.manual_seed(seed_of(self.config.seed, 3, epoch, step, self.rank))
@@ -493,7 +488,7 @@ class Trainer:
         tell(kind, self.done, figures)
 
     def evaluate(self, split: str, triples: torch.Tensor) -> dict[str, float]:
-        """Rank a split and record the metrics; empty for a split without triples."""
+        """Rank a split and record the metrics; empty without triples."""
         if not len(triples):
             return {}
         self.model.eval()
@@ -519,7 +514,7 @@ class Trainer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the CPU, or this rank's GPU as the current one; ValueError without a GPU."""
+    """Return the CPU, or this rank's GPU as the current one; ValueError without any."""
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

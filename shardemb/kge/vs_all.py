@@ -59,10 +59,10 @@ def vs_all(
     Args:
         scores: ``(Q, R)`` against this rank's rows; overwritten.
         labels: queries and local rows ``(n,)`` of the true answers.
-        counts: ``(Q,)`` true answers of each query on all ranks.
+        counts: ``(Q,)`` true answers on all ranks.
         num_entities: columns on all ranks.
-        name: "softmax": cross-entropy, the true answers share the target equally; "logistic": mean
-            binary cross-entropy of all entities.
+        name: "softmax": cross-entropy, the true answers share the target; "logistic": mean binary
+            cross-entropy of all entities.
         label_smoothing: as in :mod:`shardemb.kge.losses`.
     """
     wide = torch.promote_types(scores.dtype, torch.float32)

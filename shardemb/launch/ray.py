@@ -238,7 +238,7 @@ def run_on_ray(
 
 
 def _require_capacity(workers: int, options: RayOptions, gpus: bool) -> None:
-    """Wait here: Ray Train would wait forever, and ignore Ctrl-C."""
+    """Checked first, because Ray Train would wait forever, and ignore Ctrl-C."""
     ray, deadline = load_ray(), time.monotonic() + options.wait_seconds
     resources = options.resources(gpus)
     while True:
@@ -327,7 +327,7 @@ def _fit(
 
 
 def _name_of(error: BaseException) -> str:
-    """Return an exception's class, or "died" for Ray's own exceptions."""
+    """An exception's class, or "died" for Ray's own exceptions."""
     return "died" if type(error).__module__.startswith("ray.") else type(error).__name__
 
 

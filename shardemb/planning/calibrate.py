@@ -1,7 +1,7 @@
 """Measures this machine's rates for :mod:`shardemb.planning.cost_model`.
 
-Matrix products, random rows and messages between two ranks are measured alone. The other costs come
-from training steps in which one cost prevails: almost no work, many ids, wide queries, many scores.
+Matrix products, random rows and messages are measured alone, the other costs in training steps in
+which one prevails: almost no work, many ids, wide queries, many scores.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Memory, exchange and time of a training job, and the fewest ranks that hold it.
 
-Memory and exchange are counted from the tables' and trainer's allocations and messages, with the
-expected number of distinct rows of a batch under Zipf's law. Time is a roofline (Williams et al.
-2009) without overlap: each part of a step is its work over a rate of a :class:`Machine`, measured
-by :mod:`shardemb.planning.calibrate` or from a data sheet.
+Memory and exchange are counted from allocations and messages, with the expected number of distinct
+rows of a batch under Zipf's law. Time is a roofline (Williams et al. 2009) without overlap: each
+part of a step is its work over a rate of a :class:`Machine`, measured by
+:mod:`shardemb.planning.calibrate` or from a data sheet.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from shardemb.sharding.placement import RowPlan
 from shardemb.utils.files import read_text, replacing
 from shardemb.utils.validation import at_least, one_of, within
 
-#: passes over memory in ComplEx's forward and backward, of (query, column) and (query, negative),
-#: and in lookup and update, of (row, column); for machines known by data sheet only
+#: passes over (query, column) and (query, negative) in ComplEx's forward and backward, and over
+#: (row, column) in lookup and update; for machines known by data sheet only
 _QUERY_PASSES, _SCORE_PASSES, _ROW_PASSES = 40, 16, 6
 #: live tensors in a step: of (query, column), (query, negative) and (row, column)
 _QUERY_TENSORS, _SCORE_TENSORS, _ROW_TENSORS = 12, 4, 4
@@ -275,14 +275,8 @@ def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: 
     """Return the expected number of distinct rows among independent draws.
 
     Row ``i`` of ``rows`` is drawn with probability ``i^-exponent`` over its sum, or uniformly:
-    ``sum_i 1 - (1 - p_i)^n (1 - 1/V)^m``. The first 4096 rows are summed exactly, the others in
-    growing steps.
-
-    Args:
-        rows: ``V``.
-        zipf_draws: ``n``.
-        uniform_draws: ``m``.
-        exponent: 0 for uniform draws.
+    ``sum_i 1 - (1 - p_i)^n (1 - 1/V)^m`` for ``n`` Zipf draws and ``m`` uniform ones. The first
+    4096 rows are summed exactly, the others in growing steps.
     """
     edges = [np.arange(1, min(rows, 4096) + 2, dtype=np.float64)]
     if rows > 4096:

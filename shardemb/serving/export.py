@@ -225,7 +225,6 @@ _Imported = tuple[Tensor, list[str] | None]
 
 @contextmanager
 def _rows_of(source: Any, key: str | None, scratch: Path) -> Iterator[_Imported]:
-    """Yield rows ``(V, *shape)``, in memory or mapped, and their labels."""
     if isinstance(source, str | Path):
         path = Path(source)
         if path.suffix not in _READERS:
@@ -362,7 +361,7 @@ def _read_word2vec(path: Path, key: str | None, scratch: Path) -> _Imported:
 
 
 def _spooled(batches: Iterator[np.ndarray], scratch: Path, path: Path) -> Tensor:
-    """Write rows to a file, because their number is unknown, and map it into memory."""
+    """The number of rows is unknown, so they go through a file."""
     spool, count, width = scratch / "rows", 0, 0
     dtype: Any = np.float32
     with spool.open("wb") as file:

@@ -225,12 +225,12 @@ class Shard:
 
 
 def _bytes(x: Tensor) -> np.ndarray:
-    """Return a tensor's memory: numpy lacks some dtypes, and Ray moves arrays without a copy."""
+    """As bytes: numpy lacks some dtypes, and Ray moves arrays without a copy."""
     return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _tensor(memory: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Return a flat copy of the memory, because Ray's is read-only."""
+    """A copy, because Ray's memory is read-only."""
     return torch.tensor(memory).view(dtype)
 
 

@@ -218,12 +218,8 @@ class Tables(Generic[AnyTable]):
 def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k highest scores, falling, and their ids; equal scores by id.
 
-    Unlike with topk, the result does not depend on how the rows are divided.
-
-    Args:
-        scores: ``(q, n)``.
-        ids: ``(q, n)``, or ``(n,)`` for all queries.
-        k: at most ``n`` are returned.
+    Unlike with topk, the result does not depend on how the rows are divided. Takes scores ``(q,
+    n)``, and ids ``(q, n)`` or ``(n,)`` for all queries.
     """
     ids, n, k = ids.expand(scores.shape), scores.shape[1], min(k, scores.shape[1])
     # one more score shows whether a tie crosses the end

@@ -62,8 +62,7 @@ def open_store(
 def newest(path: Path) -> Path:
     """Return the newest checkpoint in a folder, or the path itself if it is one.
 
-    Raises:
-        CheckpointError: there is none.
+    CheckpointError if there is none.
     """
     if (path / "manifest.json").is_file():
         return path
@@ -265,7 +264,7 @@ class StoredTable(Table):
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`best`, among slots ``[first, last)``; returns scores and ids ``(q, k)``.
 
-        Excluded ids have the score -inf. Order of the results: :func:`read_table.best_of`.
+        Excluded ids have the score -inf.
         """
         best, best_ids = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
         step = max(1, _CHUNK // max(1, self._width, queries))

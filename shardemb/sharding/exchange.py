@@ -2,11 +2,12 @@
 
 A forward makes two or three all-to-alls, a backward one:
 
-1. a header for each rank: how many ids follow, or -1 if the sender's ids are bad, so that all ranks
-raise its error; and the number of the lookup, so that ranks in different lookups raise. It also
-carries few ids, or as many as the last lookup had; 2. if there are more ids, all of them: row
-numbers of the owner's shard, each once by default; 3. the rows, which are then permuted into the
-order of the ids. Backward sums the gradients of equal ids and sends them the other way.
+1. a header for each rank: how many ids follow, or -1 if the sender's ids are bad, and the number of
+   the lookup, so that all ranks raise on bad ids and on different lookups. It also carries few ids,
+   or as many as the last lookup had;
+2. if there are more ids, all of them: row numbers of the owner's shard, each once by default;
+3. the rows, which are then permuted into the order of the ids. Backward sums the gradients of equal
+   ids and sends them the other way.
 
 Every rank takes part in every lookup and backward, with an empty batch if it has no ids.
 """
@@ -38,8 +39,7 @@ from shardemb.sharding.placement import RowPlan
 _FEW = 61
 #: most ids per rank in a header, because padding costs bytes
 _MANY = 4096
-#: numbers before the ids: ids that follow (-1: bad), most ids that the sender asks of any rank,
-#: number of the lookup
+#: numbers before the ids: ids that follow (-1: bad), most ids for any rank, number of the lookup
 _HEAD = 3
 
 
@@ -114,10 +114,7 @@ def id_error(plan: RowPlan, ids: Any) -> ShardembError | None:
 class Exchange:
     """Routes the ids and rows of one table between the ranks of a group.
 
-    Args:
-        plan: placement of the rows over the group.
-        group: process group; None for the default one.
-        options: reduction of gradients, deduplication, wire dtype.
+    ``plan`` places the rows over the ranks of ``group``.
     """
 
     def __init__(self, plan: RowPlan, group: Any, options: Sharding) -> None:
@@ -132,15 +129,10 @@ class Exchange:
     def send_ids(self, ids: Any, device: torch.device, wait: bool = True) -> Route:
         """Check flat ids ``(n,)`` and send them to their rows' owners. A collective.
 
-        Args:
-            ids: to look up.
-            device: of the rows.
-            wait: wait for arrival; otherwise :meth:`Route.wait` does.
+        Without ``wait``, :meth:`Route.wait` waits for arrival.
 
         Raises:
-            IndexError: an id out of range, on all ranks.
-            IdTypeError: ids that are not int32 or int64, on all ranks.
-            AttributeError: ids that are not a tensor, on all ranks.
+            IndexError, IdTypeError, AttributeError: bad ids of any rank, on all ranks.
             RanksDisagreeError: ranks are in different lookups.
         """
         error = id_error(self.plan, ids)
@@ -269,15 +261,13 @@ class Exchange:
         return lengths, local, permutation, None
 
     def return_rows(self, looked_up: Tensor, route: Route) -> Tensor:
-        """Send the owners' rows ``(M, D)`` to the requesting ranks; a collective, also in backward.
+        """Send the owners' rows ``(M, D)`` to the requesting ranks: ``(n, D)`` in the order of ids.
 
-        Returns:
-            The rows ``(n, D)`` in the order of the ids.
+        A collective, also in backward.
         """
         return _ReturnRows.apply(looked_up, route, self)
 
     def _transfer(self, rows: Tensor, received: list[int], sent: list[int], what: str) -> Tensor:
-        """Exchange rows ``(sum(sent), D)``; return the arriving ones."""
         dtype, wire = rows.dtype, self.wire_dtype
         if wire is None or wire.itemsize >= dtype.itemsize:
             wire = None

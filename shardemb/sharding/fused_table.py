@@ -136,9 +136,8 @@ class FusedTable(Table):
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; backward updates the rows.
 
-        Raises:
-            RuntimeError: a second lookup before the first one's backward, except with SGD; their
-                gradients would not be summed.
+        RuntimeError for a second lookup before the first one's backward, except with SGD: their
+        gradients would not be summed.
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return kernels.take(self.weight, rows)

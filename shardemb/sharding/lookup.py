@@ -17,15 +17,10 @@ class Lookup(ABC):
 
     @abstractmethod
     def send(self, ids: Any, wait: bool = True) -> Any:
-        """Check flat ids ``(n,)`` and send them to their rows' owners.
+        """Check flat ids ``(n,)`` and send them to their rows' owners; return a request for rows.
 
-        Without ``wait``, ids may still be in transit on return.
-
-        Returns:
-            A request for :meth:`rows`.
-
-        Raises:
-            IndexError, IdTypeError, AttributeError: bad ids, on all ranks.
+        Without ``wait``, ids may still be in transit. IndexError, IdTypeError or AttributeError, on
+        all ranks, for bad ids.
         """
 
     @abstractmethod

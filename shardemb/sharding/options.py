@@ -94,10 +94,7 @@ class Fused:
 
 
 def resolve_options(table: str, kernel: Any, sharding: Any) -> tuple[str, Fused | None, Sharding]:
-    """Resolve the arguments of ``Embedding(kernel=, sharding=)``.
-
-    Returns:
-        "dense", "sparse" or "fused"; the options of "fused"; and the sharding.
+    """Return "dense", "sparse" or "fused", the options of "fused", and the sharding.
 
     Raises:
         ValueError: an unknown word, or options that would train incorrectly together.

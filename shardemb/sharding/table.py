@@ -29,7 +29,7 @@ _log = logs.logger(__name__)
 class RowSet:
     """Row numbers of a shard, added in batches.
 
-    As many numbers as rows stand for all rows, because a pass over all rows is then faster.
+    More numbers than rows count as all rows, because a pass over all is then faster.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -79,9 +79,7 @@ class RowSet:
 class Table(nn.Module):
     """A shard: ``weight`` ``(R, D)``, a differentiable lookup, and the changed rows.
 
-    Args:
-        plan: the shard's rows.
-        track: remember rows with a gradient, for :meth:`constrain_`.
+    ``track`` remembers rows with a gradient, for :meth:`constrain_`.
     """
 
     weight: Tensor
@@ -150,7 +148,6 @@ class Table(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load this rank's saved rows, or its part of a whole table."""
         plan, key, expected = self.plan, f"{prefix}rows", self._row_range()
         weight = state_dict.get(f"{prefix}weight")
         if key in state_dict:
@@ -203,7 +200,6 @@ class Table(nn.Module):
         return len(weight)
 
     def _take_changed(self) -> Tensor | None:
-        """Return the distinct rows ``(n,)`` changed since the last call; None for all."""
         return self._changed.take()
 
 
@@ -239,9 +235,8 @@ class ParameterTable(Table):
     def after_step(self, moved_others: bool, constrained: bool) -> None:
         """Mark the rows that an optimizer updated as changed.
 
-        Args:
-            moved_others: the optimizer also changed rows without a gradient.
-            constrained: the optimizer has constrained the changed rows.
+        ``moved_others``: also rows without a gradient; ``constrained``: the optimizer has
+        constrained them.
         """
         if not self._track:
             return

@@ -2,10 +2,9 @@
 
 TorchRec exchanges ids and rows, FBGEMM updates them. This module works around TorchRec's limits: it
 passes checked ids only, pads shards to equal blocks (TorchRec trains wrong rows in others), and
-compensates TorchRec's global division of gradients.
-
-With replicas (2D parallelism), each group of ranks holds all rows and trains on its own batches;
-:meth:`TorchRecTable.synchronize_replicas` averages the moved rows.
+compensates its global division of gradients. With replicas (2D parallelism), each group of ranks
+holds all rows and trains on its own batches; :meth:`TorchRecTable.synchronize_replicas` averages
+the moved rows.
 
 Import PyKEEN before this module: it collects all optimizer classes by name at import, and two of
 TorchRec's have the same name.
@@ -66,8 +65,7 @@ def make_groups(table: str, group: Any, options: TorchRec, device: torch.device)
 
     Raises:
         RuntimeError: no process group.
-        ValueError: the sharding group size does not divide the ranks, or ``group`` is not the
-            default one.
+        ValueError: an invalid sharding group size, or ``group`` is not the default one.
     """
     if not dist.is_initialized():
         raise UsageError(
@@ -111,15 +109,7 @@ class Sent:
 
 
 class TorchRecTable(FusedTable):
-    """A shard inside TorchRec's collection.
-
-    Args:
-        plan: the shard's rows, among the ranks of ``groups.shard``.
-        groups: the table's process groups.
-        options: TorchRec's options.
-        sharding: reduction of gradients and deduplication.
-        kwargs: of :class:`~shardemb.sharding.fused_table.FusedTable`.
-    """
+    """A shard inside TorchRec's collection; its plan is that of ``groups.shard``."""
 
     #: the ShardedEmbeddingCollection, for TorchRec's tools; its only table has this table's name
     torchrec_module: Any
@@ -270,8 +260,7 @@ class TorchRecTable(FusedTable):
     def send_ids(self, ids: Any) -> Sent:
         """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective.
 
-        Raises:
-            IndexError, IdTypeError, AttributeError: bad ids of any rank, on all ranks.
+        Bad ids of any rank raise on all ranks.
         """
         from torchrec import KeyedJaggedTensor
 
@@ -329,10 +318,7 @@ class TorchRecTable(FusedTable):
 
     @torch.no_grad()
     def synchronize_replicas(self) -> None:
-        """Average the rows that moved since the last call, and their optimizer state. A collective.
-
-        Does nothing without replicas.
-        """
+        """Average the rows moved since the last call, and their optimizer state. A collective."""
         group, count = self._groups.replica, self._groups.num_replicas
         if group is None:
             return

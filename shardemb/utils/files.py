@@ -60,9 +60,7 @@ def cache_folder() -> Path:
 def read_text(path: Path) -> str:
     """Read UTF-8 text, with or without a byte-order mark.
 
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: another encoding; names file, line and byte.
+    ValueError for another encoding names file, line and byte.
     """
     content = path.read_bytes()
     try:

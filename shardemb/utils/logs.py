@@ -35,11 +35,7 @@ def _add_rank(record: logging.LogRecord) -> bool:
 def configure(levels: str) -> None:
     """Print log lines to stderr, in this process and those that it starts later.
 
-    Args:
-        levels: a level, or pairs ``module=level``, separated by commas.
-
-    Raises:
-        ValueError: an unknown level.
+    Takes a level, or pairs ``module=level``, separated by commas; ValueError for an unknown level.
     """
     global _handler
     for entry in filter(None, (part.strip() for part in levels.split(","))):

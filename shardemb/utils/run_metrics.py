@@ -13,10 +13,8 @@ from shardemb.utils.files import replacing
 class MetricsFile:
     """Appends records to ``metrics.jsonl``, with the time in seconds since 1970.
 
-    Args:
-        path: the file.
-        step: keep earlier records up to this step, except tests; 0 starts a new file.
-        tensorboard: folder for TensorBoard's event files with the same numbers.
+    Keeps an earlier run's records up to ``step``, except tests; 0 starts a new file.
+    ``tensorboard`` is a folder for event files with the same numbers.
     """
 
     def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None) -> None:

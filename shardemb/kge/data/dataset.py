@@ -25,7 +25,7 @@ VOCABULARIES = ("entities", "relations")
 def read(
     folder: Path, verify: bool = False
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Vocabulary]]:
-    """Open a dataset folder; ``verify`` reads all files and compares their sha256.
+    """Open a dataset folder; ``verify`` compares all files' sha256.
 
     Returns:
         The content of ``dataset.json``; ``(T, 3)`` int32 or int64 by split, mapped privately; the

@@ -41,7 +41,7 @@ COUNTED = 10_000
 _COLUMNS = {"entities": ("head", "tail"), "relations": ("relation",)}
 #: DuckDB's function of a label whose value orders the ids
 KEY = "md5_number"
-#: bytes that allocators keep (measured), the least for DuckDB, and the least in total
+#: bytes that allocators keep (measured), and the least for DuckDB and in total
 _ASIDE, _OWN, _LEAST = 64 << 20, 64 << 20, 384 << 20
 
 
@@ -335,7 +335,7 @@ class _Job:
         for kind, columns in _COLUMNS.items():
             held = " UNION ".join(f"SELECT {c} AS key FROM read WHERE split > 0" for c in columns)
             self.query(f"CREATE TABLE held_{kind} AS {held}")
-            # the held-out keys are few and stay in memory; the training triples are streamed
+            # the held-out keys are few and stay in memory; training triples are streamed
             seen = " UNION ".join(
                 f"SELECT {column} AS key FROM read"
                 f" WHERE split = 0 AND {column} IN (SELECT key FROM held_{kind})"
@@ -384,7 +384,7 @@ class _Job:
         return self.value(f"SELECT count(*) FROM ({first})"), [label for (label,) in labels]
 
     def collect(self, kind: str) -> int:
-        """Sort the distinct labels by MD5, so that row numbers are ids; return their number."""
+        """Sort the distinct labels by MD5: their row numbers are ids."""
         distinct = f"SELECT DISTINCT key, label FROM read_{kind} ORDER BY key, label"
         self.query(f"CREATE TABLE {kind} AS {distinct}", f"numbering {kind}")
         self.query(f"DROP TABLE read_{kind}")
@@ -495,7 +495,7 @@ class _Job:
         self.wait(lambda: self.database.execute(query), shown)
 
     def wait(self, function: Callable[[], Any], shown: str = "") -> Any:
-        """Run a query in another thread with a progress bar; an interrupt ends it at once."""
+        """Run a query in a thread, with a progress bar; an interrupt ends it at once."""
         future = self.pool.submit(function)
         hidden = not (shown and self.progress)
         with self.bar(total=100, desc=shown, unit="%", delay=1, disable=hidden) as bar:

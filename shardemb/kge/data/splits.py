@@ -24,9 +24,8 @@ def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
             files and folders of part files of one unsplit graph.
 
     Raises:
-        FileNotFoundError: a source is missing, a split has no file, or a folder is empty.
-        ValueError: two files of one split, another type of file among part files, or a part file
-            with a split's name.
+        FileNotFoundError: a source or a split is missing, or a folder is empty.
+        ValueError: two files of one split, or a part file of another type or with a split's name.
     """
     if len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
@@ -73,7 +72,7 @@ def _has_parts(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """Return a folder's part files, without the "." and "_" files of programs like Spark."""
+    """Return a folder's part files; "." and "_" files are those of programs like Spark."""
     parts = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
     for path in parts:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
@@ -101,10 +100,8 @@ def held_out(
 ) -> tuple[int, int]:
     """Return the numbers of valid and test triples; by default a twentieth each, at most 5,000.
 
-    In the order of :func:`mixed`, test comes first, then valid, then train.
-
-    Raises:
-        ValueError: no training triple would remain.
+    In the order of :func:`mixed`, test comes first, then valid, then train. ValueError if no
+    training triple would remain.
     """
     usual = min(count // 20, 5000)
     valid, test = usual if valid is None else valid, usual if test is None else test

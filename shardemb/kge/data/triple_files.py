@@ -1,8 +1,8 @@
 """Reads files of triples strictly, in blocks, on all cores.
 
-Arrow parses a block only if its result surely equals that of the line-by-line parser; otherwise the
-latter parses it. A malformed line is an error that names file and line. Nothing is skipped unless
-the user asks for it.
+Arrow parses blocks for which it surely gives the result of the line-by-line parser, which parses
+the others. A malformed line is an error that names file and line. Nothing is skipped unless the
+user asks for it.
 """
 
 import gzip
@@ -123,7 +123,7 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
 
 
 def _in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
-    """Apply a function in threads, a few items ahead; results and errors stay in order."""
+    """Apply a function in threads, a few items ahead, in order, errors included."""
     pending: deque[Future[U]] = deque()
     iterator, failure = iter(items), None
     with ThreadPoolExecutor(threads) as pool:

@@ -57,7 +57,7 @@ class Triples:
     test: Tensor
     entities: Vocabulary
     relations: Vocabulary
-    #: :meth:`load` makes the same graph from this, in any folder; "" for a graph in memory
+    #: what :meth:`load` takes, from any folder, to make this graph; "" for a graph in memory
     dataset: str = ""
     #: what :meth:`load` did with unseen labels
     unseen: str = "keep"
@@ -202,7 +202,7 @@ class Triples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A sha256 of the triples' ids in all splits, in order: of the hashes of ingested files."""
+        """A sha256 of the hashes of the splits' arrays, as ingest writes them."""
         return _fingerprint(dataset_folder.sha256_of_array(split.numpy()) for split in self.splits)
 
     @property
@@ -216,7 +216,7 @@ def _fingerprint(hashes: Iterable[str]) -> str:
 
 
 def _encode(tables: Mapping[str, pa.Table]) -> tuple[dict[str, pa.Array], dict[str, np.ndarray]]:
-    """Return each vocabulary's distinct labels, and tables as (T, 3) int32 indices of them."""
+    """Return each vocabulary's labels, and tables as (T, 3) int32 indices of them."""
     labels = {}
     codes = {split: np.empty((len(table), 3), dtype=np.int32) for split, table in tables.items()}
     for kind, columns in _COLUMNS.items():
