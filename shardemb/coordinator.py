@@ -339,8 +339,8 @@ def _sparse_gradient(rows: torch.Tensor, values: torch.Tensor, shape: torch.Size
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
     """Scale all gradients of a model so that their total norm is at most ``max_norm``.
 
-    As torch.nn.utils.clip_grad_norm_, over all ranks: each row of a sharded table counts on its
-    owner, after duplicates are summed; whole parameters, already reduced, count once. A collective.
+    As torch.nn.utils.clip_grad_norm_, over all ranks: each row of a sharded table counts once,
+    after duplicates are summed; whole parameters, already reduced, count once. A collective.
 
     Args:
         model: module that holds the tables.
@@ -348,12 +348,12 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         norm_type: ``p`` of the norm; ``inf`` for the largest absolute value.
 
     Returns:
-        The norm before clipping, the same on every rank; NaN or infinity leaves NaN or 0 in the
-        gradients, as in torch.
+        The norm before clipping, the same on every rank. If it is NaN or infinite, gradients become
+        NaN or 0, as in torch.
 
     Raises:
-        ValueError: ``max_norm`` or ``norm_type`` not above 0, a fused table (it has no gradient),
-            or a table with its own process group.
+        ValueError: ``max_norm`` or ``norm_type`` not above 0, a fused table, or a table with its
+            own process group.
     """
     tables = _tables_in(model)
     _check_clipping(tables, max_norm, norm_type)

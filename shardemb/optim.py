@@ -274,7 +274,7 @@ def check_hyperparameters(who: str, values: Mapping[str, Any]) -> None:
 
 
 class SparseSGD(RowWiseOptimizer):
-    """``w -= lr * g`` for touched rows; no momentum, which would move other rows too.
+    """Touched rows: ``w -= lr * g``; no momentum, which would move other rows too.
 
     Args:
         params: parameters ``(R, ...)``.

@@ -29,8 +29,8 @@ class ShardedEmbedding(Embedding, PyKEENRepresentation):
     """:class:`shardemb.Embedding` for PyKEEN's models and loops, by default with dense gradients.
 
     PyKEEN's default optimizer, Adam, takes no sparse gradients. With ``kernel="sparse"`` choose
-    "SGD", "Adagrad", "SparseAdam" or one of :mod:`shardemb.optim`, also by name: "RowWiseAdagrad".
-    PyKEEN resolves the name "ShardedEmbedding" to this class.
+    "SGD", "Adagrad", "SparseAdam" or one of :mod:`shardemb.optim`, also by name. PyKEEN resolves
+    the name "ShardedEmbedding" to this class.
 
     Raises:
         ValueError: ``kernel="fused"``: PyKEEN's loops look entities up several times a step, and

@@ -86,7 +86,7 @@ def save(
 ) -> Location:
     """Write checkpoint ``folder/step-N``. A collective.
 
-    When it returns, the checkpoint is complete on disk; otherwise all ranks raise. It needs a few
+    On return the checkpoint is complete on disk; otherwise all ranks raise. It needs a few
     megabytes of memory.
 
     Args:
@@ -95,15 +95,12 @@ def save(
         step: number of the checkpoint.
         model: its tables, other parameters and buffers are saved.
         optimizers: their state and hyper-parameters are saved.
-        state: anything that JSON can hold, such as the position in the data; :func:`load` returns
-            it.
-        keep: number of finished checkpoints to keep, up to this step; later steps are never
-            removed.
-        schedulers: learning-rate schedulers, or anything with a ``state_dict`` that JSON can hold.
-        seed: the run's seed, recorded in the manifest.
-        fingerprints: hashes of the data behind the rows, such as {"vocabulary": ...}; :func:`load`
-            compares them.
-        nonfinite: what to do with NaN or infinite rows: "error", "warn" or "ignore".
+        state: JSON, such as the position in the data; :func:`load` returns it.
+        keep: number of finished checkpoints to keep, up to this step; later steps stay.
+        schedulers: learning-rate schedulers, or anything whose ``state_dict`` is JSON.
+        seed: the run's seed, for the manifest.
+        fingerprints: hashes of the data, such as {"vocabulary": ...}; :func:`load` compares them.
+        nonfinite: what NaN or infinite rows do: "error", "warn" or "ignore".
 
     Returns:
         The checkpoint's location.

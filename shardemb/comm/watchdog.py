@@ -77,11 +77,8 @@ def step() -> int:
 class PeerWatchdog:
     """The alarm of one process group.
 
-    Args:
-        group: the process group.
-        ranks: its members, by their ranks in the default group.
-        store: a client of this rank alone.
-        slices: whether waits can have a timeout, as gloo's.
+    ``ranks`` are its members' ranks in the default group, ``store`` is a client of this rank alone,
+    ``slices`` says whether waits can have a timeout, as gloo's.
     """
 
     group: Any
@@ -208,7 +205,7 @@ class PeerWatchdog:
                 time.sleep(0.05)
 
         answered = _within(_GRACE + 0.4, inquire)
-        # keep the group: its destructor would wait forever for unfinished operations
+        # keep the group: its destructor would wait forever
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
         states = {rank: json.loads(text) for rank, text in answers.items()}
         silent = [rank for rank in self.others if rank not in answers and rank not in ended]
@@ -270,7 +267,7 @@ def watch(group: Any) -> PeerWatchdog:
 
 
 def _begin(group: Any) -> PeerWatchdog:
-    # a store may keep keys of a failed attempt (torchrun), or of an earlier group of this name
+    # a store may keep keys of a failed attempt (torchrun), or of an earlier group
     name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{group.group_name}"
     _begun[name] += 1
     default: Any = dist.distributed_c10d._get_default_store()

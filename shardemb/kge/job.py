@@ -117,7 +117,7 @@ def train_run(
         output: run folder.
         resume: continue from the newest checkpoint of ``output``, if any.
         timeout_s: seconds that a collective waits for a missing rank.
-        command: recorded in ``run.json``; by default this process's command line.
+        command: recorded in ``run.json``; "" for this process's command line.
         notify: called when the folder is ready, before training.
 
     Returns:
@@ -229,15 +229,15 @@ def evaluate_run(
         split: "train", "valid" or "test".
         workers: number of local ranks.
         overrides: settings, "evaluation.KEY=VALUE".
-        dataset: another location of the run's dataset, see :meth:`Triples.load`.
-        checkpoint: by default the best, or else the newest.
+        dataset: another location of the run's dataset.
+        checkpoint: None for the best, or else the newest.
         device: "cpu" or "cuda"; None for the training's.
         timeout_s: seconds that a collective waits for a missing rank.
         notify: called before the ranks start.
 
     Returns:
-        "checkpoint", "split", "triples" (their number), the settings of the evaluation, "sides"
-        (metrics of "both", "tail" and "head") and, if configured, "relations" (metrics of each).
+        "checkpoint", "split", "triples" (their number), the evaluation's settings, "sides" (metrics
+        of "both", "tail" and "head") and, if configured, "relations" (metrics of each).
 
     Raises:
         FileNotFoundError: no run folder.
@@ -309,15 +309,15 @@ def query_run(
         entity: label, or id without labels.
         relation: None for the nearest entities; else for the best tails of (entity, relation, ?).
         k: number of results.
-        metric: of nearest entities: "cosine", "dot" or "l2".
-        inverse: the best heads of (?, relation, entity) instead of tails.
-        table: table of the nearest rows; None for the largest.
+        metric: "cosine", "dot" or "l2", of nearest entities.
+        inverse: the best heads of (?, relation, entity) instead.
+        table: of the nearest rows; None for the largest.
 
     Returns:
         Labels (or ids) and scores, best first.
 
     Raises:
-        CheckpointError, KeyError, IndexError, ValueError: see :func:`shardemb.open_store`,
+        CheckpointError, KeyError, IndexError, ValueError: as :func:`shardemb.open_store` and
             :func:`~shardemb.kge.predict.best_tails`.
     """
     store = open_store(path)

@@ -1,6 +1,6 @@
 """Queries of triples, and an index of their known answers.
 
-A triple gives two queries: (head, relation, ?) for its tail and (?, relation, tail) for its head.
+A triple answers two queries: (head, relation, ?) by its tail and (?, relation, tail) by its head.
 """
 
 from collections.abc import Callable, Sequence

@@ -23,8 +23,8 @@ def best_tails(
         inverse: return heads of (?, relation, tail) instead; ``heads`` are the tails.
 
     Raises:
-        ValueError: the checkpoint holds no knowledge-graph model, or the numbers of heads and
-            relations differ.
+        ValueError: not a knowledge-graph model's checkpoint, or different numbers of heads and
+            relations.
         KeyError, IndexError, TypeError: as :meth:`shardemb.serving.read_table.Table.ids`.
     """
     settings = store.state.get("model")

@@ -20,8 +20,8 @@ from shardemb.kge.known_answers import SIDES, KnownAnswers, Side, columns_of
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.sharding.placement import RowPlan
 
-#: queries of a tile, and its scores (2 MiB, a core's cache; more on a GPU). With 128 columns within
-#: 2 % of the fastest of 64 to 4096 queries and 1024 to 16384 rows (EPYC, 512 KiB L2)
+#: queries of a tile, and its scores: 2 MiB, a core's cache; more on a GPU. Within 2 % of the
+#: fastest (128 columns, EPYC, 512 KiB L2)
 _BATCH = 256
 _TILE, _TILE_CUDA = 1 << 19, 1 << 24
 #: queries looked up together, and their known answers

@@ -1,7 +1,7 @@
-"""Batches and negatives that depend on seed, epoch and step, never on the number of ranks.
+"""Batches and negatives that depend on seed, epoch and step, not on the number of ranks.
 
-A global batch is cut into chunks. The queries of a chunk share their negatives, and the chunks are
-dealt out to the ranks in turn, so every number of ranks sums the same loss.
+A global batch is cut into chunks. The queries of a chunk share their negatives, and the ranks take
+chunks in turn, so every number of ranks sums the same loss.
 """
 
 from collections.abc import Iterator

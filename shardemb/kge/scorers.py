@@ -1,8 +1,8 @@
 """Scoring functions of triples, those of ``pykeen.nn.modules``.
 
-A scorer turns the relation and the known entity into a query, which it compares with candidates by
-a dot product or a distance. Candidates that share a query cost one matrix product, ``B x D`` times
-``D x N``, except for L1 distances. Complex rows are ``D / 2`` pairs of real and imaginary part,
+A scorer turns relation and known entity into a query, which it compares with candidates by a dot
+product or a distance. Candidates that share a query cost one matrix product, ``B x D`` times ``D x
+N``, except for L1 distances. Complex rows are ``D / 2`` pairs of real and imaginary part,
 quaternions ``D / 4`` groups of four, as in PyKEEN.
 """
 
@@ -38,16 +38,10 @@ class Scorer(ABC):
 
     @abstractmethod
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        """Score each query against all candidates.
+        """Score queries ``(..., B, D)`` against candidates ``(..., N, D)``: ``(..., B, N)``.
 
-        Args:
-            query: ``(..., B, D)``.
-            candidates: ``(..., N, D)``.
-            exact: compute distances from differences: slower than a matrix product, without its
-                rounding.
-
-        Returns:
-            ``(..., B, N)``.
+        ``exact`` computes distances from differences, slower than a matrix product but without its
+        rounding.
         """
 
     def modulus(self, rows: Tensor) -> Tensor:

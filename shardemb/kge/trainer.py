@@ -137,7 +137,7 @@ class _Progress:
     #: the best validation MRR and its number of epochs; -1 before the first
     best: float = -1.0
     best_epoch: int = 0
-    #: validations since the best one, and since the last change of the learning rates
+    #: validations since the best one, and since the last lower rate
     since_best: int = 0
     since_change: int = 0
     #: factor of the learning rates after plateaus

@@ -1,8 +1,7 @@
 """Losses over all entities: every rank scores all queries against its own rows.
 
-Forward gathers the queries ``(Q, D)`` and reduces three numbers a query: the largest score, the sum
-of exponentials and the true answers' score. Backward sums the queries' gradients. No row of the
-table is sent.
+Forward gathers the queries ``(Q, D)`` and reduces the largest score, the sum of exponentials and
+the true answers' score of each. Backward sums the queries' gradients. No row is sent.
 """
 
 from typing import Any

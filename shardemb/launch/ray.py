@@ -94,9 +94,8 @@ def connected(
     """Connect to a Ray cluster, only to the named one.
 
     Args:
-        address: "local" starts a Ray that only this machine can reach, and ends it with the block;
-            "auto" is this node's cluster; "HOST:PORT" names a head; None uses this process's
-            connection.
+        address: "local" starts a Ray for this machine, until the block ends; "auto" is this node's
+            cluster; "HOST:PORT" names a head; None is this process's connection.
         cpus: logical CPUs of "local"; None for this machine's.
         log_to_driver: print the workers' output.
 
@@ -127,7 +126,7 @@ def connected(
         host, _, port = address.rpartition(":")
         if error := _refusal(host, port):  # Ray itself would try for 15 minutes
             raise _missing(address, error) from error
-        # a Ray that listens on 127.0.0.1 only cannot be reached at the node's other address
+        # this node's other address does not reach a Ray on 127.0.0.1
         alone = (
             host in ("127.0.0.1", "localhost", "[::1]")
             and _refusal(ray.util.get_node_ip_address(), port) is not None
@@ -138,7 +137,7 @@ def connected(
         if alone:
             stack.enter_context(_on_loopback(ray))
         if address == "local":
-            # workers have this process's module path, as spawned processes have
+            # workers import from this process's module path
             variables["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
             variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # it needs the dashboard
             options |= {"num_cpus": cpus, "include_dashboard": False}
@@ -200,14 +199,14 @@ def run_on_ray(
 ) -> Any:
     """Run ``fn(*args)`` on every rank of a process group of a Ray cluster's workers.
 
-    When a worker or its node dies, Ray Train restarts all ranks in fresh processes with a fresh
-    process group; ``fn`` continues from its newest checkpoint. Errors that a restart cannot help
-    (ValueError, TypeError, FileNotFoundError, FloatingPointError, ...) end the job at once.
+    When a worker or its node dies, Ray Train restarts all ranks in fresh processes; ``fn``
+    continues from its newest checkpoint. Errors that a restart cannot help (ValueError, TypeError,
+    FileNotFoundError, FloatingPointError, ...) end the job at once.
 
     Args:
         fn: picklable; ``torch.distributed`` gives its rank.
-        workers: number of ranks, or bounds (least, most) of an elastic job: Ray takes as many as
-            fit, and restarts all when more fit.
+        workers: number of ranks, or (least, most) of an elastic job: Ray takes as many as fit, and
+            restarts all when more fit.
         args: picklable.
         options: cluster, resources and failures.
         gpus: give each rank a GPU, and the group NCCL instead of gloo.
@@ -392,7 +391,7 @@ def _rank_main(config: dict[str, Any]) -> Any:
     torch.set_num_threads(max(1, work.threads))
     watchdog.set_timeout(work.timeout_s)
     run_metrics.listen(_listener(rank, ray.train.report))
-    if rank == 0:  # also after a failure, where Ray Train does not report the restart
+    if rank == 0:  # Ray Train does not report restarts
         _log.info("Ray Train starts %d ranks", dist.get_world_size())
     try:
         return watchdog.attend(work.fn, *work.args)
@@ -403,6 +402,6 @@ def _rank_main(config: dict[str, Any]) -> Any:
         watchdog.report(error)
         if not restart_may_help(error):  # an exception would make Ray Train restart
             if dist.get_backend() == "gloo":
-                dist.destroy_process_group()  # the others then do not wait for this rank
+                dist.destroy_process_group()  # the others stop waiting for this rank
             return WorkerError.of(rank, error)
         raise

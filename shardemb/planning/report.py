@@ -138,7 +138,7 @@ def plan(
 
     Raises:
         ValueError: a size out of range, or a configuration without negatives.
-        MemoryError: no number of ranks holds the job, and ``workers`` is None.
+        MemoryError: no number of ranks holds the job.
     """
     sampling = config.sampling
     if sampling.scheme != "negatives":
@@ -216,11 +216,11 @@ def machine_of(
     """Return a machine by name.
 
     Args:
-        device: "cpu" for this machine's measured rates, None if there are none; a name in
-            :data:`~shardemb.planning.cost_model.DATA_SHEETS`; or a file of measured rates.
+        device: "cpu" for this machine's measured rates (None if there are none), a name in
+            :data:`~shardemb.planning.cost_model.DATA_SHEETS`, or a file of measured rates.
         memory: other size, such as "80GiB".
         ranks_per_host: other number.
-        network: other bytes a second that a rank sends between hosts, such as "3GB".
+        network: other bytes a second of a rank between hosts, such as "3GB".
 
     Raises:
         ValueError: an unknown name, or a file without rates.

@@ -39,9 +39,9 @@ def export_table(
         source: a checkpoint or run folder, as for :func:`shardemb.open_store`.
         out: a new file, or a folder for "sharded"; it appears when complete.
         format: "safetensors"; "sharded": safetensors files of 1 GiB with Hugging Face's index;
-            "parquet": id, label (if known), vector; "npy"; "word2vec": a text line of label or id
-            and numbers per row. None takes it from the suffix of ``out``.
-        table: name in the model; None takes the largest.
+            "parquet": id, label (if known), vector; "npy"; "word2vec": text lines of label or id
+            and numbers. None takes it from the suffix.
+        table: name in the model; None for the largest.
         raw: omit the normalizer.
         shown: show a progress bar.
 
@@ -180,10 +180,9 @@ def import_table(
 ) -> Location:
     """Make a run folder with one table from rows of another program.
 
-    The rows become ``OUT/checkpoints/step-0``, for :func:`shardemb.open_store` and
-    :func:`shardemb.checkpoint.load`; the labels are stored beside it. Files of torch (``.pt``,
-    ``.pkl``) are pickles, which can run code: load them yourself, and pass the module or state
-    dict.
+    :func:`shardemb.open_store` and :func:`shardemb.checkpoint.load` read its
+    ``checkpoints/step-0``; the labels are beside it. Files of torch (``.pt``, ``.pkl``) are
+    pickles, which can run code: load them yourself, and pass the module or state dict.
 
     Args:
         source: an array or tensor ``(V, *shape)``; a module or state dict, such as
@@ -198,8 +197,8 @@ def import_table(
         The checkpoint's location.
 
     Raises:
-        ValueError: an unknown or malformed file (names the line or row), several tensors, or
-            another number of labels than of rows.
+        ValueError: an unknown or malformed file (names line or row), several tensors, or another
+            number of labels than of rows.
         FileExistsError: ``out`` has checkpoints.
     """
     out = Path(out)

@@ -1,8 +1,8 @@
 """Serves a checkpoint to all jobs of a Ray cluster: named actors hold shards of its rows.
 
-A shard maps the checkpoint's files into memory and reads one block of every table's slots. It keeps
-no other state, so Ray can restart it. A lookup sends one request to each shard that owns some of
-the ids, or several if they are very many.
+A shard maps the checkpoint's files and reads one block of every table's slots. It has no other
+state, so Ray can restart it. A lookup sends a request to each shard that owns some of the ids, or
+several for very many.
 """
 
 import asyncio
@@ -120,9 +120,9 @@ class Shard:
         ray = load_ray()
         self._node = ray.util.get_node_ip_address()
         actor = ray.get_runtime_context().get_actor_id()
-        # Ray's public was_current_actor_reconstructed does not return the number
+        # Ray's public interface does not return the number
         self._restarts = int(ray._private.state.actors(actor_id=actor)["NumRestarts"])
-        # one thread each, so that lookups do not wait for a search, which reads all rows
+        # lookups do not wait for a search, which reads all rows
         requests = ("lookup", "search", "ids_of", "labels_of")
         self._threads = {name: ThreadPoolExecutor(1) for name in requests}
         self._pending = self._served = 0
@@ -263,7 +263,7 @@ class ServedTable(Table):
 
     def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
         slots = self._info.order.slots(ids).numpy()
-        # numpy, because torch's threads would compete with this node's shards for cores
+        # numpy: torch's threads would compete with local shards
         owner, sent = np.searchsorted(self._ends, slots, side="right"), ids.numpy()
         owned = [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)]
         width = math.prod(self.shape)
@@ -315,8 +315,8 @@ class Client(Tables[ServedTable]):
 
     Attributes:
         info: the service's metadata.
-        timeout_s: seconds that a round of requests may take; a call needs one round, two with
-            labels, more for very many ids.
+        timeout_s: seconds for a round of requests; a call needs one, two with labels, more for very
+            many ids.
         wait_s: seconds that a call retries shards that are down or full; 0 raises at once.
     """
 
@@ -526,16 +526,15 @@ def serve(
         shards: number of actors, at most the rows of the largest table.
         name: for :func:`connect`.
         normalizers: as for :func:`shardemb.open_store`.
-        max_pending: most requests that wait at a shard; it refuses more, and clients retry.
-        resources: of each shard, as options of a Ray actor; by default ``{"num_cpus": 1}``.
+        max_pending: most waiting requests of a shard; it refuses more, and clients retry.
+        resources: a shard's options as a Ray actor; None for ``{"num_cpus": 1}``.
         timeout_s: seconds that the shards may take to start.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
         ValueError: an argument is out of range, the path remote, the name in use, or Ray not
             connected.
-        ShardUnavailableError: a shard did not start in time, or its node cannot read the
-            checkpoint.
+        ShardUnavailableError: a shard did not start in time, or cannot read the checkpoint.
     """
     ray = _connected()
     if not name or "/" in name:

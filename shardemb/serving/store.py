@@ -37,13 +37,12 @@ def open_store(
 ) -> "Store":
     """Open a checkpoint, or the newest one of a run folder, for reading.
 
-    Files are mapped into memory: opening takes the same time at any size, a lookup reads only its
-    rows.
+    Files are mapped into memory, so opening takes the same time at any size.
 
     Args:
         path: a checkpoint ``step-N``, a folder of them, or a run folder, whose ``entities.arrow``
             and ``relations.arrow`` give the labels.
-        normalizers: by table; needed where the normalizer is your own function, which a checkpoint
+        normalizers: by table, for normalizers that are your own functions, which a checkpoint
             cannot hold.
         verify: check "sha256" or "size" of all files; None checks the sizes of the mapped ones.
 
@@ -132,7 +131,7 @@ class StoredTable(Table):
 
     @cached_property
     def normalizer(self) -> RowFunction | None:
-        """The function that forward applies; calling an unknown one raises CheckpointError."""
+        """The function that forward applies; raises CheckpointError if it is unknown."""
         saved = self._saved_normalizer
         if self._normalizer is not _SAVED or saved is None:
             return None if self._normalizer is _SAVED else self._normalizer
@@ -156,7 +155,7 @@ class StoredTable(Table):
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """The rows' labels from the run folder, read at first use; None if it has none."""
+        """The rows' labels from the run folder, if any; read at first use."""
         values = self._store.manifest.values
         # a single table may have any name
         default = _LABELS["entity"] if len(values["tables"]) == 1 else None

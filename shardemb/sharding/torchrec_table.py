@@ -85,7 +85,7 @@ def make_groups(table: str, group: Any, options: TorchRec, device: torch.device)
         )
     from torch.distributed.device_mesh import DeviceMesh
 
-    # the layout of TorchRec's DMPCollection: replicas are adjacent, mostly on one machine
+    # TorchRec's DMPCollection's layout: adjacent replicas, mostly on one machine
     ranks = torch.arange(world_size).reshape(size, world_size // size).T.contiguous()
     mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "shard"))
     groups = Groups(everyone, mesh.get_group("shard"), mesh.get_group("replicate"), mesh)
@@ -132,8 +132,7 @@ class TorchRecTable(FusedTable):
         world_size = dist.get_world_size(groups.everyone)
         #: for errors: ranks of all replicas
         self._id_plan = replace(plan, world_size=world_size, rank=dist.get_rank(groups.everyone))
-        # averaging replicas divides a sum by their number, and makes the groups' means a global
-        # mean
+        # averaging replicas divides a sum by their number, and a group's mean becomes a global one
         mean = sharding.gradient_reduction == "mean"
         self._scale = 1.0 / plan.world_size if mean else float(groups.num_replicas)
         self._moved = RowSet(plan.num_local)
@@ -168,7 +167,7 @@ class TorchRecTable(FusedTable):
         if groups.mesh is not None:
             env = ShardingEnv2D(groups.shard, groups.replica, groups.everyone, groups.mesh)
         else:
-            # from_process_group would make a mesh of ranks 0, 1, ... for any group
+            # from_process_group would always take ranks 0, 1, ...
             env = ShardingEnv(plan.world_size, plan.rank)
             env.process_group = groups.shard
         module = sharder.shard(collection, {plan.table: sharding}, env, device)
@@ -307,7 +306,7 @@ class TorchRecTable(FusedTable):
         back = back[:, : self.plan.dim].contiguous()
         if sent.merged is not None:
             back = back.index_select(0, sent.merged.inverse)
-        # not the owner's lookup: TorchRec's requests keep an abandoned lookup's graph until gc runs
+        # not the owner's lookup: TorchRec keeps an abandoned graph until gc runs
         return self._await_backward(back) if trained else back
 
     def _got_gradient(self, rows: Tensor) -> None:
@@ -351,8 +350,8 @@ class _Reduce(torch.autograd.Function):
         from torchrec.distributed.comm_ops import get_gradient_division, get_use_sync_collectives
 
         ctx.scale, ctx.world_size = scale, world_size
-        # synchronous collectives use forward's value, others that of backward, just before this
-        # class
+        # synchronous collectives divide by forward's setting, others by that of backward, just
+        # before
         ctx.divided = get_gradient_division() if get_use_sync_collectives() else None
         return rows.view_as(rows)
 

@@ -16,10 +16,7 @@ class _Bar(tqdm):
 
 
 def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = True) -> Iterator[T]:
-    """Iterate with a progress bar titled ``what``, which appears after 3 seconds.
-
-    ``unit`` is the number of rows of an item.
-    """
+    """Iterate with a bar titled ``what`` after 3 seconds; an item has ``unit`` rows."""
     bar = progress_bar(
         total=round(len(items) * unit), desc=what, unit=" rows", delay=3, disable=not shown
     )

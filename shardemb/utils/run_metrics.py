@@ -84,10 +84,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def describe(records: Sequence[dict[str, Any]], now: float) -> str:
-    """Summarize a run in a few lines: progress, speed, memory by rank, metrics.
-
-    ``now`` is in seconds since 1970.
-    """
+    """Summarize a run at time ``now``: progress, speed, memory by rank, metrics."""
     lines = []
     train = next((record for record in reversed(records) if record["kind"] == "train"), None)
     if train is not None:

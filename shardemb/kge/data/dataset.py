@@ -27,9 +27,8 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Vocabulary]]:
     """Open a dataset folder; ``verify`` compares all files' sha256.
 
-    Returns:
-        The content of ``dataset.json``; ``(T, 3)`` int32 or int64 by split, mapped privately; the
-        vocabularies "entities" and "relations".
+    Returns the content of ``dataset.json``, the triples ``(T, 3)`` by split, mapped privately, and
+    the vocabularies "entities" and "relations".
 
     Raises:
         ValueError: another format, or a file that is missing, damaged or of another dataset.

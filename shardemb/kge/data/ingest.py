@@ -59,28 +59,25 @@ def ingest(
 ) -> Path:
     """Make a dataset folder from files of triples; :meth:`shardemb.kge.Triples.load` maps it.
 
-    ``out`` appears when it is complete and on disk. Until then, ``OUT.tmp-PID`` beside it takes
-    about as many bytes as the triples as text. If the process is killed, the next call for the same
-    ``out`` removes that folder.
+    ``out`` appears when it is complete. Until then, ``OUT.tmp-PID`` beside it takes about as many
+    bytes as the triples as text; after a kill, the next call for the same ``out`` removes it.
 
     Args:
-        sources: a folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz,
-            .nt, .nt.gz or .parquet) or a folder of part files; or files and folders of part files
-            of one graph, which is split.
+        sources: a folder with train, valid and test; or files and folders of part files of one
+            graph to split. Formats: see :meth:`shardemb.kge.Triples.load`.
         out: a new folder.
-        memory: most bytes of the process, a number or text ("4GiB", "512MiB", "2GB"); at most three
+        memory: most bytes of the process, a number or text such as "4GiB" or "2GB"; at most three
             quarters of the free memory are used.
         threads: None for one per core.
         valid: triples to hold out as valid; None for a twentieth, at most 5,000.
         test: triples to hold out as test; default as ``valid``.
-        unseen: valid and test triples with an entity or a relation that no training triple has:
-            "keep" and warn, "drop" and warn, or "error".
-        literals: N-Triples whose object is a literal: "error", "drop" or "keep".
+        unseen: see :meth:`shardemb.kge.Triples.load`.
+        literals: see :meth:`shardemb.kge.Triples.load`.
         progress: show progress bars.
 
     Raises:
         FileExistsError: ``out`` exists, or another process is making it.
-        FileNotFoundError: a source does not exist, or is a folder without such files.
+        FileNotFoundError: a source is missing.
         ValueError: a malformed file (names file and line or row), unseen labels with "error", or a
             setting out of range.
         MemoryError: ``memory`` is too small.
@@ -201,7 +198,7 @@ class _Job:
         self.database = duckdb.connect(str(self.work / "tables.duckdb"), config=config)
         for setting in (
             "arrow_large_buffer_size = true",
-            "checkpoint_threshold = '1TB'",  # tables are written once, so they need no log
+            "checkpoint_threshold = '1TB'",  # no log: tables are written once
             "enable_progress_bar = true",
             "enable_progress_bar_print = false",
         ):
@@ -335,7 +332,7 @@ class _Job:
         for kind, columns in _COLUMNS.items():
             held = " UNION ".join(f"SELECT {c} AS key FROM read WHERE split > 0" for c in columns)
             self.query(f"CREATE TABLE held_{kind} AS {held}")
-            # the held-out keys are few and stay in memory; training triples are streamed
+            # the held-out keys are few and fit in memory
             seen = " UNION ".join(
                 f"SELECT {column} AS key FROM read"
                 f" WHERE split = 0 AND {column} IN (SELECT key FROM held_{kind})"

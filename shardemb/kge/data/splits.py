@@ -19,9 +19,8 @@ _SPLIT_LIKE = ("train", "valid", "test", "dev", "val")
 def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
     """Return the files of each split, or those of an unsplit graph as split "".
 
-    Args:
-        sources: one folder with train, valid and test, each a file or a folder of part files; or
-            files and folders of part files of one unsplit graph.
+    ``sources`` is one folder with train, valid and test, each a file or a folder of part files; or
+    files and folders of part files of one unsplit graph.
 
     Raises:
         FileNotFoundError: a source or a split is missing, or a folder is empty.

@@ -81,10 +81,10 @@ def read(path: Path, literals: str = "error") -> pa.Table:
 def blocks(path: Path, literals: str = "error", threads: int | None = None) -> Iterator[Block]:
     """Read a file of triples in blocks: N-Triples, Parquet or tab-separated, also gzipped.
 
-    Tab-separated lines are UTF-8, ``head TAB relation TAB tail``; quotes are part of labels. In
-    N-Triples, labels of IRIs have no brackets, blank nodes are ``_:x``, and literals keep quotes,
-    language and type; escapes are decoded unless a label needs them. Parquet has columns "head",
-    "relation" and "tail" of strings (also dictionary-encoded) or integers.
+    Tab-separated lines are UTF-8, ``head TAB relation TAB tail``, without quoting. In N-Triples,
+    labels of IRIs have no brackets, blank nodes are ``_:x``, and literals keep quotes, language and
+    type; escapes are decoded unless a label needs them. Parquet has columns "head", "relation" and
+    "tail" of strings or integers.
 
     Args:
         path: its suffix gives the format.
@@ -238,7 +238,7 @@ _CONVERT = csv.ConvertOptions(column_types=SCHEMA, strings_can_be_null=False, ch
 def _fast_tsv(lines: _Lines) -> pa.Table | None:
     """Parse lines with Arrow; None if the line-by-line parser might reject any."""
     text = lines.text.removeprefix(_BOM) if lines.first == 1 else lines.text
-    # searching one byte is many times faster than several
+    # one byte is found many times faster than several
     inner_bom = b"\xef" in text and _BOM in text
     lone_cr = b"\r" in text and text.count(b"\r") != text.count(b"\r\n")
     if b"\0" in text or inner_bom or lone_cr:
@@ -293,7 +293,7 @@ _NT_LINE = re.compile(
 _NT_NOTHING = re.compile(_END, re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u(.{4})|U(.{8})|(.))", re.DOTALL)
 _SHORT = {"t": "\t", "b": "\b", "n": "\n", "r": "\r", "f": "\f", '"': '"', "'": "'", "\\": "\\"}
-#: the one form of each character in literals, so that a literal has one label
+#: one form of each character, so that a literal has one label
 _CANONICAL = {code: f"\\u{code:04X}" for code in (*range(32), 127, 0xFEFF)}
 _CANONICAL |= {ord(char): f"\\{short}" for short, char in _SHORT.items() if short != "'"}
 #: a decoded IRI; it has a scheme
@@ -407,7 +407,7 @@ def _unescaped(path: Path, number: int, text: str) -> str:
 
 def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
     row = 0
-    with path.open("rb"):  # raises Python's error; Arrow's threads open the file themselves
+    with path.open("rb"):  # for Python's error; Arrow opens the file itself
         try:
             with pq.ParquetFile(path) as parquet:
                 schema = parquet.schema_arrow

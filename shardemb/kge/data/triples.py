@@ -73,21 +73,20 @@ class Triples:
         """Load a graph.
 
         Args:
-            dataset: "wordnet", part of the package; "pykeen:NAME", part of an installed PyKEEN
-                (nations, umls, kinships, ...); a folder of :func:`shardemb.kge.ingest`, which is
-                mapped; a folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt,
-                .txt.gz, .nt, .nt.gz or .parquet) or a folder of part files; or one such file or
-                folder of part files, of which a twentieth each (at most 5,000) becomes valid and
-                test, always the same.
+            dataset: "wordnet", in the package; "pykeen:NAME", in an installed PyKEEN (nations,
+                umls, kinships, ...); a folder of :func:`shardemb.kge.ingest`, which is mapped; a
+                folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz, .nt,
+                .nt.gz or .parquet) or a folder of part files; or one such file or folder, of which
+                a twentieth each (at most 5,000) becomes valid and test, always the same.
             unseen: valid and test triples with an entity or a relation that no training triple has:
-                "keep" and warn, "drop" and warn, or "error". Ingest decides it for its folders.
+                "keep" and warn, "drop" and warn, or "error". Decided already in an ingested folder.
             literals: N-Triples whose object is a literal: "error", "drop" or "keep".
             verify: check the hashes of an ingested folder, which reads all files.
 
         Raises:
-            FileNotFoundError: no such graph, or a folder without the three files.
-            ValueError: a malformed file (names file and line or row), two files of one split,
-                unseen labels with "error", or a damaged ingested file.
+            FileNotFoundError: no such graph, or a split is missing.
+            ValueError: a malformed or damaged file (names file and line or row), two files of one
+                split, or unseen labels with "error".
             OSError: a file cannot be opened.
         """
         name, path = str(dataset), Path(dataset)
@@ -130,7 +129,7 @@ class Triples:
                 f" has, kept by ingest, and unseen={unseen!r}: ingest again with --unseen {unseen}"
             )
         data = cls._of(name, arrays, vocabularies, absolute(name), unseen)
-        # avoids reading all triples; dataclasses.replace does not copy it
+        # no need to read all triples; dataclasses.replace drops it
         data.__dict__["fingerprint"] = _fingerprint(
             description["files"][f"{split}.npy"]["sha256"] for split in SPLITS
         )
