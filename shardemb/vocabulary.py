@@ -94,10 +94,8 @@ def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
             writer.write_batch(batch)
     found = digest.hexdigest()
     with path.open("r+b") as written, mmap.mmap(written.fileno(), 0) as mapped:
-        for at in (
-            mapped.find(_NO_FINGERPRINT),
-            mapped.rfind(_NO_FINGERPRINT),
-        ):  # before and after all labels
+        # before and after all labels
+        for at in (mapped.find(_NO_FINGERPRINT), mapped.rfind(_NO_FINGERPRINT)):
             mapped[at : at + len(found)] = found.encode()
     return found
 

@@ -133,7 +133,7 @@ class HostRanks:
 
 
 class Message:
-    """The messages of all ranks in one collective; waits like a torch work."""
+    """The messages of all ranks in one collective, with the interface of torch's Work."""
 
     def __init__(self, host_ranks: HostRanks, number: int, tensor: Tensor) -> None:
         self._ranks, self._number, self._half, self._own = host_ranks, number, number % 2, tensor

@@ -180,9 +180,8 @@ def _compiled(compiler: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="shardemb-"))
     path = folder / f"rows-{key}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as scratch:  # concurrent ranks each replace a whole file
+        # concurrent ranks each replace a whole file
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
             subprocess.run(
                 [compiler, source, "-o", made, *_FLAGS],
@@ -220,9 +219,8 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="shardemb")
 
 
-os.register_at_fork(
-    after_in_child=_threads.cache_clear
-)  # a child process has no threads of the parent
+# a child process has no threads of the parent
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER_THREAD) -> None:
@@ -453,12 +451,11 @@ def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
 
 def nonfinite_rows(values: Tensor) -> Tensor:
     """Return the int64 rows of a real tensor ``(n, ...)`` that hold NaN or infinite values."""
+    # NaN is the minimum and the maximum
     if not values.numel() or all(
         math.isfinite(extreme.item()) for extreme in torch.aminmax(values)
     ):
-        return torch.empty(
-            0, dtype=torch.int64, device=values.device
-        )  # NaN is the minimum and the maximum
+        return torch.empty(0, dtype=torch.int64, device=values.device)
     return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)
 
 

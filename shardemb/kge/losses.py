@@ -86,7 +86,7 @@ def self_adversarial(
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss."""
+    """The loss and its settings."""
 
     #: "softmax", "logistic", "margin" or "self_adversarial"
     name: str = "softmax"

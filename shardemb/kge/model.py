@@ -21,7 +21,7 @@ from shardemb.utils.validation import at_least, one_of, within
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The scorer, its tables and regularizers."""
 
     #: scorer: "complex", "distmult", "hole", "quate", "rotate", "simple", "transe" (L2) or
     #: "transe_l1"

@@ -45,7 +45,7 @@ LOG_STEPS = 20
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, and what on the way."""
+    """Epochs, validation, checkpoints, precision and device."""
 
     #: passes over the triples (or over the queries, with scheme "kvsall")
     epochs: int = 8

@@ -14,7 +14,7 @@ from shardemb.utils.validation import at_least, one_of
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Where a job's ranks run; nothing of it changes what the job computes."""
+    """Where a job's ranks run; this does not change the results."""
 
     #: who starts the ranks: "local", this process on its machine; "torchrun", which has started
     #: this one; "ray"

@@ -260,7 +260,7 @@ class Estimate:
 
     @property
     def triples_per_second(self) -> float | None:
-        """Of all ranks."""
+        """Triples a second of all ranks."""
         return None if self.step_seconds is None else self.job.batch_size / self.step_seconds
 
     def to_json(self) -> dict[str, Any]:

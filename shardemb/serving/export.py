@@ -360,7 +360,7 @@ def _read_word2vec(path: Path, key: str | None, scratch: Path) -> _Imported:
 
 
 def _spooled(batches: Iterator[np.ndarray], scratch: Path, path: Path) -> Tensor:
-    """The number of rows is unknown, so they go through a file."""
+    """The number of rows is unknown, so they go through a mapped file."""
     spool, count, width = scratch / "rows", 0, 0
     dtype: Any = np.float32
     with spool.open("wb") as file:
