@@ -184,7 +184,7 @@ def fill_rows(
 
     Raises:
         ValueError: the initializer's result, or a pretrained tensor, has another shape.
-        MemoryError: a whole table, if the initializer needs it, does not fit.
+        MemoryError: the initializer needs the whole table, which does not fit.
     """
     total = plan.num_rows
     pretrained = getattr(initializer, "tensor", None)

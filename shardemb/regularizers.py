@@ -230,12 +230,7 @@ _REGULARIZERS: dict[str, type[Regularizer]] = {
 
 
 def resolve_regularizer(regularizer: Any, kwargs: Mapping[str, Any] | None) -> nn.Module | None:
-    """Resolve a name, a class, an instance (with ``update``) or None.
-
-    Raises:
-        KeyError: an unknown name.
-        TypeError: anything else.
-    """
+    """Resolve a name (KeyError if unknown), a class, an instance or None; TypeError for others."""
     if regularizer is None or (
         hasattr(regularizer, "update") and not isinstance(regularizer, type)
     ):

@@ -221,12 +221,7 @@ class Vocabulary:
         return chain.from_iterable(batch.column(0).to_pylist() for batch in self._batches)
 
     def label(self, row: int) -> str:
-        """Return the label of an id.
-
-        Raises:
-            IndexError: an id out of range.
-            ValueError: a damaged file.
-        """
+        """Return an id's label; IndexError out of range, ValueError for a damaged file."""
         if not 0 <= row < len(self):
             raise IdRangeError(f"{self._where}got id {row}, expected 0 <= id < {len(self):,}")
         number = bisect_right(self._starts, row) - 1

@@ -95,10 +95,7 @@ class _Memory:
 
 
 class HostRanks:
-    """The ranks of a process group that share this machine's memory.
-
-    Takes the open files (memory, lock) of all ranks.
-    """
+    """The ranks of a process group that share this machine's memory."""
 
     def __init__(self, rank: int, files: Sequence[tuple[IO[bytes], IO[bytes]]]) -> None:
         self.rank, self.world_size = rank, len(files)

@@ -354,10 +354,7 @@ def _leave() -> None:
 
 
 def finish() -> None:
-    """Report this rank's end, and wait for the others'; for launchers.
-
-    PeerFailureError if another rank failed.
-    """
+    """Report this rank's end, and wait for the others'; PeerFailureError if one failed."""
     watchdog = _of_default_group()
     if watchdog is None:
         return
@@ -375,10 +372,7 @@ def finish() -> None:
 
 
 def attend(fn: Callable[..., Any], *args: Any) -> Any:
-    """Run a rank's function, watched until all ranks have ended; for launchers.
-
-    PeerFailureError if another rank failed.
-    """
+    """Run a rank's function, watched until all ranks have ended; for launchers."""
     watch(None)
     result = fn(*args)
     finish()

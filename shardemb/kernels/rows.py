@@ -482,10 +482,7 @@ class Flags:
         self._raised = library.flags_raised
 
     def reached(self, value: int, awake: float = 0.0, limit: float = 0.0) -> int:
-        """Wait up to ``limit`` seconds (``awake`` without sleep) until all reach ``value``.
-
-        Returns how many have, in their order.
-        """
+        """Wait ``limit`` s (``awake`` without sleep) for ``value``; return how many have it."""
         return self._raised(
             self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9)
         )

@@ -59,10 +59,7 @@ def open_store(
 
 
 def newest(path: Path) -> Path:
-    """Return the newest checkpoint in a folder, or the path itself if it is one.
-
-    CheckpointError if there is none.
-    """
+    """Return a folder's newest checkpoint, or the path itself; CheckpointError for none."""
     if (path / "manifest.json").is_file():
         return path
     # best: where a run with patience keeps its best checkpoint
@@ -261,10 +258,7 @@ class StoredTable(Table):
         exclude: Tensor | None = None,
         queries: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`best`, among slots ``[first, last)``; returns scores and ids ``(q, k)``.
-
-        Excluded ids have the score -inf.
-        """
+        """As :meth:`best` for slots ``[first, last)``: scores (-inf: excluded), ids ``(q, k)``."""
         best, best_ids = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
         step = max(1, _CHUNK // max(1, self._width, queries))
         for begin, rows in zip(self._firsts.tolist(), self._rows, strict=False):

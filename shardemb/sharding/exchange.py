@@ -112,10 +112,7 @@ def id_error(plan: RowPlan, ids: Any) -> ShardembError | None:
 
 
 class Exchange:
-    """Routes the ids and rows of one table between the ranks of a group.
-
-    ``plan`` places the rows over the ranks of ``group``.
-    """
+    """Routes the ids and rows of one table between the ranks of a group."""
 
     def __init__(self, plan: RowPlan, group: Any, options: Sharding) -> None:
         self.plan, self.group = plan, group

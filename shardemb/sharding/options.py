@@ -96,9 +96,7 @@ class Fused:
 def resolve_options(table: str, kernel: Any, sharding: Any) -> tuple[str, Fused | None, Sharding]:
     """Return "dense", "sparse" or "fused", the options of "fused", and the sharding.
 
-    Raises:
-        ValueError: an unknown word, or options that would train incorrectly together.
-        TypeError: neither a word nor an option class.
+    ValueError for options that would train incorrectly together, TypeError for other types.
     """
     if isinstance(kernel, str):
         _one_of(f"table {table!r}: got kernel", kernel, ("dense", "sparse", "fused"))

@@ -257,10 +257,7 @@ class TorchRecTable(FusedTable):
         super()._load_from_state_dict(*args)
 
     def send_ids(self, ids: Any) -> Sent:
-        """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective.
-
-        Bad ids of any rank raise on all ranks.
-        """
+        """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective."""
         from torchrec import KeyedJaggedTensor
 
         self._check(id_error(self._id_plan, ids))

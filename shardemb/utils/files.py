@@ -58,10 +58,7 @@ def cache_folder() -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8 text, with or without a byte-order mark.
-
-    ValueError for another encoding names file, line and byte.
-    """
+    """Read UTF-8 text; ValueError for another encoding names file, line and byte."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")

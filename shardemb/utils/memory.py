@@ -10,10 +10,7 @@ if TYPE_CHECKING:
 
 
 def free_bytes(device: "torch.device") -> int | None:
-    """Bytes that a rank can allocate on a device now; None if unknown.
-
-    On CPUs, the machine's ranks share its free memory.
-    """
+    """Bytes that a rank can allocate now, a CPU rank's share; None if unknown."""
     if device.type == "cuda":
         import torch
 
