@@ -1,8 +1,6 @@
-"""PyKEEN's ``Embedding``, at a billion rows.
+"""PyKEEN's ``Embedding``, at a billion rows: tables row-sharded over processes.
 
-Tables row-sharded over processes behind one interface.
-
-``import shardemb`` is cheap: a name below is loaded (with torch) when it is first used.
+``import shardemb`` is cheap: a name is loaded, with torch, on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -24,7 +24,7 @@ _NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; ``run`` of what it parses is the function to call."""
+    """Return the parser; ``run`` of its result is the function to call."""
     parser = argparse.ArgumentParser(
         prog="shardemb", description="Embedding tables, row-sharded over processes."
     )
@@ -42,15 +42,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code.
+    """Run the command line and return the exit code.
 
-    0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM.
+    0 for success, 1 for a failure, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM.
     """
     arguments = parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
     resumes = "; --resume goes on from the newest checkpoint" * (arguments.command == "train")
     try:
-        from shardemb.utils import logs  # reads SHARDEMB_LOG, which may be wrong
+        from shardemb.utils import logs  # reads SHARDEMB_LOG, which may be invalid
 
         if arguments.verbose:
             logs.verbose()
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         name = error.error if isinstance(error, WorkerError) else type(error).__name__
         if name == TerminatedError.__name__:
             _say(f"shardemb: {message}; --resume goes on from there")
-            return 143  # as a shell reports SIGTERM
+            return 143  # as shells report SIGTERM
         if not for_user(error):
             if not isinstance(error, WorkerError) or not error.trace:
                 raise
@@ -84,7 +84,6 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _cleaning_up_after_sigterm() -> Iterator[None]:
-    """End by an exception on SIGTERM, so that what is under way cleans up."""
     before = signal.signal(signal.SIGTERM, _end)
     try:
         yield
@@ -260,7 +259,7 @@ def _top(arguments: argparse.Namespace) -> int:
     shown = None
     while True:
         records = read_metrics(run.existing(run.metrics))
-        if clear or len(records) != shown:  # a log file gets what is new
+        if clear or len(records) != shown:  # a log file gets new records only
             text = describe(records, time.time()) or "no record yet"
             print(f"{clear}{run}\n{text}", flush=True)
         shown = len(records)
@@ -373,7 +372,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from shardemb.serving.ray_service import serve
     from shardemb.serving.store import newest
 
-    path = newest(arguments.path)  # before Ray is started for nothing
+    path = newest(arguments.path)  # check before Ray starts
     shards, name = arguments.shards, arguments.name
     cpus = max(os.cpu_count() or 1, shards) if arguments.address == "local" else None
     with (
@@ -396,7 +395,6 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _watch(service: Any) -> None:
-    """Print a line whenever a shard goes or comes back."""
     client = service.client()
     last = client.health()
     while True:
@@ -444,7 +442,6 @@ def _add_checkpoint(commands: Any) -> None:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """Return a checkpoint itself, or all of a folder's."""
     from shardemb.checkpoint.manifest import MANIFEST, checkpoints
     from shardemb.kge.run_folder import RunFolder
     from shardemb.serving.store import newest

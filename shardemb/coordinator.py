@@ -24,43 +24,42 @@ class Coordinator:
 
     After ``loss.backward()``, :meth:`step` does in this order:
 
-    1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers of
-       a model) by mean, or by sum for a replicated table with that option. One all-reduce for all;
-    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks. One
+    1. reduce the gradients of parameters that every rank holds whole (replicated tables, layers) by
+       mean, or by sum for a replicated table with that option, in one all-reduce;
+    2. with ``max_grad_norm``: clip all gradients by their norm over all tables and ranks, with one
        all-reduce;
-    3. ``optimizer.step()`` of each optimizer. Those of :mod:`shardemb.optim` constrain the rows of
-       sparse tables in the same pass, while they are in cache. Fused tables were updated in
-       backward; replicas of TorchRec's are averaged now, a collective;
+    3. ``optimizer.step()`` of each optimizer. Those of :mod:`shardemb.optim` constrain rows of
+       sparse tables in the same pass. Fused tables were updated in backward; TorchRec's replicas
+       are averaged now, a collective;
     4. ``post_parameter_update()`` of each module that has one: tables constrain their changed rows;
     5. clear the gradients.
 
-    With ``nonfinite`` it first checks the gradients for NaN and infinite values: a pass over them,
-    and an all-reduce of one number. A loss is checked for next to nothing: :meth:`backward` does it
-    before fused tables are updated, :meth:`reduce` in the gradients' own message.
+    ``nonfinite`` checks the gradients first: a pass over them and an all-reduce of one number.
+    Checking the loss instead is almost free: :meth:`backward` does it before fused tables are
+    updated, :meth:`reduce` in the gradients' all-reduce.
 
     The constructor is a collective: it checks that all ranks have the same parameters, optimizers
-    and step, and copies rank 0's values of what every rank holds whole to all ranks, as
-    DistributedDataParallel does.
+    and step, and copies rank 0's whole parameters and buffers to all ranks, as
+    DistributedDataParallel.
 
     Args:
         model: module that holds the tables.
         optimizers: over the model's parameters; none for fused tables alone.
-        max_grad_norm: clip gradients to this 2-norm in each step, see :func:`clip_grad_norm_`; None
-            for no clipping.
-        nonfinite: what a NaN or infinite loss or gradient does on all ranks: "error" raises
-            FloatingPointError before anything is updated, "warn" warns and goes on, "skip" warns
-            and leaves the step out; None does not check.
-        steps: done before, by the run that this one continues.
+        max_grad_norm: clip gradients to this 2-norm, see :func:`clip_grad_norm_`.
+        nonfinite: for NaN or infinite losses and gradients, on all ranks: "error" raises
+            FloatingPointError before any update, "warn" warns and trains, "skip" warns and skips
+            the step; None does not check.
+        steps: completed steps of a continued run.
 
     Attributes:
-        steps: done so far.
-        skipped: steps of these that were left out.
+        steps: completed steps.
+        skipped: skipped steps.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: an optimizer of torch that takes no sparse gradients, over a sparse table; one
-            that moves rows without a gradient (momentum, weight decay) over a sparse table with a
-            constrainer; a table on a process group of its own; clipping with a fused table.
+        TypeError: ``model`` is not a module.
+        ValueError: an optimizer of a sparse table that takes no sparse gradients, or moves rows
+            without a gradient (momentum, weight decay) despite a constrainer; a table with its own
+            process group; clipping with a fused table.
     """
 
     def __init__(
@@ -133,18 +132,16 @@ class Coordinator:
                 )
 
     def backward(self, loss: torch.Tensor) -> bool:
-        """Run ``loss.backward()`` unless the loss of any rank is NaN or infinite. A collective.
-
-        ``nonfinite`` says what happens then.
+        """Run ``loss.backward()`` unless any rank's loss is NaN or infinite. A collective.
 
         Args:
-            loss: of this rank, a number.
+            loss: this rank's, a scalar.
 
         Returns:
-            Whether backward ran; if not, leave :meth:`step` out too.
+            Whether backward ran; if not, omit :meth:`step` too.
 
         Raises:
-            FloatingPointError: the loss of a rank is NaN or infinite, and ``nonfinite`` is "error".
+            FloatingPointError: a rank's loss is bad, and ``nonfinite`` is "error".
         """
         if self.nonfinite is not None:
             fault = self._loss_fault(loss)
@@ -156,14 +153,12 @@ class Coordinator:
         return True
 
     def _sum_flags(self, flags: Sequence[float]) -> list[float]:
-        """Sum numbers over ranks. A collective."""
         flat = torch.tensor(flags, dtype=torch.float32)
         flat = flat.to(next(self.model.parameters(), flat).device)
         collectives.all_reduce(flat, operation="the coordinator: flags")
         return flat.tolist()
 
     def _loss_fault(self, loss: torch.Tensor) -> str:
-        """Describe a loss that is not finite, and rows that are not; "" for a finite one."""
         if torch.isfinite(loss.detach()).all():
             return ""
         faults = [f"the loss is {loss.item()}"]
@@ -177,7 +172,6 @@ class Coordinator:
         return ", ".join(faults)
 
     def _gradient_fault(self) -> str:
-        """Name the tables whose gradients are NaN or infinite, and the first rows of them."""
         faults = []
         tables = {parameter: table for table in self.tables for parameter in table.parameters()}
         for name, parameter in self.model.named_parameters():
@@ -201,13 +195,7 @@ class Coordinator:
         return "; ".join(faults)
 
     def _on_fault(self, fault: str) -> bool:
-        """Do what ``nonfinite`` says about a fault of some rank; return whether to skip the step.
-
-        A collective.
-
-        Args:
-            fault: of this rank, or "".
-        """
+        """Raise or warn as ``nonfinite`` says; return whether to skip the step."""
         faults = collectives.gather(fault, operation="what is not finite?")
         text = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(faults) if what)
         text = f"step {self.steps + 1}: {text}"
@@ -224,11 +212,10 @@ class Coordinator:
         """Do all five parts; see the class.
 
         Returns:
-            Whether it updated the parameters: not if ``nonfinite`` is "skip" and the step is bad.
+            Whether the parameters were updated; False for a skipped step.
 
         Raises:
-            FloatingPointError: a gradient is NaN or infinite, on all ranks, if ``nonfinite`` is
-                "error".
+            FloatingPointError: on all ranks, a gradient is bad and ``nonfinite`` is "error".
         """
         if not self._reduced:
             self.reduce()
@@ -249,9 +236,7 @@ class Coordinator:
                 optimizer.step()
         for table in self.tables:
             table._embeddings.synchronize_replicas()
-        with deferred_updates(
-            self._constrained
-        ):  # PyKEEN's models pass the call on to their tables
+        with deferred_updates(self._constrained):  # PyKEEN's models call their tables
             for module in self._updated:
                 module.post_parameter_update()
         for table in self._constrained:
@@ -260,7 +245,7 @@ class Coordinator:
         return True
 
     def forget(self) -> None:
-        """Leave a step out whose gradients are there already."""
+        """Skip a step whose gradients exist already."""
         self._end_step(skipped=True)
 
     def _end_step(self, skipped: bool) -> None:
@@ -274,19 +259,19 @@ class Coordinator:
     def reduce(self, flags: Sequence[float] = (), loss: torch.Tensor | None = None) -> list[float]:
         """Reduce the gradients now; the next :meth:`step` skips this part. A collective.
 
-        The same all-reduce sums ``flags``, so a loop can agree on what to do at no cost, for
-        example to :meth:`forget` the step. With ``nonfinite`` and a ``loss``, it carries whether
-        that is finite, and the step's gradients are not checked.
+        The same all-reduce sums ``flags``, so ranks can agree at no cost, for example to
+        :meth:`forget` the step. With ``nonfinite`` it also checks ``loss``, instead of the
+        gradients.
 
         Args:
-            flags: small whole numbers, as many on every rank.
-            loss: of this rank, a number.
+            flags: small integers, as many on every rank.
+            loss: this rank's, a scalar.
 
         Returns:
             The sums of ``flags`` over ranks.
 
         Raises:
-            FloatingPointError: the loss of a rank is NaN or infinite, and ``nonfinite`` is "error".
+            FloatingPointError: a rank's loss is bad, and ``nonfinite`` is "error".
         """
         self._reduced = True
         if loss is None or self.nonfinite is None:
@@ -306,8 +291,7 @@ class Coordinator:
         dtypes = sorted({p.dtype for p in self._replicated}, key=str)
         for number, dtype in enumerate(dtypes):
             parameters = [p for p in self._replicated if p.dtype == dtype]
-            # every rank sends every gradient, zeros where it has none, and whether it has one; of a
-            # sparse one, which rows
+            # every rank sends all gradients (or zeros), whether it has them, and sparse ones' rows
             touched = [self._touched(p) for p in parameters]
             grads = [
                 torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters
@@ -334,7 +318,7 @@ class Coordinator:
         return sums.tolist()
 
     def _touched(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return whether there is a gradient, and for each row of a sparse table: ``(1 + R,)``."""
+        """Return ``(1 + R,)``: whether there is a gradient, and for which rows if sparse."""
         grad, rows = parameter.grad, len(parameter) if parameter in self._sparse else 0
         mask = torch.zeros(1 + rows, dtype=parameter.dtype, device=parameter.device)
         if grad is None:
@@ -353,11 +337,10 @@ def _sparse_gradient(rows: torch.Tensor, values: torch.Tensor, shape: torch.Size
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-    """Scale all gradients of a model so that their common norm is at most ``max_norm``.
+    """Scale all gradients of a model so that their total norm is at most ``max_norm``.
 
-    As torch.nn.utils.clip_grad_norm_, with the norm of the whole gradient: each row of a sharded
-    table counts on the rank that owns it, after duplicates are merged; what every rank holds whole
-    (its gradients already reduced) counts once. A collective.
+    As torch.nn.utils.clip_grad_norm_, over all ranks: each row of a sharded table counts once,
+    after duplicates are summed; whole parameters, already reduced, count once. A collective.
 
     Args:
         model: module that holds the tables.
@@ -365,12 +348,12 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         norm_type: ``p`` of the norm; ``inf`` for the largest absolute value.
 
     Returns:
-        The norm before clipping, the same on every rank; a NaN or infinite one leaves NaN or 0 in
-        the gradients, as in torch.
+        The norm before clipping, the same on every rank. If it is NaN or infinite, gradients become
+        NaN or 0, as in torch.
 
     Raises:
-        ValueError: ``max_norm`` or ``norm_type`` not above 0; a fused table, which has no gradient
-            to scale; a table on a process group of its own.
+        ValueError: ``max_norm`` or ``norm_type`` not above 0, a fused table, or a table with its
+            own process group.
     """
     tables = _tables_in(model)
     _check_clipping(tables, max_norm, norm_type)
@@ -388,12 +371,11 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
             values = values.reshape(len(rows), *grad.shape[1:])
             parameter.grad = grad = _sparse_gradient(rows, values, grad.shape)
             grad = grad._values()
-        if grad.numel():  # a norm of nothing may be none (inf), and this rank alone would raise
+        if grad.numel():  # an empty norm may raise (inf), on this rank alone
             (sharded if parameter in sharded_parameters else whole).append(grad)
     infinite = norm_type == math.inf
 
     def power(grads: list[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of absolute values to the power ``norm_type``, or the largest."""
         norms = [
             torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads
         ] or [torch.zeros((), dtype=torch.float64, device=device)]
@@ -407,14 +389,13 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         total = torch.maximum(of_shards, of_whole)
     else:
         total = (of_shards + of_whole).pow(1 / norm_type)
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own guard
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's guard
     for grad in sharded + whole:
         grad.mul_(scale.to(grad.dtype))
     return total
 
 
 def _description(coordinator: Coordinator) -> dict[str, object]:
-    """Return what must be the same on all ranks."""
     tables = {p: table for table in coordinator.tables for p in table.parameters()}
     shapes = {}
     for name, p in coordinator.model.named_parameters():

@@ -41,12 +41,12 @@ class Representation(nn.Module, ABC):
     Args:
         max_id: ids are 0 to ``max_id - 1``.
         shape: of one representation.
-        normalizer: applied to what was looked up in every forward: a name, a callable or None.
+        normalizer: name or callable, applied to the looked-up rows in every forward.
         normalizer_kwargs: its keyword arguments.
-        regularizer: adds a term of the loss in every forward: a name, a class, an instance or None.
+        regularizer: name, class or instance; adds a term of the loss in every forward.
         regularizer_kwargs: its keyword arguments.
         dropout: probability; each looked-up id has its own mask.
-        unique: look each id of a batch up once, and repeat it after normalizing.
+        unique: look up each id of a batch once, and repeat it after normalizing.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Representation(nn.Module, ABC):
         dropout: float | None = None,
         unique: bool | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # not super(): the bridge's next class is PyKEEN's Representation
+        nn.Module.__init__(self)  # not super(): in the bridge, that is PyKEEN's Representation
         self.max_id = max_id
         self.shape = _as_shape(shape)
         self.normalizer: RowFunction | None = resolve_normalizer(normalizer, normalizer_kwargs)
@@ -77,7 +77,7 @@ class Representation(nn.Module, ABC):
         """Look ids up, normalize, repeat (with ``unique``), regularize, drop out; in this order.
 
         Args:
-            indices: integers of any shape ``s``; None stands for ``torch.arange(max_id)``.
+            indices: integers of any shape ``s``; None means all ids.
 
         Returns:
             ``(*s, *shape)``, contiguous.
@@ -93,7 +93,6 @@ class Representation(nn.Module, ABC):
         return x if self.dropout is None else self.dropout(x)
 
     def _unique(self, indices: Any) -> tuple[Any, Tensor | None]:
-        """With ``unique``: return each index once, and the position of each given one in these."""
         if self.unique and isinstance(indices, Tensor):
             return indices.unique(return_inverse=True)
         return indices, None
@@ -106,24 +105,24 @@ class Representation(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are; the CPU without any."""
+        """The parameters' device; the CPU without parameters."""
         tensors = [*self.parameters(), *self.buffers()]
         return tensors[0].device if tensors else torch.device("cpu")
 
     def extra_repr(self) -> str:
-        """Show what makes this representation what it is."""
+        """Show max_id, shape, unique and normalizer."""
         text = f"max_id={self.max_id}, shape={self.shape}, unique={self.unique}"
         return text if self.normalizer is None else f"{text}, normalizer={self.normalizer}"
 
 
 @dataclass(frozen=True)
 class Prefetched:
-    """Ids that :meth:`Embedding.prefetch` has sent; pass it to the table in place of the ids."""
+    """Ids sent by :meth:`Embedding.prefetch`; pass it to the table instead of the ids."""
 
     table: "Embedding"
-    #: of the ids, or of the unique ones
+    #: of the ids, unique ones if configured
     shape: tuple[int, ...]
-    #: with ``unique``, the position of each id among the unique ones
+    #: with ``unique``: the position of each id among the unique ones
     inverse: Tensor | None
     #: of the table's lookup
     request: Any
@@ -132,52 +131,52 @@ class Prefetched:
 class Embedding(Representation):
     """A trainable table, row-sharded over the ranks of a process group, with PyKEEN's arguments.
 
-    Without an initialized ``torch.distributed`` it is one shard in this process. In a group of
-    several ranks the constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are
-    collectives: every rank calls them in the same order, each with its own ids (an empty tensor if
-    it has none). As in PyKEEN, rows are N(0, 1) until :meth:`reset_parameters` runs the
-    initializer. ``forward(None)`` aliases the rows in one process under ``torch.no_grad``;
-    otherwise it is a copy of all ranks' rows.
+    Without an initialized ``torch.distributed`` it is one shard in this process. On several ranks
+    the constructor, :meth:`forward`, its backward and :meth:`reset_parameters` are collectives:
+    every rank calls them in the same order, each with its own ids (or an empty tensor). As in
+    PyKEEN, rows are N(0, 1) until :meth:`reset_parameters` runs the initializer. In one process
+    under ``torch.no_grad``, ``forward(None)`` aliases the rows; otherwise it copies all ranks'
+    rows.
 
-    A ``state_dict`` (and a pickle) holds this rank's rows, and says which; a fused optimizer's
-    state is only in the pickle. ``load_state_dict`` takes it, or the state dict of a whole table,
-    of pykeen.nn.Embedding or torch.nn.Embedding, of which each rank keeps its part;
-    :meth:`full_state_dict` is the way back. :mod:`shardemb.checkpoint` saves and loads a job.
+    A ``state_dict`` or pickle holds this rank's rows and their ids; only the pickle holds a fused
+    optimizer's state. ``load_state_dict`` takes it, or the state dict of a whole table, a
+    pykeen.nn.Embedding or a torch.nn.Embedding, of which each rank keeps its part.
+    :meth:`full_state_dict` returns a whole table. :mod:`shardemb.checkpoint` saves and loads a job.
 
     Args:
         max_id: ids are 0 to ``max_id - 1``.
         num_embeddings: older name of ``max_id``.
         embedding_dim: one-dimensional ``shape``.
-        shape: of one row; give it or ``embedding_dim``.
-        initializer: fills rows ``(n, *shape)`` (complex ones as real ``(n, *shape, 2)``): a name, a
-            callable, :class:`~shardemb.initializers.PretrainedInitializer` or None for normal. It
-            gets fixed blocks of rows with a seeded generator, so the table is the same at every
-            number of ranks.
+        shape: of one row; alternative to ``embedding_dim``.
+        initializer: name, callable or :class:`~shardemb.initializers.PretrainedInitializer` that
+            fills rows ``(n, *shape)`` (complex ones as real ``(n, *shape, 2)``); None for normal.
+            It gets fixed blocks of rows with a seeded generator, so every number of ranks gives the
+            same table.
         initializer_kwargs: its keyword arguments.
-        constrainer: row-wise function that :meth:`post_parameter_update` applies to the rows that
-            changed: a name, a callable or None.
+        constrainer: row-wise function, name or callable, that :meth:`post_parameter_update` applies
+            to changed rows.
         constrainer_kwargs: its keyword arguments.
         trainable: whether rows get gradients.
-        dtype: of the rows, complex ones included; torch's default.
+        dtype: of the rows, real or complex; None for torch's default.
         kernel: "sparse": a COO gradient on the shard's Parameter, for :mod:`shardemb.optim`,
             torch.optim.SGD, Adagrad or SparseAdam; a step costs the rows that it touches. "dense":
             an ordinary gradient for any optimizer; a step costs all rows. "fused", or
-            :class:`~shardemb.Fused` with its options: FBGEMM updates the rows in backward; one
-            lookup a step, no gradient is kept.
-        sharding: how ranks share the rows, :class:`~shardemb.Sharding`; "replicated" is short for
-            ``Sharding(placement="replicated")``. None shards the rows over the default group.
-        seed: of the initial rows; None draws one from torch's generator (rank 0's, for all ranks).
-        initialize: run the initializer in the constructor, instead of filling rows with N(0, 1) for
-            :meth:`reset_parameters` to overwrite: half the time for a large table.
+            :class:`~shardemb.Fused` with options: FBGEMM updates the rows in backward, without a
+            gradient; one lookup a step.
+        sharding: :class:`~shardemb.Sharding`, or "replicated" for
+            ``Sharding(placement="replicated")``; None shards rows over the default group.
+        seed: of the initial rows; None draws one from torch's generator on rank 0.
+        initialize: run the initializer now instead of filling rows with N(0, 1); halves the time
+            for a large table.
         device: of the rows.
-        name: of the table, for errors and checkpoints.
-        kwargs: ``normalizer``, ``regularizer``, ``dropout``, ``unique`` and so on, see
-            :class:`Representation`.
+        name: for errors and checkpoints.
+        kwargs: of :class:`Representation`: ``normalizer``, ``regularizer``, ``dropout``,
+            ``unique``, ...
 
     Raises:
         ValueError: missing or contradictory sizes, options that would train incorrectly together, a
-            constrainer that is not row-wise, ranks that disagree.
-        TypeError: a shape that is neither an int nor a sequence of ints, an option of a wrong type.
+            constrainer that is not row-wise, or ranks that disagree.
+        TypeError: a shape or an option of a wrong type.
         KeyError: an unknown name of a function.
         MemoryError: the shard does not fit the free memory.
     """
@@ -214,8 +213,7 @@ class Embedding(Representation):
         self._shape = (*self.shape, 2) if self.is_complex else self.shape
         self.initializer: Initializer = resolve_initializer(initializer, initializer_kwargs)
         self.constrainer: RowFunction | None = resolve_constrainer(constrainer, constrainer_kwargs)
-        #: post_parameter_update relies on knowing which rows changed; replicas also have rows that
-        #: other ranks changed
+        #: whether constraining changed rows is enough; replicas also change on other ranks
         self._constrains_changed_only = (
             self.constrainer is not None
             and probe_constrainer(self.constrainer, self.shape, dtype, name)
@@ -299,9 +297,9 @@ class Embedding(Representation):
 
     @classmethod
     def from_pretrained(cls, tensor: Any, *, trainable: bool = False, **kwargs: Any) -> Self:
-        """Make a table for a tensor ``(max_id, *shape)``, or a pretrained initializer with one.
+        """Make a table for a tensor ``(max_id, *shape)`` or a pretrained initializer.
 
-        As in PyKEEN, :meth:`reset_parameters` puts the tensor into the table, and the table is
+        As in PyKEEN, :meth:`reset_parameters` copies the tensor into the table, and the table is
         frozen unless ``trainable``.
         """
         initializer = PretrainedInitializer(tensor) if isinstance(tensor, Tensor) else tensor
@@ -311,7 +309,6 @@ class Embedding(Representation):
         )
 
     def _shared_seed(self, options: Mapping[str, Any]) -> int:
-        """Return a seed that all ranks share, after a check that they pass the same options."""
         drawn = int(torch.randint(2**62, ())) if self._seed is None else self._seed
         if self._world_size == 1:
             return drawn
@@ -326,24 +323,23 @@ class Embedding(Representation):
         self._embeddings.touch_all()
 
     def reset_parameters(self) -> None:
-        """Run the initializer, and clear the fused optimizer's state. A collective.
+        """Run the initializer, and zero the fused optimizer's state. A collective.
 
-        With a ``seed`` the rows are the same each time, otherwise new ones.
+        With a ``seed`` the rows are the same each time.
         """
         self._fill(self.initializer, self._shared_seed({"call": "reset_parameters"}))
 
     def post_parameter_update(self) -> None:
         """Constrain this rank's rows in place; call it after each optimizer step.
 
-        The first call constrains all rows. Later ones take the rows that got a gradient since the
-        last call; all rows again for a constrainer that is not idempotent, and for dense gradients.
+        The first call constrains all rows, later ones those with a gradient since the last call.
+        Dense gradients, and constrainers that are not idempotent, need all rows each time.
         """
         if self.constrainer is not None and not self._updates_deferred:
             self._embeddings.constrain_(self._row_constrainer, self._constrains_changed_only)
 
     @property
     def _row_constrainer(self) -> RowFunction:
-        """The constrainer as a function of stored rows ``(n, D)``."""
         if len(self._shape) == 1 and is_plain_normalize(self.constrainer):
             return kernels.unit_rows
         return self._constrain_stored
@@ -359,10 +355,10 @@ class Embedding(Representation):
         return torch.view_as_complex(x) if self.is_complex else x
 
     def forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
-        """Look rows up as :meth:`Representation.forward` does. A collective on several ranks.
+        """Look rows up as :meth:`Representation.forward`. A collective on several ranks.
 
         Args:
-            indices: ids of any shape, what :meth:`prefetch` returned, or None for all ids.
+            indices: ids of any shape, a result of :meth:`prefetch`, or None for all ids.
 
         Raises:
             IndexError: ids out of range, on all ranks.
@@ -376,11 +372,10 @@ class Embedding(Representation):
         return super()._unique(indices)
 
     def prefetch(self, indices: Tensor) -> Prefetched:
-        """Send the ids of a later lookup to the owners of their rows. A collective.
+        """Send the ids of a later lookup to their rows' owners. A collective.
 
-        ``table(table.prefetch(ids))`` is ``table(ids)``. Call this once the ids are known, say
-        before the backward of the step before, so that they travel while that is computed. On one
-        rank there is nothing to send.
+        ``table(table.prefetch(ids))`` equals ``table(ids)``. Called before the backward of the
+        previous step, it lets the ids travel meanwhile. On one rank it sends nothing.
 
         Args:
             indices: integers of any shape.
@@ -410,22 +405,15 @@ class Embedding(Representation):
 
     @property
     def torchrec_table(self) -> TorchRecTable | None:
-        """TorchRec's side of the table: its ``torchrec_module`` and ``torchrec_plan``.
-
-        None for other engines.
-        """
+        """The table with ``torchrec_module`` and ``torchrec_plan``; None without TorchRec."""
         return self._embeddings if isinstance(self._embeddings, TorchRecTable) else None
 
     @property
     def _holds_first_copy(self) -> bool:
-        """Whether this rank's rows are no replica of those of an earlier rank."""
         return self._groups is None or self._groups.holds_first_copy
 
     def _constrainer_in_step(self) -> dict[Tensor, RowFunction]:
-        """Return, by Parameter, what a row-wise optimizer may apply to rows ``(n, D)`` it updates.
-
-        Empty without a constrainer, or if :meth:`post_parameter_update` has other rows to look at.
-        """
+        """Empty if :meth:`post_parameter_update` has other rows to constrain."""
         in_step = self.kernel == "sparse" and self._constrains_changed_only
         if not in_step or self._embeddings.any_changed:
             return {}
@@ -437,8 +425,8 @@ class Embedding(Representation):
         Every rank needs memory for all rows.
 
         Args:
-            layout: "pykeen" for ``pykeen.nn.Embedding.load_state_dict``, "torch" for that of
-                ``torch.nn.Embedding`` (the weight alone, ``(V, D)``, complex rows as pairs of real
+            layout: "pykeen" for ``pykeen.nn.Embedding.load_state_dict``, "torch" for
+                ``torch.nn.Embedding`` (only the weight ``(V, D)``, complex rows as pairs of real
                 numbers). This class loads both, at any number of ranks.
 
         Raises:
@@ -463,7 +451,7 @@ class Embedding(Representation):
         if layout == "torch":
             return {"weight": weight}
         state = self.state_dict()
-        state.pop("_embeddings.rows", None)  # which rows this rank has
+        state.pop("_embeddings.rows", None)  # this rank's rows
         return state | {"_embeddings.weight": weight}
 
     def _load_from_state_dict(
@@ -505,7 +493,6 @@ class Embedding(Representation):
         return self
 
     def _require_default_group(self, who: str) -> None:
-        """Raise ValueError if the rows lie on another group than the default one."""
         if self._group is not None:
             raise InputError(
                 f"table {self.name!r} lies on a process group of its own, {who} takes the default"
@@ -514,20 +501,19 @@ class Embedding(Representation):
 
     @property
     def exchanged_bytes(self) -> int:
-        """Bytes that this rank has sent in lookups and backward; TorchRec's are not counted."""
+        """Bytes that this rank has sent in lookups and backward; excludes TorchRec's."""
         return self._lookup.sent_bytes
 
     def local_rows(self, trainable: bool = False) -> Tensor:
         """Return this rank's rows ``(R, *shape)``, normalized as forward does.
 
-        ``plan.local_ids()`` are their ids.
+        Their ids are ``plan.local_ids()``.
 
         Args:
-            trainable: with a gradient, for a loss over all rows; on several ranks it is this rank's
-                alone, not reduced.
+            trainable: with a gradient, for a loss over all rows; it is not reduced over ranks.
 
         Raises:
-            ValueError: ``trainable`` rows of a table whose gradient is not dense.
+            ValueError: ``trainable`` without dense gradients.
         """
         if trainable and self.kernel != "dense":
             raise InputError(
@@ -544,36 +530,34 @@ class Embedding(Representation):
         self._embeddings.set_learning_rate(lr)
 
     def _stored_rows(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps: "weight" ``(R, D)`` and the fused optimizer's state."""
         return {"weight": self._embeddings.weight.detach(), **self._embeddings.optimizer_state()}
 
     @torch.no_grad()
     def _load_stored_rows(self, rows: Mapping[str, Tensor]) -> None:
-        """Take what :meth:`_stored_rows` returned; a weight alone leaves optimizer state."""
+        """Load what :meth:`_stored_rows` returned; "weight" alone keeps the optimizer state."""
         weight = self._embeddings.weight.detach()
         state = {key: value for key, value in rows.items() if key != "weight"}
-        if rows["weight"].data_ptr() != weight.data_ptr():  # otherwise it was filled in place
+        if rows["weight"].data_ptr() != weight.data_ptr():  # otherwise filled in place
             weight.copy_(rows["weight"])
         if state:
             self._embeddings.load_optimizer_state(state)
         self._embeddings.touch_all()
 
     def _fused_hyperparameters(self) -> dict[str, Any] | None:
-        """Return name, learning rate and eps of the fused optimizer; None for other kernels."""
         table = self._embeddings
         if not isinstance(table, FusedTable):
             return None
         return {**asdict(table.optimizer), "lr": table.learning_rate}
 
     def extra_repr(self) -> str:
-        """Show the interface's part and this rank's share."""
+        """Add name, kernel and this rank's share."""
         share = f"{self.plan.num_local} rows on rank {self.plan.rank} of {self.plan.world_size}"
         return f"{super().extra_repr()}, name={self.name!r}, kernel={self.kernel!r}, {share}"
 
 
 @contextmanager
 def deferred_updates(tables: Sequence[Embedding]) -> Iterator[None]:
-    """Let the tables' ``post_parameter_update`` do nothing: the coordinator calls it itself."""
+    """Disable the tables' ``post_parameter_update``; the coordinator calls it itself."""
     for table in tables:
         table._updates_deferred = True
     try:
@@ -590,7 +574,7 @@ def _size_and_rank(group: Any) -> tuple[int, int]:
 
 
 def _describe(function: Any) -> str:
-    """Name a function as all ranks name it: without addresses."""
+    """Name a function without addresses, so that all ranks give the same name."""
     if isinstance(function, partial):
         kwargs = function.keywords
         simple = {k: v for k, v in kwargs.items() if isinstance(v, int | float | str | tuple)}

@@ -152,7 +152,7 @@ class WorkerError(ShardembError, RuntimeError):
 
     @property
     def order(self) -> tuple[bool, bool]:
-        """Sorts failures of one job, the cause first: ranks that lost a peer may say so earlier."""
+        """Sort key of a job's failures, the cause first."""
         return self.error == PeerFailureError.__name__, self.error != "died"
 
     @classmethod
@@ -184,8 +184,8 @@ class ShardBusyError(ShardembError, RuntimeError):
 def restart_may_help(error: BaseException) -> bool:
     """Whether a job that raised this may succeed when its ranks start again.
 
-    Errors of other code are taken to come again if they are of its logic (ValueError, KeyError,
-    ...) or name a file that is missing; RuntimeError and errors of the machine may go away.
+    In other code, errors of logic (ValueError, KeyError, ...) and missing files would come again;
+    RuntimeError and errors of the machine may not.
     """
     if isinstance(error, ShardembError):
         return error.restart_may_help
@@ -196,7 +196,7 @@ def restart_may_help(error: BaseException) -> bool:
 
 
 def for_user(error: BaseException) -> bool:
-    """Whether the error's message is enough for the user; otherwise a traceback belongs to it."""
+    """Whether the error's message is enough for the user; otherwise show the traceback."""
     if isinstance(error, ShardembError):
         return error.for_user
     return isinstance(error, OSError | MemoryError)

@@ -1,12 +1,10 @@
-"""Initial rows that depend on the seed and the id, never on the shard or the number of ranks.
+"""Initial rows that depend on the seed and the id, not on the number of ranks.
 
-A table is filled in fixed blocks of :data:`BLOCK_ROWS` slots (see
-:mod:`shardemb.sharding.placement`), or, if it is no larger, in one block of all ids. Each block has
-its own random stream. A rank makes every block that it holds a row of, whole, and keeps its part,
-so any initializer works, also a user's callable, as long as a row's value does not depend on the
-number of rows. Where it does, and the function is known, its scale is corrected (Glorot's and
-Kaiming's fan out, quaternions), or every rank makes the whole table once (orthogonal, sparse, eye,
-dirac).
+A table is filled in blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.sharding.placement`),
+each with its own random stream; a smaller table is one block of all ids. A rank makes whole blocks
+and keeps its rows, so any initializer works whose values do not depend on the number of rows. Of
+known ones that do, the scale is corrected (fan-out of Glorot and Kaiming, quaternions), or every
+rank makes the whole table (orthogonal, sparse, eye, dirac).
 """
 
 import math
@@ -27,8 +25,7 @@ from shardemb.utils.memory import free_bytes
 from shardemb.utils.progress import progress
 from shardemb.utils.types import Initializer, normalize_name
 
-#: Rows that share one random stream. A constant of the format: another value gives other initial
-#: tables.
+#: Rows per random stream. Part of the format: another value changes the initial tables.
 BLOCK_ROWS = 4096
 
 
@@ -44,30 +41,30 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def xavier_uniform_norm_(tensor: Tensor) -> Tensor:
-    """Uniform rows scaled to unit length; the scale of Glorot's rule cancels."""
+    """Draw uniform rows of unit length; Glorot's scale cancels."""
     _require_rows_of_numbers(tensor)
     return F.normalize(init.uniform_(tensor, -1.0, 1.0))
 
 
 def xavier_normal_norm_(tensor: Tensor) -> Tensor:
-    """Normal rows scaled to unit length; the scale of Glorot's rule cancels."""
+    """Draw normal rows of unit length; Glorot's scale cancels."""
     _require_rows_of_numbers(tensor)
     return F.normalize(init.normal_(tensor))
 
 
 def _require_rows_of_numbers(tensor: Tensor) -> None:
-    if tensor.dim() < 2:  # torch's own message
+    if tensor.dim() < 2:  # torch's message
         text = "Fan in and fan out can not be computed for tensor with fewer than 2 dimensions"
         raise InputError(text)
 
 
 def normal_norm_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Draw normal rows, then scale each to unit length (along dimension 1, as PyKEEN does)."""
+    """Draw normal rows, then scale each to unit length (along dimension 1, as PyKEEN)."""
     return F.normalize(init.normal_(tensor, mean, std))
 
 
 def uniform_norm_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
-    """Draw uniform rows, then scale each to unit length (along dimension 1, as PyKEEN does)."""
+    """Draw uniform rows, then scale each to unit length (along dimension 1, as PyKEEN)."""
     return F.normalize(init.uniform_(tensor, a, b))
 
 
@@ -81,7 +78,7 @@ def init_phases(tensor: Tensor) -> Tensor:
 def init_quaternions(tensor: Tensor) -> Tensor:
     """Fill ``(n, *, d, 4)`` with quaternions of modulus in [-s, s] and uniform phase.
 
-    PyKEEN's rule: s = 1 / sqrt(2 n prod(*)). ValueError if the last dimension is not 4.
+    PyKEEN's s = 1 / sqrt(2 n prod(*)). ValueError if the last dimension is not 4.
     """
     if tensor.dim() < 2 or tensor.shape[-1] != 4:
         raise InputError(f"shape must be (..., 4) but is {tensor.shape}.")
@@ -94,13 +91,13 @@ def init_quaternions(tensor: Tensor) -> Tensor:
 
 
 class PretrainedInitializer:
-    """Rows from a given tensor ``(V, *shape)``, as PyKEEN's class of the same name."""
+    """Rows of a tensor ``(V, *shape)``, as PyKEEN's PretrainedInitializer."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the tensor in ``x``'s dtype and place; its shape must be ``x``'s."""
+        """Return the tensor in ``x``'s dtype and device; their shapes must be equal."""
         if x.shape != self.tensor.shape:
             raise InputError(
                 f"shape does not match: expected {self.tensor.shape} but got {x.shape}"
@@ -130,17 +127,16 @@ _BY_NAME: dict[str, Initializer] = {
     "xavieruniformnorm": xavier_uniform_norm_,
     "zeros": init.zeros_,
 }
-#: Rows that depend on which other rows there are: each rank makes the whole table.
+#: rows depend on other rows: each rank makes the whole table
 _WHOLE_TABLE = {init.dirac_, init.eye_, init.orthogonal_, init.sparse_}
 
 
 def _row_count_scale(
     function: Any, kwargs: Mapping[str, Any], rows: int, total: int, shape: tuple[int, ...]
 ) -> float:
-    """Return the factor between values made for ``rows`` rows and for ``total``."""
     if rows == total:
         return 1.0
-    field = math.prod(shape[1:])  # torch's fans: fan_in = shape[0] * field, fan_out = rows * field
+    field = math.prod(shape[1:])  # torch: fan_in = shape[0] * field, fan_out = rows * field
     if function in (init.xavier_uniform_, init.xavier_normal_):
         return math.sqrt((shape[0] + rows) / (shape[0] + total)) if shape and field else 1.0
     kaiming = function in (init.kaiming_uniform_, init.kaiming_normal_)
@@ -150,18 +146,13 @@ def _row_count_scale(
 
 
 def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> Initializer:
-    """Turn a name, a callable, a tensor wrapper or None (normal) into an initializer.
-
-    Raises:
-        KeyError: an unknown name.
-        TypeError: neither a name nor a callable.
-    """
+    """Resolve a name (KeyError if unknown), a callable or None (normal); TypeError for others."""
     if initializer is None:
         function: Any = init.normal_
     elif callable(initializer):
         function = initializer
         where = getattr(function, "__module__", None), getattr(function, "__name__", None)
-        if where == ("pykeen.nn.init", "init_quaternions"):  # the same rule, whose scale is known
+        if where == ("pykeen.nn.init", "init_quaternions"):  # the same rule, with a known scale
             function = init_quaternions
     elif isinstance(initializer, str):
         key = normalize_name(initializer)
@@ -182,23 +173,22 @@ def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> I
 def fill_rows(
     out: Tensor, initializer: Initializer, shape: tuple[int, ...], plan: RowPlan, seed: int
 ) -> None:
-    """Fill a shard in place, block by block; at most two blocks of memory besides it.
+    """Fill a shard in place, block by block; needs memory for two blocks.
 
     Args:
         out: ``(R, D)``, this rank's rows.
         initializer: gets ``(n, *shape)`` on the CPU, in the table's dtype.
         shape: of one real row, ``prod(shape) == D``.
-        plan: which rows these are.
+        plan: the shard's rows.
         seed: of the table.
 
     Raises:
-        ValueError: the initializer returned another shape, or a pretrained tensor does not fit the
-            table.
-        MemoryError: an initializer that needs the whole table, which does not fit.
+        ValueError: the initializer's result, or a pretrained tensor, has another shape.
+        MemoryError: the initializer needs the whole table, which does not fit.
     """
     total = plan.num_rows
     pretrained = getattr(initializer, "tensor", None)
-    if isinstance(pretrained, Tensor):  # a PretrainedInitializer, also PyKEEN's: rows by id
+    if isinstance(pretrained, Tensor):  # ours or PyKEEN's PretrainedInitializer: rows by id
         real = torch.view_as_real(pretrained) if pretrained.is_complex() else pretrained
         if tuple(real.shape) != (total, *shape):
             raise InputError(
@@ -211,9 +201,9 @@ def fill_rows(
     if isinstance(initializer, partial):
         function, kwargs = initializer.func, initializer.keywords
     whole = function in _WHOLE_TABLE
-    by_id = whole or total <= BLOCK_ROWS  # in one block rows may depend on each other, as in PyKEEN
+    by_id = whole or total <= BLOCK_ROWS  # rows of one block may depend on each other, as in PyKEEN
     size = max(1, total) if by_id else BLOCK_ROWS
-    # a rank without rows makes an empty block too: what the initializer refuses, all ranks refuse
+    # without rows, make an empty block: all ranks raise the same errors
     blocks = range(0, 1) if by_id or last == first else range(first // size, -(-last // size))
     what, unit = f"filling table {plan.table!r}", len(out) / max(1, len(blocks))
     with torch.random.fork_rng(devices=[]):
@@ -231,20 +221,18 @@ def fill_rows(
             part = part if scale == 1 else part * scale
             if plan.order.permuted:
                 out[low - first : high - first] = part
-            else:  # the block's slots, where their ids are
+            else:  # the block's slots, by id
                 ids = RowOrder(total, permuted=True).ids(torch.arange(low, high))
                 kernels.put(out, ids.to(out.device), part.to(out.device, out.dtype))
 
 
 def _cut(out: Tensor, rows: Tensor, plan: RowPlan) -> None:
-    """Copy this rank's part of a whole table ``(V, D)``."""
     for start in range(0, len(out), BLOCK_ROWS):
         ids = plan.local_ids(start, min(start + BLOCK_ROWS, len(out)))
         out[start : start + BLOCK_ROWS] = rows[ids.to(rows.device)]
 
 
 def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
-    """Return the rows ``(n, D)`` that an initializer makes of empty ones ``(n, *shape)``."""
     threads = torch.get_num_threads()
     if whole:
         need = 3 * empty.numel() * empty.itemsize  # orthogonal: input, copy, factor
@@ -255,7 +243,7 @@ def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
                 f" about {need:,} bytes, {free:,} are free: use another one, or save the rows and"
                 " load them with Embedding.load_state_dict"
             )
-        torch.set_num_threads(1)  # a factorization on other numbers of threads has other last bits
+        torch.set_num_threads(1)  # the last bits of a factorization depend on the number of threads
     try:
         rows = initializer(empty)
     finally:

@@ -1,14 +1,12 @@
-"""Row-wise optimizers, and the options of the one that FBGEMM runs in backward.
+"""Row-wise optimizers, and the options of FBGEMM's optimizers in backward.
 
-Each row-wise optimizer is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of a
-sparse gradient, those of all lookups together, then goes over them once, in chunks that stay in
-cache: sum the gradients of a row, read it, decay, update, constrain (if the coordinator asks for
-it), write. It leaves other rows and their moments alone ("lazy", as torch.optim.SparseAdam). A
-dense gradient touches all rows. float32 rows on the CPU go through the C loops of
-:mod:`shardemb.kernels.rows` if there are any, others through torch's operators.
+A row-wise optimizer is an ordinary ``torch.optim.Optimizer``. A step sorts the touched rows of a
+sparse gradient and passes over them once, in chunks that stay in cache: sum a row's gradients, read
+it, decay, update, constrain (on the coordinator's request), write. Other rows and their moments
+stay, as with torch.optim.SparseAdam. A dense gradient touches all rows. float32 rows on the CPU use
+the C loops of :mod:`shardemb.kernels.rows`, others torch's operators.
 
-No class has the name of one in torch.optim: PyKEEN's class_resolver finds subclasses of Optimizer
-by their names, and could not be imported.
+Class names differ from torch.optim's, because PyKEEN's class_resolver rejects duplicates at import.
 """
 
 import math
@@ -32,33 +30,30 @@ Group = Mapping[str, Any]
 
 
 def _undecorated(method: Any) -> Any:
-    """Return a method of torch's Optimizer without its guard against torch.compile.
-
-    The guard imports torch._dynamo when it is first called: 1.2 s of CPU and 70 MB.
-    """
+    """The guard of torch's methods imports torch._dynamo: 1.2 s of CPU and 70 MB."""
     return getattr(method, "__wrapped__", method)
 
 
 class RowWiseOptimizer(torch.optim.Optimizer):
-    """An update rule whose result for a row depends on this row, its gradient and its state alone.
+    """An update rule that uses only a row, its gradient and its state.
 
-    Subclasses give :attr:`state_per_row` and :meth:`update_rows`.
+    Subclasses define :attr:`state_per_row` and :meth:`update_rows`.
 
     Args:
         params: parameters ``(R, ...)``, or groups of them.
         defaults: hyper-parameters.
 
     Raises:
-        ValueError: ``lr``, ``eps`` or ``weight_decay`` below 0, ``betas`` not in [0, 1).
+        ValueError: ``lr``, ``eps`` or ``weight_decay`` below 0, or ``betas`` not in [0, 1).
     """
 
-    #: names of the state, and whether it is one number a row, or one for each of the row's
+    #: the state's names, and whether each has one number a row instead of D
     state_per_row: ClassVar[dict[str, bool]] = {}
-    #: rows of each parameter that steps of this process have updated
+    #: rows of each parameter that this process has updated
     rows_updated: Counter[Tensor]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with hyper-parameters of their own; ValueError for complex ones."""
+        """Add parameters with hyper-parameters; ValueError for complex ones."""
         check_hyperparameters(type(self).__name__, {**self.defaults, **param_group})
         _undecorated(torch.optim.Optimizer.add_param_group)(self, param_group)
         if not hasattr(self, "rows_updated"):
@@ -80,12 +75,12 @@ class RowWiseOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.rows_updated = Counter()
-        for group in self.param_groups:  # torch.optim's state dicts, and older ones, may lack some
+        for group in self.param_groups:  # older state dicts, and torch.optim's, may lack some
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what ``state_dict`` returned; the state stays float32, where torch would cast it."""
+        """Load ``state_dict``'s result; the state stays float32, which torch would cast."""
         _undecorated(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -104,10 +99,10 @@ class RowWiseOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss and the gradients.
-            constrain: by parameter, a function of rows ``(n, D)`` for the updated rows.
+            constrain: by parameter, a function of rows ``(n, D)`` applied to updated rows.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``.
         """
         loss = None
         if closure is not None:
@@ -155,7 +150,6 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         group: Group,
         constrain: RowFunction | None,
     ) -> None:
-        """Update rows and their state ``(R, D)`` in chunks: all, or ``rows``, one ``grad`` each."""
         for start in range(0, len(grad), CHUNK_ROWS):
             stop = min(start + CHUNK_ROWS, len(grad))
             chunk = None if rows is None else rows[start:stop]
@@ -175,14 +169,10 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                     tensor.index_copy_(0, chunk, part)
 
     def rate(self, group: Group) -> float:
-        """Return the learning rate of the step ``group["step"]``, bias correction included."""
+        """Return the learning rate of step ``group["step"]``, with bias correction."""
         return float(group["lr"])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """Return a parameter's state, made if there is none.
-
-        ValueError if it is another optimizer's.
-        """
         state = self.state[parameter]
         state.setdefault("step", 0)
         for name, per_row in self.state_per_row.items():
@@ -200,19 +190,19 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         return state
 
     def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
-        """Change rows and state in place.
+        """Update rows and state in place.
 
         Args:
             weight: ``(n, D)``.
-            grad: ``(n, D)``, not to be changed.
+            grad: ``(n, D)``, read-only.
             state: ``(n, 1)`` or ``(n, D)`` by name.
-            group: hyper-parameters, and under "step" the parameter's steps, this one included.
+            group: hyper-parameters, and "step", the parameter's steps including this one.
         """
         raise NotImplementedError
 
 
 def merged_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the touched rows ``(n,)`` of a sparse gradient, ascending, and their sums."""
+    """Return a sparse gradient's distinct rows ``(n,)``, ascending, and their summed values."""
     rows, values = _rows_and_values(grad)
     if grad.is_coalesced():
         return rows, values
@@ -229,7 +219,7 @@ def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """View a tensor ``(R, ...)`` as ``(R, D)``; one number is one row."""
+    """View a tensor ``(R, ...)`` as ``(R, D)``; a scalar is one row."""
     if tensor.dim() == 2:
         return tensor
     num_rows = tensor.shape[0] if tensor.dim() else 1
@@ -237,7 +227,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def why_refused(optimizer: torch.optim.Optimizer, group: Group, sparse: bool) -> str | None:
-    """Say what an optimizer of torch cannot do with a table's gradient, and what can; or None."""
+    """Return why a torch optimizer cannot take a table's gradient, and what can; or None."""
     name = type(optimizer).__name__
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
@@ -258,12 +248,12 @@ def why_refused(optimizer: torch.optim.Optimizer, group: Group, sparse: bool) ->
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:
-    """Return float32 for half precision, where eps would be 0, and 0 / 0 NaN."""
+    """At least float32: eps would be 0 in half precision."""
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Group) -> bool:
-    """Whether a step on a sparse gradient surely leaves all other rows as they are."""
+    """Whether a step on a sparse gradient surely leaves other rows unchanged."""
     if isinstance(optimizer, RowWiseOptimizer):
         return True
     known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad | torch.optim.SparseAdam)
@@ -271,7 +261,7 @@ def moves_touched_rows_only(optimizer: torch.optim.Optimizer, group: Group) -> b
 
 
 def check_hyperparameters(who: str, values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a rate, eps, decay or beta out of its range."""
+    """Raise ValueError for a rate, eps, decay or beta out of range."""
     for key in ("lr", "eps", "weight_decay"):
         if key in values and not 0 <= values[key] < math.inf:
             raise InputError(
@@ -284,15 +274,13 @@ def check_hyperparameters(who: str, values: Mapping[str, Any]) -> None:
 
 
 class SparseSGD(RowWiseOptimizer):
-    """``w -= lr * g`` for touched rows. Momentum would move the others too.
-
-    Torch.optim.SGD has it, for dense gradients.
+    """Touched rows: ``w -= lr * g``; no momentum, which would move other rows too.
 
     Args:
         params: parameters ``(R, ...)``.
         lr: learning rate.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
-            ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled (Loshchilov & Hutter 2019): first scales touched rows by ``1 - lr *
+            weight_decay``.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
@@ -304,16 +292,15 @@ class SparseSGD(RowWiseOptimizer):
 
 
 class SparseAdagrad(RowWiseOptimizer):
-    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)`` (Duchi et al.
+    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as torch.optim.Adagrad on sparse gradients.
 
-    2011), as torch.optim.Adagrad on sparse gradients.
+    Duchi et al. 2011.
 
     Args:
         params: parameters ``(R, ...)``.
         lr: learning rate.
         eps: added to the root.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
-            ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled, see :class:`SparseSGD`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": False}
@@ -332,15 +319,14 @@ class SparseAdagrad(RowWiseOptimizer):
 class RowWiseAdagrad(RowWiseOptimizer):
     """Adagrad with one accumulator a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
 
-    The rule is FBGEMM's EXACT_ROWWISE_ADAGRAD (one update a row and step, gradients of duplicate
-    ids summed first), so this class gives what the fused kernel gives.
+    The rule of FBGEMM's EXACT_ROWWISE_ADAGRAD, and so of the fused kernel: gradients of duplicate
+    ids are summed, then each row is updated once.
 
     Args:
         params: parameters ``(R, ...)``.
         lr: learning rate.
         eps: added to the root; torch.optim.Adagrad's 1e-10.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
-            ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled, see :class:`SparseSGD`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": True}
@@ -358,9 +344,7 @@ class RowWiseAdagrad(RowWiseOptimizer):
 
 
 class LazyAdam(RowWiseOptimizer):
-    """Adam (Kingma & Ba 2015) that leaves untouched rows and their moments alone.
-
-    Torch.optim.SparseAdam's rule.
+    """Adam (Kingma & Ba 2015) on touched rows and their moments, by torch.optim.SparseAdam's rule.
 
     Bias correction counts the parameter's steps, not the row's.
 
@@ -369,8 +353,7 @@ class LazyAdam(RowWiseOptimizer):
         lr: learning rate.
         betas: decay of the first and second moment.
         eps: added to the root.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): scales touched rows by
-            ``1 - lr * weight_decay`` first.
+        weight_decay: decoupled, see :class:`SparseSGD`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": False}
@@ -412,17 +395,15 @@ class LazyAdam(RowWiseOptimizer):
 
 
 class RowWiseAdam(LazyAdam):
-    """:class:`LazyAdam` with one second moment a row, of ``mean(g^2)``.
+    """:class:`LazyAdam` with one second moment a row, of ``mean(g^2)``, in half the memory.
 
-    FBGEMM's PARTIAL_ROWWISE_ADAM, half of Adam's memory.
-
-    Args: as :class:`LazyAdam`.
+    FBGEMM's PARTIAL_ROWWISE_ADAM; arguments of :class:`LazyAdam`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": True}
 
 
-#: a subclass may have another update_rows, which the C loops know nothing of
+#: exact types: a subclass may have another update_rows than the C loops
 _RULES = {
     SparseSGD: "sgd",
     SparseAdagrad: "adagrad",
@@ -436,13 +417,13 @@ _RULES = {
 class FusedOptimizer:
     """The update of touched rows that FBGEMM makes in backward: ``Fused(optimizer=...)``."""
 
-    #: "sgd", "adagrad" or "rowwise_adagrad": what FBGEMM has on CPU and CUDA
+    #: "sgd", "adagrad" or "rowwise_adagrad", which FBGEMM has on CPU and CUDA
     name: str = "rowwise_adagrad"
-    #: learning rate; change it during training with ``Embedding.set_learning_rate``
+    #: learning rate; ``Embedding.set_learning_rate`` changes it during training
     lr: float = 0.1
     #: added to Adagrad's root; torch's 1e-10, not FBGEMM's 1e-8
     eps: float = 1e-10
-    #: refused unless 0: FBGEMM would ignore it
+    #: must be 0: FBGEMM would ignore it
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -462,5 +443,5 @@ class FusedOptimizer:
 
     @property
     def state_columns(self) -> int | None:
-        """Columns of state a row: 0, 1, or None for as many as the row has."""
+        """Columns of state a row: 0, 1, or None for all columns of a row."""
         return {"sgd": 0, "rowwise_adagrad": 1, "adagrad": None}[self.name]

@@ -1,15 +1,13 @@
-"""The bridge to PyKEEN (``pip install shardemb[pykeen]``).
+"""The bridge to PyKEEN (``pip install shardemb[pykeen]``): a sharded ``Representation``.
 
-A sharded table that is a ``pykeen.nn.Representation``.
-
-Hand :class:`ShardedEmbedding` to a model, a pipeline or an ``ERModel`` in the place of
-``pykeen.nn.Embedding``; options of our own go through :meth:`ShardedEmbedding.with_options`::
+Pass :class:`ShardedEmbedding` to a model, a pipeline or an ``ERModel`` instead of
+``pykeen.nn.Embedding``; :meth:`ShardedEmbedding.with_options` sets this package's options::
 
     table = ShardedEmbedding.with_options(seed=0)
     tables = dict(entity_representations=table, relation_representations=table)
     pipeline(dataset="nations", model="TransE", model_kwargs=tables)
 
-PyKEEN's training loops are for one process. docs/from-pykeen.md has a loop for several.
+PyKEEN's training loops use one process; docs/from-pykeen.md has a loop for several.
 """
 
 import inspect
@@ -28,13 +26,11 @@ from shardemb.sharding.options import Fused
 
 
 class ShardedEmbedding(Embedding, PyKEENRepresentation):
-    """:class:`shardemb.Embedding` for PyKEEN's models and loops.
-
-    Its arguments, with dense gradients by default.
+    """:class:`shardemb.Embedding` for PyKEEN's models and loops, by default with dense gradients.
 
     PyKEEN's default optimizer, Adam, takes no sparse gradients. With ``kernel="sparse"`` choose
-    "SGD", "Adagrad", "SparseAdam", or one of :mod:`shardemb.optim`, by name too: "RowWiseAdagrad".
-    The string "ShardedEmbedding" names this class wherever PyKEEN takes one.
+    "SGD", "Adagrad", "SparseAdam" or one of :mod:`shardemb.optim`, also by name. PyKEEN resolves
+    the name "ShardedEmbedding" to this class.
 
     Raises:
         ValueError: ``kernel="fused"``: PyKEEN's loops look entities up several times a step, and
@@ -55,22 +51,20 @@ class ShardedEmbedding(Embedding, PyKEENRepresentation):
                 " a step and run backward without a step: use kernel='sparse' with e.g."
                 " optimizer='Adagrad', or 'dense'"
             )
-        # models collect the terms of PyKEEN's own regularizers alone
+        # models collect terms of PyKEEN's own regularizers only
         regularizer = regularizer_resolver.make_safe(regularizer, regularizer_kwargs)
         super().__init__(*args, kernel=kernel, regularizer=regularizer, **kwargs)
 
     @classmethod
     def with_options(cls, **options: Any) -> type["ShardedEmbedding"]:
-        """Return this class with other defaults.
-
-        For PyKEEN's models that set the arguments of their tables themselves.
+        """Return this class with other defaults, for models that choose their tables' arguments.
 
         Args:
-            options: keyword arguments of :class:`shardemb.Embedding`; those given at construction
-                go before them.
+            options: keyword arguments of :class:`shardemb.Embedding`; arguments at construction
+                override them.
 
         Raises:
-            TypeError: an argument that there is not.
+            TypeError: an unknown argument.
         """
         known = (
             inspect.signature(Embedding.__init__).parameters.keys()
@@ -85,8 +79,8 @@ class ShardedEmbedding(Embedding, PyKEENRepresentation):
             )
 
         def new(kind: type, *args: Any, **kwargs: Any) -> Any:
-            # instances are the plain class's, so that they can be pickled; a subclass of the user's
-            # is one itself
+            # make instances of the plain class, which can be pickled; a user's subclass stays
+            # itself
             return cls(*args, **{**options, **kwargs}) if kind is made else cls.__new__(kind)
 
         def init(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,4 @@
-"""Regularizers.
-
-Terms of the loss that representations collect in forward, as PyKEEN 1.11.1's of the same names.
-"""
+"""Terms of the loss that representations collect in forward, as in PyKEEN 1.11.1."""
 
 import math
 import warnings
@@ -17,10 +14,7 @@ from shardemb.utils.types import normalize_name
 
 
 def _expected_norm(p: float, d: int) -> float:
-    """Return ``E[|x|^p]^(1/p)`` of the p-norm of ``d`` standard normal numbers.
-
-    As PyKEEN's get_expected_norm.
-    """
+    """``E[|x|^p]^(1/p)`` of ``d`` standard normal numbers, as PyKEEN's get_expected_norm."""
     if math.isinf(p):
         raise NotImplementedError("Normalization for inf norm is not implemented")
     moment = 2 ** (p / 2) * math.gamma((p + 1) / 2) / math.sqrt(math.pi)
@@ -35,12 +29,12 @@ def _reduce(x: Tensor, p: float, dim: int | None, normalize: bool, root: bool) -
 
 
 class Regularizer(nn.Module):
-    """Collects a term of the loss from the representations that pass through it.
+    """Collects a term of the loss from representations.
 
     Args:
         weight: factor of the term.
         apply_only_once: count only the first ``update`` between two pops.
-        parameters: tensors that every pop adds the terms of, too.
+        parameters: tensors whose terms every pop adds.
     """
 
     weight: Tensor
@@ -81,12 +75,12 @@ class Regularizer(nn.Module):
         return self.weight * self.regularization_term
 
     def reset(self) -> None:
-        """Forget the term."""
+        """Set the term to 0."""
         self.regularization_term = torch.zeros_like(self.regularization_term, requires_grad=False)
         self.updated = False
 
     def pop_regularization_term(self) -> Tensor:
-        """Return the weighted term ``(1,)`` for the loss, and start anew."""
+        """Return the weighted term ``(1,)`` for the loss, and reset it."""
         if self.tracked_parameters:
             self.update(*self.tracked_parameters)
         term = self.term
@@ -94,7 +88,7 @@ class Regularizer(nn.Module):
         return term
 
     def post_parameter_update(self) -> None:
-        """Forget the term; warns if nobody took it."""
+        """Reset the term; warns if it was not used."""
         if self.updated:
             warnings.warn(
                 "Resetting regularization term without using it; this may be an error.",
@@ -115,10 +109,7 @@ class NoRegularizer(Regularizer):
 
 
 class LpRegularizer(Regularizer):
-    """Mean Lp norm along ``dim``.
-
-    ``normalize`` divides by its expectation for standard normal numbers.
-    """
+    """Mean Lp norm along ``dim``; ``normalize`` divides by that of standard normal numbers."""
 
     _root = True
 
@@ -134,19 +125,13 @@ class LpRegularizer(Regularizer):
 
 
 class PowerSumRegularizer(LpRegularizer):
-    """Mean of the sum of absolute values to the power ``p``.
-
-    With p=3 on complex rows, the N3 of Lacroix et al. 2018.
-    """
+    """Mean of the sum of absolute values to the power ``p``; 3 is N3 (Lacroix et al. 2018)."""
 
     _root = False
 
 
 class NormLimitRegularizer(Regularizer):
-    """Sum of what the norms exceed ``max_norm`` by.
-
-    With ``power_norm`` the norms stay without their root.
-    """
+    """Sum of the norms' excess over ``max_norm``; ``power_norm`` takes norms without the root."""
 
     def __init__(
         self,
@@ -168,12 +153,9 @@ class NormLimitRegularizer(Regularizer):
 
 
 class OrthogonalityRegularizer(Regularizer):
-    """Soft orthogonality of two tensors (Wang et al. 2014, TransH).
+    """Soft orthogonality of two tensors: sum of squared cosines' excess over ``epsilon``.
 
-    Sum of what squared cosines exceed ``epsilon`` by.
-
-    As in PyKEEN, :meth:`update` takes exactly two tensors, so a model calls it, not a single
-    representation.
+    TransH (Wang et al. 2014). As in PyKEEN, a model calls :meth:`update`, with exactly two tensors.
     """
 
     def __init__(
@@ -188,11 +170,11 @@ class OrthogonalityRegularizer(Regularizer):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raise NotImplementedError: one tensor is not orthogonal to anything."""
+        """Raise NotImplementedError: it needs two tensors."""
         raise NotImplementedError(f"{type(self).__name__} regularizer is order-sensitive!")
 
     def update(self, *tensors: Tensor) -> None:
-        """Add the term of two tensors ``(..., d)``; ValueError for another number of them."""
+        """Add the term of two tensors ``(..., d)``; ValueError for another number."""
         if len(tensors) != 2:
             raise InputError(f"Expects exactly two tensors, got {len(tensors)}")
         if self.apply_only_once and self.updated:
@@ -208,7 +190,7 @@ class CombinedRegularizer(Regularizer):
     """Mean of several regularizers, weighted by their weights.
 
     Args:
-        regularizers: at least one, none of them a :class:`NoRegularizer` (TypeError).
+        regularizers: at least one, no :class:`NoRegularizer` (TypeError).
         total_weight: of the mean.
         kwargs: of :class:`Regularizer`.
     """
@@ -248,12 +230,7 @@ _REGULARIZERS: dict[str, type[Regularizer]] = {
 
 
 def resolve_regularizer(regularizer: Any, kwargs: Mapping[str, Any] | None) -> nn.Module | None:
-    """Turn a name, a class, an instance (with ``update``) or None into a regularizer.
-
-    Raises:
-        KeyError: an unknown name.
-        TypeError: anything else.
-    """
+    """Resolve a name (KeyError if unknown), a class, an instance or None; TypeError for others."""
     if regularizer is None or (
         hasattr(regularizer, "update") and not isinstance(regularizer, type)
     ):

@@ -1,6 +1,6 @@
-"""Normalizers (in forward) and constrainers (after a step): PyKEEN 1.11.1's of the same names.
+"""Normalizers (in forward) and constrainers (after a step), as in PyKEEN 1.11.1.
 
-A constrainer runs on the rows of one rank that changed, so it must treat each row alone;
+A constrainer runs on a rank's changed rows, so it must treat each row alone;
 :func:`probe_constrainer` checks that when the table is made.
 """
 
@@ -18,10 +18,7 @@ from shardemb.utils.types import RowFunction, normalize_name
 
 
 def complex_normalize(x: Tensor) -> Tensor:
-    """Divide each element of a complex ``(..., d)`` by its modulus.
-
-    Pairs real ones, with a warning.
-    """
+    """Divide complex elements of ``(..., d)`` by their moduli; pairs real ones, with a warning."""
     if torch.is_complex(x):
         return x / x.abs().clamp_min(torch.finfo(x.dtype).eps)
     warnings.warn(
@@ -67,7 +64,7 @@ def _resolve(
 
 
 def to_json(function: RowFunction | None) -> dict[str, Any] | None:
-    """Describe a normalizer or constrainer by name and arguments; name None if it has none."""
+    """Describe a function by name (None if unknown) and arguments."""
     if function is None:
         return None
     plain, args, kwargs = _parts(function)
@@ -82,15 +79,12 @@ def to_json(function: RowFunction | None) -> dict[str, Any] | None:
 
 
 def resolve_constrainer(constrainer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Return the constrainer of a name or callable.
-
-    KeyError for an unknown name, TypeError else.
-    """
+    """Resolve a name (KeyError if unknown), a callable or None; TypeError for others."""
     return _resolve(_CONSTRAINERS, constrainer, kwargs)
 
 
 def resolve_normalizer(normalizer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Return the normalizer of a name or callable; KeyError for an unknown name, TypeError else."""
+    """Resolve a name (KeyError if unknown), a callable or None; TypeError for others."""
     return _resolve(_NORMALIZERS, normalizer, kwargs)
 
 
@@ -115,17 +109,16 @@ def probe_constrainer(
     """Check on 8 random rows that a constrainer treats each row alone.
 
     Args:
-        constrainer: the function, on rows ``(n, *shape)`` of ``dtype``.
+        constrainer: function of rows ``(n, *shape)`` of ``dtype``.
         shape: of one row.
-        dtype: of the rows as the constrainer sees them.
-        table: name for the error.
+        dtype: of the rows.
+        table: name for errors.
 
     Returns:
-        Whether applying it twice equals applying it once (to 1e-5), so that rows which did not
-        change may be skipped.
+        Whether it is idempotent (to 1e-5), so that unchanged rows may be skipped.
 
     Raises:
-        ValueError: a row's result depends on the other rows, or has another shape.
+        ValueError: a row's result depends on other rows, or has another shape.
     """
     plain, _, kwargs = _parts(constrainer)
     if plain is clamp_norm and kwargs.get("dim") is None:
@@ -133,7 +126,7 @@ def probe_constrainer(
             f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table,"
             " which no shard has: pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"
         )
-    with warnings.catch_warnings():  # what the function has to say, it says when it is used
+    with warnings.catch_warnings():  # its warnings appear at use
         warnings.simplefilter("ignore")
         try:
             idempotent = [
@@ -151,7 +144,7 @@ def probe_constrainer(
 def _probe(
     constrainer: RowFunction, scale: float, shape: tuple[int, ...], dtype: torch.dtype, table: str
 ) -> bool:
-    """Probe with rows of one scale: a clamp shows at large ones only."""
+    """Probe with rows of one scale; some constrainers change large rows only."""
     generator = torch.Generator().manual_seed(0)
     rows = scale * torch.randn(8, *shape, dtype=dtype, generator=generator)
     whole = constrainer(rows.clone())

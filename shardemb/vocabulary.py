@@ -1,8 +1,7 @@
-"""Labels and their dense ids, in a file that is mapped into memory.
+"""Labels and their dense ids, in a memory-mapped file.
 
-The id of a label is its place in the order of the labels' MD5. That depends on the set of labels
-alone, and spreads what is popular: in order of appearance (or of the alphabet) popular entities
-stand together, and the first of 8 contiguous shards gets 2.4 times the mean load.
+Ids follow the order of the labels' MD5. It depends only on the set of labels, and spreads popular
+ones: in order of appearance, the first of 8 contiguous shards would get 2.4 times the mean load.
 """
 
 import hashlib
@@ -23,27 +22,25 @@ import pyarrow as pa
 from shardemb.exceptions import IdRangeError, InputError, UnknownNameError
 from shardemb.utils.files import replacing
 
-#: of the file, which is Arrow's (Feather, version 2): the labels in order of their ids; and,
-#: independent of it, an index
+#: of the Arrow file (Feather, version 2): labels in the order of ids, and a separate index of
+#: hashes
 SCHEMA = pa.schema(
     [
         pa.field("label", pa.large_string(), nullable=False),
         pa.field("hash", pa.uint64(), nullable=False),  # ascending
-        pa.field("id", pa.int64(), nullable=False),  # of the label with that hash
+        pa.field("id", pa.int64(), nullable=False),  # id of the label with this hash
     ]
 )
 #: rows of a record batch
 BATCH = 1 << 18
-#: stands in the file until all labels are known
+#: placeholder until all labels are written
 _NO_FINGERPRINT = b"?" * 64
 
 
 def digests(labels: Sequence[str]) -> np.ndarray:
-    """Return uint64 ``(n, 2)``.
+    """Return the halves of each label's MD5, upper first, as uint64 ``(n, 2)``.
 
-    The upper and the lower half of each label's MD5, read as a little-endian number.
-
-    It is DuckDB's ``md5_number``; the upper half is the index's hash.
+    Little-endian, as DuckDB's ``md5_number``.
     """
     joined = b"".join(
         hashlib.md5(label.encode(), usedforsecurity=False).digest() for label in labels
@@ -52,9 +49,7 @@ def digests(labels: Sequence[str]) -> np.ndarray:
 
 
 class _Part(NamedTuple):
-    """A record batch."""
-
-    #: (n + 1,) int64: where the labels begin and end in text
+    #: (n + 1,) int64: bounds of the labels in text
     offsets: np.ndarray
     text: memoryview
     #: (n,) uint64
@@ -73,7 +68,7 @@ class _Part(NamedTuple):
 
 
 class _Fingerprint:
-    """The sha256 of all labels in order of their ids, however they are batched."""
+    """The sha256 of all labels in the order of ids, independent of batches."""
 
     def __init__(self) -> None:
         self._text, self._lengths = hashlib.sha256(), hashlib.sha256()
@@ -87,15 +82,9 @@ class _Fingerprint:
 
 
 def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
-    """Write a vocabulary's file, a batch at a time.
+    """Write a vocabulary's file batch by batch; return its fingerprint.
 
-    Args:
-        path: of the file.
-        batches: of :data:`SCHEMA`, not empty; the hashes ascend over all of them, and an id stands
-            where its hash is.
-
-    Returns:
-        The fingerprint of the labels.
+    ``batches`` are not empty and have :data:`SCHEMA`; the hashes ascend over all of them.
     """
     digest = _Fingerprint()
     schema = SCHEMA.with_metadata({"fingerprint": _NO_FINGERPRINT})
@@ -105,25 +94,23 @@ def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
             writer.write_batch(batch)
     found = digest.hexdigest()
     with path.open("r+b") as written, mmap.mmap(written.fileno(), 0) as mapped:
-        for at in (
-            mapped.find(_NO_FINGERPRINT),
-            mapped.rfind(_NO_FINGERPRINT),
-        ):  # before and after all labels
+        # before and after all labels
+        for at in (mapped.find(_NO_FINGERPRINT), mapped.rfind(_NO_FINGERPRINT)):
             mapped[at : at + len(found)] = found.encode()
     return found
 
 
 class Vocabulary:
-    """An immutable list of distinct labels; a label's id is its place.
+    """An immutable list of distinct labels; a label's id is its index.
 
     Args:
-        labels: in order of their ids.
+        labels: in the order of ids.
 
     Attributes:
-        path: of the file that is mapped into memory; None for one in memory.
+        path: the mapped file; None in memory.
 
     Raises:
-        ValueError: a label stands there twice.
+        ValueError: a duplicate label.
     """
 
     def __init__(self, labels: Iterable[str]) -> None:
@@ -152,18 +139,18 @@ class Vocabulary:
 
     @classmethod
     def from_labels(cls, labels: Iterable[str]) -> "Vocabulary":
-        """Collect distinct labels and order them by their MD5; the same set gives the same ids."""
-        distinct = sorted(set(labels))  # which is the order of equal ones
+        """Order distinct labels by their MD5; the same set gives the same ids."""
+        distinct = sorted(set(labels))  # the order of equal MD5s
         upper, lower = digests(distinct).T
         return cls([distinct[i] for i in np.lexsort((lower, upper))])
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
-        """Open what :meth:`save` wrote; labels are read when they are asked for.
+        """Open a saved vocabulary; labels are read on use.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: no whole Arrow file, other columns, a null; names the file.
+            ValueError: not a complete Arrow file, other columns, or nulls.
         """
         try:
             with path.open("rb") as file:
@@ -193,7 +180,7 @@ class Vocabulary:
         return vocabulary
 
     def save(self, path: Path) -> None:
-        """Write the file; one that is in a file already is linked, or copied to another disk."""
+        """Write the file; a mapped one is linked, or copied to another disk."""
         if self.path is not None and path.exists() and path.samefile(self.path):
             return
         with replacing(path) as partial:
@@ -212,11 +199,11 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the labels in order of their ids; as the file says, if there is one."""
+        """The sha256 of the labels in the order of ids, from the file if possible."""
         return self._fingerprint or self.computed_fingerprint()
 
     def computed_fingerprint(self) -> str:
-        """Return the fingerprint of the labels themselves: reads all of them."""
+        """Compute the fingerprint, which reads all labels."""
         digest = _Fingerprint()
         for part in self._parts:
             digest.update(part)
@@ -227,19 +214,14 @@ class Vocabulary:
 
     @cached_property
     def labels(self) -> list[str]:
-        """All labels in order of their ids, in memory."""
+        """All labels in the order of ids, in memory."""
         return [*self]
 
     def __iter__(self) -> Iterator[str]:
         return chain.from_iterable(batch.column(0).to_pylist() for batch in self._batches)
 
     def label(self, row: int) -> str:
-        """Return the label of an id.
-
-        Raises:
-            IndexError: an id out of range.
-            ValueError: a damaged file; names it.
-        """
+        """Return an id's label; IndexError out of range, ValueError for a damaged file."""
         if not 0 <= row < len(self):
             raise IdRangeError(f"{self._where}got id {row}, expected 0 <= id < {len(self):,}")
         number = bisect_right(self._starts, row) - 1
@@ -250,11 +232,7 @@ class Vocabulary:
             raise InputError(f"{self._where}the label of id {row} is damaged ({error})") from error
 
     def ids(self, labels: Iterable[str]) -> np.ndarray:
-        """Return int64 ids ``(n,)``, found by their hashes.
-
-        Raises:
-            KeyError: an unknown label; names it, and the file.
-        """
+        """Return int64 ids ``(n,)``; KeyError for an unknown label."""
         labels = list(labels)
         hashes = digests(labels)[:, 0]
         places = self._places(hashes)
@@ -265,7 +243,6 @@ class Vocabulary:
         )
 
     def _places(self, hashes: np.ndarray) -> np.ndarray:
-        """Return the first place of the index that does not stand before each hash."""
         numbers = np.maximum(np.searchsorted(self._firsts, hashes) - 1, 0)
         places = np.zeros(len(hashes), dtype=np.int64)
         for number in np.unique(numbers) if self._parts else ():
@@ -276,7 +253,7 @@ class Vocabulary:
         return places
 
     def _id(self, label: str, wanted: int, place: int) -> int:
-        while place < len(self):  # other labels may have the same hash
+        while place < len(self):  # labels may share a hash
             number = bisect_right(self._starts, place) - 1
             part, at = self._parts[number], place - self._starts[number]
             if part.hashes[at] != wanted:
@@ -296,7 +273,7 @@ class Vocabulary:
 
 
 def column_of(array: np.ndarray) -> pa.Array:
-    """Return a column of numbers without copying them; pa.array loads pandas."""
+    """Return a column of numbers without a copy; pa.array loads pandas."""
     return pa.Array.from_buffers(
         pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)]
     )
@@ -312,7 +289,7 @@ def text_column(texts: Sequence[str]) -> pa.Array:
 
 
 def numbers(column: pa.Array) -> np.ndarray:
-    """Return the numbers of a column without nulls; its own to_numpy loads pandas."""
+    """Return the numbers of a column without nulls; to_numpy loads pandas."""
     dtype = np.dtype(column.type.to_pandas_dtype())
     return np.frombuffer(column.buffers()[1], dtype, len(column), dtype.itemsize * column.offset)
 

@@ -1,10 +1,9 @@
 """Checkpoints: complete or invisible, loadable at any number of ranks, free of code.
 
-A checkpoint is a folder ``step-N`` of safetensors files of at most 256 MiB, and ``manifest.json``,
-which gives each file's size and sha256, and the global rows of each tensor in it. The ranks write
-``step-N.tmp``: files, fsync, a vote of all ranks, the manifest, fsync; the rename makes it visible.
-An object store cannot rename: there the manifest is written last, and a folder without one is no
-checkpoint. The newest ones are kept.
+A checkpoint is a folder ``step-N`` of safetensors files of at most 256 MiB and ``manifest.json``,
+which lists their sizes, sha256, tensors and rows. The ranks write ``step-N.tmp``: files, fsync, a
+vote of all ranks, the manifest, fsync. The rename to ``step-N`` makes it visible. In an object
+store, which cannot rename, the manifest makes it visible.
 """
 
 from typing import TYPE_CHECKING

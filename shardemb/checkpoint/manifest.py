@@ -1,7 +1,6 @@
-"""A checkpoint's manifest: its files, and which rows of which tensor each of them holds.
+"""A checkpoint's manifest: its files, and which rows of which tensor each file holds.
 
-A manifest is text from a stranger. :class:`Manifest` compares all of it with a schema before
-anything uses it; whatever does not fit is a CheckpointError.
+Manifests are untrusted; :class:`Manifest` checks them against a schema.
 """
 
 import hashlib
@@ -22,17 +21,17 @@ from shardemb.exceptions import CheckpointError, InputError
 from shardemb.sharding.placement import RowOrder
 from shardemb.utils.files import sha256_of
 
-FORMAT = "shardemb/3"  # rows of several ranks are in the order of their slots
+FORMAT = "shardemb/3"  # sharded rows are in the order of their slots
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-([0-9]{10,})")
-#: a table's most rows, and a file's most bytes
+#: most rows of a table, most bytes of a file
 _ROWS, _BYTES = 1 << 40, 1 << 44
 
 Verify = Literal["sha256", "size"]
 
-# The schema. A class or pattern is that of a value, a range that of a whole number; float is any
-# number within 1e30, object any JSON. [x] is a list, [x, n] one of n; in an object "*" stands for
-# all other keys, and keys that it does not name are ignored; (x, y) allows the value x too.
+# The schema. A class, a pattern or a range (of ints) describes a value; float is any number within
+# 1e30, object any JSON. [x] is a list, [x, n] a list of length n. In an object, "*" describes all
+# other keys; without it, they are ignored. (x, y) also allows the value x.
 _COUNT, _INT64 = range(_ROWS + 1), range(-(1 << 63), 1 << 63)
 _PLAIN = {"*": object}
 _FUNCTION = (None, {"name": (None, str), "kwargs": _PLAIN, "function": str})
@@ -66,7 +65,7 @@ _TABLE = {
 }
 _FILE = {
     "file": re.compile(
-        r"rank-[0-9]{5,}-of-[0-9]{5,}-[0-9]{5,}(-[0-9a-f]{8})?\.safetensors"  # none elsewhere
+        r"rank-[0-9]{5,}-of-[0-9]{5,}-[0-9]{5,}(-[0-9a-f]{8})?\.safetensors"  # no other folder
     ),
     "size": range(_BYTES),
     "sha256": re.compile("[0-9a-f]{64}"),
@@ -86,12 +85,12 @@ _MANIFEST = {
     ],
     "schedulers": [{"class": str, "state": dict}],
     "files": [_FILE],
-    "rng": [({}, _GENERATORS)],  # {}: rows that no rank has trained
+    "rng": [({}, _GENERATORS)],  # {}: saved by save_rows
 }
 
 
 def check_schema(values: Any, where: str) -> None:
-    """Raise CheckpointError, which names the place, unless these may be a manifest's values."""
+    """Raise CheckpointError, which names the key, unless ``values`` fit the schema."""
     _check(values, _MANIFEST, f"{where}manifest")
 
 
@@ -132,35 +131,35 @@ class SavedShard:
     """Rows of a tensor in a file."""
 
     file: str
-    #: number of its first row within the whole tensor, in :attr:`order`
+    #: slot of its first row
     first: int
-    #: of the whole tensor's rows
+    #: order of the whole tensor's rows
     order: RowOrder
     shape: tuple[int, ...]
-    #: torch's name of it
+    #: torch's name
     dtype: str
 
     @property
     def length(self) -> int:
-        """Rows, or 1 for a scalar."""
+        """Number of rows; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
 
 class Manifest:
-    """What a checkpoint says of itself, compared with its own hash and the schema.
+    """A checkpoint's manifest, checked against its hash and the schema.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint.
 
     Attributes:
         values: the whole manifest.
         digest: its sha256.
         files: file, size, sha256 and tensors, by file.
-        shards: by tensor.
+        shards: saved shards, by tensor.
 
     Raises:
-        CheckpointError: it is missing, damaged, changed, of another format, contradicts itself or
-            names a file outside of the folder.
+        CheckpointError: it is missing, damaged, inconsistent or of another format, or names a file
+            outside of the folder.
     """
 
     def __init__(self, path: Location) -> None:
@@ -210,7 +209,7 @@ class Manifest:
             if len(alike) > 1:
                 yield f"shards of {tensor!r} differ: {sorted(map(str, alike))[:2]}"
             for shard in shards:
-                # rows that are empty must not be wide either
+                # an empty tensor's columns count too
                 size = DTYPES[shard.dtype].itemsize * math.prod(n or 1 for n in shard.shape[:1])
                 space[shard.file] -= size * math.prod(shard.shape[1:])
                 if space[shard.file] < 0 or shard.first + shard.length > shard.order.num_rows:
@@ -234,7 +233,7 @@ class Manifest:
         return ", ".join(self.files[file]["tensors"])
 
     def check_covered(self, name: str) -> None:
-        """Raise CheckpointError unless the shards of a tensor hold each of its rows once."""
+        """Raise CheckpointError unless the shards hold each row of a tensor once."""
         covered = 0
         for shard in sorted(self.shards[name], key=lambda shard: (shard.first, shard.length)):
             if shard.first != covered:
@@ -247,7 +246,7 @@ class Manifest:
             )
 
     def check_file(self, file: str, verify: Verify = "sha256") -> None:
-        """Raise CheckpointError unless a file exists, with its size and, if asked, its sha256."""
+        """Raise CheckpointError if a file's size, or its sha256, is wrong."""
         entry, where = self.files[file], child(self.path, file)
         holds, size = f"it holds {self.holds(file)}", self.folder.size(file)
         if size is None:
@@ -261,7 +260,7 @@ class Manifest:
                 raise CheckpointError(f"{where}: is damaged (another sha256); {holds}")
 
     def layouts(self, file: str, opened: BinaryIO) -> dict[str, Layout]:
-        """Read a file's header; CheckpointError unless it agrees with the manifest."""
+        """Read a file's header; CheckpointError if it differs from the manifest."""
         where = child(self.path, file)
         try:
             layouts = safetensors_io.layouts(opened)
@@ -279,11 +278,8 @@ def verify(path: Location, how: Verify = "sha256") -> Manifest:
     """Check a whole checkpoint: manifest, files, hashes, headers, and that no row is missing.
 
     Args:
-        path: of the checkpoint.
-        how: "sha256", or "size" for the files' sizes alone.
-
-    Returns:
-        Its manifest.
+        path: the checkpoint.
+        how: "sha256" reads all files, "size" checks only their sizes.
 
     Raises:
         CheckpointError: the first fault; names file and tensors.

@@ -1,4 +1,4 @@
-"""Loads checkpoints into the tables of any number of ranks; see :mod:`shardemb.checkpoint`."""
+"""Loads checkpoints into the tables of any number of ranks."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ from shardemb.embedding import Embedding
 from shardemb.exceptions import CheckpointError, OtherDataError
 from shardemb.utils import logs
 
-#: rows that are read at a time where their order changes
+#: rows read at a time if their order changes
 _READ_ROWS = 1 << 16
 
 _log = logs.logger(__name__)
@@ -47,31 +47,29 @@ def load(
 ) -> dict[str, Any]:
     """Load ``folder/step-N`` into the tables of any number of ranks. A collective.
 
-    The ranks check the files together; then each reads its own rows, straight into the tables. The
-    model does not change unless everything is there and undamaged. With optimizers or schedulers
-    the random generators continue too, if the checkpoint has the same number of ranks.
+    Each rank reads its own rows straight into its tables. The model changes only if all files are
+    complete and undamaged. With optimizers or schedulers, and the saved number of ranks, the random
+    generators are restored too.
 
     Args:
-        path: of the checkpoint.
-        model: with the tables, shapes and dtypes of the saved one.
-        optimizers: as saved; their hyper-parameters and their state for this rank's rows are
-            restored. None for the parameters alone.
-        schedulers: as saved; their state is restored.
-        tables: load only these tables of the model, by their names in it (an Embedding on its own
-            is ""); or a mapping of these to names in the checkpoint.
-        optimizer_state: False loads rows alone, also without the state of a fused optimizer.
-        cast: convert the rows into the tables' dtype.
-        grow: allow tables with more rows than were saved: ids keep their rows, new ones stay as
-            they are initialized.
-        fingerprints: compared with the saved ones of the same names.
-        verify: "sha256" checks the hash of every file that is read; "size" only its size.
+        path: the checkpoint.
+        model: its tables have the saved shapes and dtypes.
+        optimizers: their hyper-parameters, and the state of this rank's rows, are restored.
+        schedulers: their state is restored.
+        tables: names of the model's tables to load ("" for an Embedding on its own), or a mapping
+            from these to names in the checkpoint; None loads the whole model.
+        optimizer_state: False loads rows alone, without the state of a fused optimizer.
+        cast: convert rows to the tables' dtype.
+        grow: allow tables with more rows than saved; the new rows stay as initialized.
+        fingerprints: must equal the saved ones of the same names.
+        verify: "sha256" checks the hash of every file that is read, "size" only its size.
 
     Returns:
         The saved ``state``.
 
     Raises:
-        CheckpointError: a missing, damaged or foreign file; a table that is missing or has another
-            shape or dtype; other optimizers, schedulers or fingerprints. On all ranks.
+        CheckpointError: on all ranks: a missing or damaged file, or a model, optimizers, schedulers
+            or fingerprints that differ from the saved ones.
     """
     start = time.monotonic()
     if tables is not None and not isinstance(tables, Mapping):
@@ -94,7 +92,7 @@ def load(
 
 
 def _vote(path: Location, stage: Callable[[], None]) -> None:
-    """Do a part of the work; if a rank fails, all raise its error."""
+    """Run a stage on all ranks; all raise if one fails."""
     error: Exception | None = None
     try:
         stage()
@@ -107,8 +105,6 @@ def _vote(path: Location, stage: Callable[[], None]) -> None:
 
 @dataclass
 class _Load:
-    """One rank's share of a load; the fields are the arguments of :func:`load`."""
-
     path: Location
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -117,20 +113,19 @@ class _Load:
     optimizer_state: bool
     cast: bool
     grow: bool
-    #: name in the checkpoint, and where its rows go
+    #: name in the checkpoint, and the shard that takes its rows
     wanted: list[tuple[str, LocalShard]] = field(default_factory=list)
-    #: stored tensors of each table that is loaded
+    #: stored tensors of each table to load
     rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    #: the state that an optimizer shall have for a parameter
+    #: the new state of each optimizer's parameters
     states: list[tuple[torch.optim.Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
-    #: tensors of these states that are to be allocated: place in `wanted`, state, key, device
+    #: these states' tensors to allocate: index in `wanted`, state, key, device
     missing: list[tuple[int, dict[str, Any], str, torch.device]] = field(default_factory=list)
 
     def _error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {text}")
 
     def plan(self, fingerprints: Mapping[str, str]) -> None:
-        """Decide what is read into which tensor, and check that it fits; change nothing."""
         tables = tables_of(self.model)
         try:
             self.manifest = Manifest(self.path)
@@ -175,7 +170,6 @@ class _Load:
                 raise self._error(f"the random generators' state is invalid: {error}") from error
 
     def _generators(self) -> dict[str, Any]:
-        """Return the saved state of this rank's random generators, if they shall continue."""
         rank, world_size = collectives.rank_and_size()
         continues = bool(self.optimizers or self.schedulers)
         same = world_size == self.manifest.values["world_size"]
@@ -184,7 +178,6 @@ class _Load:
     def _plan_others(
         self, shards: Mapping[str, LocalShard], in_tables: set[str], tables: Mapping[str, Any]
     ) -> None:
-        """Want the parameters and buffers outside of tables; refuse what the model lacks."""
         others = shards.keys() - in_tables
         for name in sorted(others):
             self._want(name, shards[name], False)
@@ -257,7 +250,6 @@ class _Load:
         saved: list[dict[str, Any]],
         names: Mapping[Tensor, str],
     ) -> None:
-        """Check that the saved groups have the parameters and the kinds of values of these."""
         got = [group["params"] for group in saved]
         expected = [[names[p] for p in group["params"]] for group in groups]
         if got != expected:
@@ -275,18 +267,18 @@ class _Load:
     def _want_state(
         self, key: str, rows: LocalShard, name: str, state: dict[str, Any], part: str
     ) -> None:
-        """Want a tensor of an optimizer's state: into ``state[part]``, if that fits."""
+        """Plan to read an optimizer's tensor into ``state[part]``."""
         first = self.manifest.shards[key][0]
         parameter = self.manifest.shards.get(name, [])
         by_row = bool(
             first.shape and parameter and first.order.num_rows == parameter[0].order.num_rows
         )
-        # shards of a tensor that is not by row are one: each rank holds all of it
+        # a tensor without a value per row is whole on each rank
         count = len(rows.tensor) if by_row else first.order.num_rows
         shape, dtype = (count, *first.shape[1:]) if first.shape else (), DTYPES[first.dtype]
         old = state[part]
         if not isinstance(old, Tensor) or old.shape != shape or old.dtype != dtype:
-            # what the manifest claims is allocated when the files have been checked
+            # allocate only after the files have been checked
             old = torch.empty(shape, dtype=dtype, device="meta")
             self.missing.append((len(self.wanted), state, part, rows.tensor.device))
         state[part] = old
@@ -316,7 +308,6 @@ class _Load:
         self.wanted.append((name, shard))
 
     def check(self, verify: Verify) -> None:
-        """Check this rank's share of the files that any rank reads."""
         needed = {shard.file for name, _ in self.wanted for shard in self.manifest.shards[name]}
         files = [file for file in self.manifest.files if file in needed]
         rank, world_size = collectives.rank_and_size()
@@ -325,7 +316,6 @@ class _Load:
             list(pool.map(lambda file: self.manifest.check_file(file, verify), share))
 
     def read(self) -> None:
-        """Read the rows of this rank, and restore the schedulers."""
         make = torch.zeros if self.grow else torch.empty
         for place, state, part, device in self.missing:
             name, shard = self.wanted[place]
@@ -352,7 +342,7 @@ class _Load:
 
     def _restore(self, scheduler: Any, state: dict[str, Any]) -> None:
         before = scheduler.state_dict()
-        # a scheduler takes any name as an attribute: its optimizer and methods are no state
+        # load_state_dict sets any name as an attribute, even `optimizer`
         foreign = [key for key in state if key not in before and hasattr(scheduler, key)]
         try:
             if foreign:
@@ -365,7 +355,6 @@ class _Load:
             raise self._error(f"{name} does not take its saved state: {error!r}") from error
 
     def finish(self) -> dict[str, Any]:
-        """Pass what was read on to tables and optimizers."""
         tables, values = tables_of(self.model), self.manifest.values
         for name, rows in self.rows.items():
             tables[name]._load_stored_rows(rows)
@@ -387,12 +376,12 @@ class _Load:
 
 
 def _threads() -> ThreadPoolExecutor:
-    # neither reading nor hashing holds the interpreter's lock
+    # reading and hashing release the interpreter's lock
     return ThreadPoolExecutor(max(2, torch.get_num_threads()))
 
 
 def _alike(value: Any, own: Any) -> bool:
-    """Whether a value from JSON can take the place of an own one; None fits anything."""
+    """Whether a value from JSON can replace ``own``; None fits anything."""
     if value is None or own is None:
         return True
     if isinstance(own, list | tuple):
@@ -419,7 +408,6 @@ def _set_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> Non
 
 
 def _are_disjoint(saved: SavedShard, local: LocalShard) -> bool:
-    """Whether it is certain that a saved shard has none of the local rows."""
     if not local.tensor.dim() or saved.order != local.order:
         return False
     return (
@@ -428,7 +416,6 @@ def _are_disjoint(saved: SavedShard, local: LocalShard) -> bool:
 
 
 def _read(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
-    """Fill a local shard in place with those of its rows that a saved shard has."""
     if not local.tensor.dim():
         safetensors_io.read_rows(file, layout, 0, local.tensor)
     elif saved.order == local.order or not (saved.order.permuted or local.order.permuted):
@@ -442,7 +429,7 @@ def _read(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) 
 
 
 def _read_permuted(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
-    """Fill a local shard from rows in another order, or of a table with fewer rows."""
+    """As :func:`_read`, for another order or number of rows."""
     for start in range(0, saved.length, _READ_ROWS):
         stop = min(start + _READ_ROWS, saved.length)
         ids = saved.order.ids(torch.arange(saved.first + start, saved.first + stop))

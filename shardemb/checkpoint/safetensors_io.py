@@ -1,7 +1,6 @@
-"""safetensors files (https://github.com/huggingface/safetensors), written and read in slices.
+"""Reads and writes safetensors files (https://github.com/huggingface/safetensors) in slices.
 
-The ``safetensors`` package holds a whole file in memory to write it. This module hashes a file
-while it writes it, straight from the tensors, and reads straight into them.
+Unlike the ``safetensors`` package, it needs no memory for a whole file, and hashes while writing.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from shardemb.exceptions import InputError
 
-#: bytes that are copied or converted at a time
+#: bytes copied or converted at a time
 CHUNK_BYTES = 1 << 24
 
 _NAMES = {
@@ -26,13 +25,13 @@ _NAMES = {
     torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-#: the dtypes that a file can hold, by their names in torch
+#: dtypes that a file can hold, by torch's names
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor lies in a file."""
+    """Position of a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,7 +52,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Iterate over a tensor's rows in contiguous CPU chunks; does not copy a contiguous tensor."""
+    """Iterate over rows in contiguous CPU chunks, without a copy if possible."""
     rows = tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
     step = max(1, CHUNK_BYTES // max(1, rows.itemsize * math.prod(rows.shape[1:])))
     for start in range(0, len(rows), step):
@@ -61,7 +60,7 @@ def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 class Writer:
-    """Writes to a file and hashes in parallel."""
+    """Writes and hashes a file in parallel."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -82,12 +81,12 @@ class Writer:
                 previous = pending
 
     def sha256(self) -> str:
-        """Return the hash of everything written."""
+        """Return the hash of all written bytes."""
         return self._sha256.hexdigest()
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the header of a file with tensors of these dtypes and shapes, in this order."""
+    """Return the header of a file with these tensors, in this order."""
     entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)
@@ -98,8 +97,8 @@ def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
 
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write tensors; return the file's size and sha256."""
-    # tensors of larger elements first, so that all are aligned
+    """Write tensors; returns the file's size and sha256."""
+    # larger elements first keeps all tensors aligned
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     writer = Writer(file)
     writer.write([header({name: (t.dtype, tuple(t.shape)) for name, t in ordered.items()})])
@@ -108,7 +107,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
 
 
 def parse_json(text: bytes) -> Any:
-    """Parse JSON of a stranger; ValueError for malformed text, too deep nesting or a key twice."""
+    """Parse untrusted JSON; ValueError if it is malformed, too deep or repeats a key."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
@@ -123,11 +122,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def layouts(file: BinaryIO) -> dict[str, Layout]:
-    """Read a file's header.
-
-    Raises:
-        ValueError: not a safetensors header, or its tensors do not follow each other in the file.
-    """
+    """Read a file's header; ValueError if it is malformed, or its tensors leave gaps."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -161,7 +156,7 @@ def layouts(file: BinaryIO) -> dict[str, Layout]:
 
 
 def read_into(file: BinaryIO, place: int, out: Tensor) -> None:
-    """Fill a contiguous CPU tensor with a file's bytes from ``place`` on; EOFError at its end."""
+    """Fill a contiguous CPU tensor with the bytes from ``place`` on, or raise EOFError."""
     view, done = as_bytes(out), 0
     file.seek(place)
     while done < len(view):
@@ -172,7 +167,7 @@ def read_into(file: BinaryIO, place: int, out: Tensor) -> None:
 
 
 def read_rows(file: BinaryIO, layout: Layout, start: int, out: Tensor) -> None:
-    """Read rows ``[start, start + n)`` into ``out`` ``(n, ...)``, in its dtype, on its device."""
+    """Read rows ``[start, start + n)`` into ``out`` ``(n, ...)``, in its dtype and device."""
     place = layout.start + start * layout.row_bytes
     if out.device.type == "cpu" and out.dtype == layout.dtype and out.is_contiguous():
         read_into(file, place, out)

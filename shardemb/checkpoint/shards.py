@@ -1,4 +1,4 @@
-"""This rank's share of a model's tables, parameters and optimizer state, by tensor name."""
+"""This rank's share of a model's tables, parameters and optimizer state, by name."""
 
 import base64
 import random
@@ -17,33 +17,33 @@ from shardemb.sharding.placement import RowOrder
 
 @dataclass(frozen=True)
 class LocalShard:
-    """This rank's rows of a tensor: ``[first, first + len(tensor))`` in the order of all rows."""
+    """This rank's rows of a tensor: slots ``[first, first + len(tensor))``."""
 
     tensor: Tensor
     first: int
-    #: permuted if several ranks share the rows; otherwise every rank holds all of them
+    #: permuted if ranks share the rows; otherwise every rank holds all of them
     order: RowOrder
-    #: whether an earlier rank holds the same rows, and writes them
+    #: whether an earlier rank holds and writes the same rows
     copy: bool = False
-    #: the table that it belongs to, for errors
+    #: its table, for errors
     table: str = ""
 
     def like(self, tensor: Tensor, by_row: bool) -> "LocalShard":
-        """Return the shard of a tensor with a value for each of these rows, or of a whole one."""
+        """Return the shard of a tensor with a value for each row, or of a whole tensor."""
         if by_row:
             return replace(self, tensor=tensor)
         return whole(tensor, self.table)
 
     def rows(self, start: int, stop: int) -> "LocalShard":
-        """Return the shard of its rows ``[start, stop)``."""
+        """Return the shard of rows ``[start, stop)``."""
         return replace(self, tensor=self.tensor[start:stop], first=self.first + start)
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Return the rows ``(n,)`` of the tensor that hold these ids; outside of it for others."""
+        """Return the rows ``(n,)`` of ids ``(n,)``, out of range for other ranks' ids."""
         return self.order.slots(ids) - self.first
 
     def ids(self, positions: Tensor) -> Tensor:
-        """Return the ids ``(n,)`` of rows of the tensor."""
+        """Return the ids ``(n,)`` of rows ``(n,)``."""
         return self.order.ids(positions + self.first)
 
     @property
@@ -58,12 +58,12 @@ def whole(tensor: Tensor, name: str) -> LocalShard:
 
 
 def length_of(tensor: Tensor) -> int:
-    """Return a tensor's rows, or 1 for a scalar."""
+    """Return the number of rows; 1 for a scalar."""
     return len(tensor) if tensor.dim() else 1
 
 
 def tables_of(model: nn.Module) -> dict[str, Embedding]:
-    """Return a model's tables by their names in it; an Embedding on its own is ""."""
+    """Return a model's tables by name; "" for an Embedding on its own."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Embedding)}
 
 
@@ -75,11 +75,7 @@ def dotted(prefix: str, name: str) -> str:
 def local_shards(
     model: nn.Module,
 ) -> tuple[dict[str, LocalShard], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
-    """Name the model's tables, other parameters and buffers.
-
-    Returns:
-        The shards; their names by parameter; and the stored tensors of each table.
-    """
+    """Return shards by name, names by parameter, and each table's stored tensors."""
     shards: dict[str, LocalShard] = {}
     names: dict[Tensor, str] = {}
     in_tables: set[Tensor] = set()
@@ -105,7 +101,7 @@ def optimizer_shards(
     shards: Mapping[str, LocalShard],
     names: Mapping[Tensor, str],
 ) -> dict[str, LocalShard]:
-    """Name the tensors that optimizers keep for the model's parameters."""
+    """Return the tensors of the optimizers' state, by name."""
     state_shards = {}
     for number, optimizer in enumerate(optimizers):
         for parameter, state in optimizer.state.items():
@@ -131,7 +127,7 @@ def check_known(
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of the random generators of torch, Python and numpy, for JSON."""
+    """Return the state of torch's, Python's and numpy's random generators, for JSON."""
 
     def text(state: Tensor) -> str:
         return base64.b64encode(state.numpy().tobytes()).decode()
@@ -146,12 +142,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(saved: Mapping[str, Any], try_out: bool = False) -> None:
-    """Put the random generators back to what :func:`rng_state` returned.
-
-    Args:
-        saved: the state.
-        try_out: set generators that nobody uses, to see whether the state is valid.
-    """
+    """Restore the random generators; ``try_out`` only validates the state."""
 
     def state(text: str) -> Tensor:
         return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())

@@ -1,8 +1,8 @@
 """Folders of checkpoints, on a local file system or in an object store.
 
-A location without "://" is a local path. With it, it is one of pyarrow's file systems (``s3://``,
-``gs://``, ``abfss://``, ``hdfs://``; options such as ``?region=`` or ``?endpoint_override=`` in the
-query) or else one of fsspec's.
+A location with "://" is one of pyarrow's file systems (``s3://``, ``gs://``, ``abfss://``,
+``hdfs://``; options in the query, such as ``?region=`` or ``?endpoint_override=``) or else one of
+fsspec's. Any other location is a local path.
 """
 
 import os
@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 from shardemb.exceptions import InputError
 from shardemb.utils.files import fsync, move
 
-#: a local path, or a URI
+#: a local path or a URI
 Location = str | Path
 
 
 def is_remote(location: Location) -> bool:
-    """Whether a location is a URI of another file system than the local one."""
+    """Whether a location is a URI of a remote file system."""
     return "://" in str(location) and not str(location).startswith("file://")
 
 
@@ -45,39 +45,35 @@ def _local(location: Location) -> Path:
 
 
 def folder_at(location: Location) -> "Folder":
-    """Return the folder at a location, which may not exist.
-
-    Raises:
-        ValueError: a URI of no file system that pyarrow or an installed fsspec package knows.
-    """
+    """Return the folder at a location, which need not exist; ValueError for an unknown URI."""
     return _ObjectFolder(str(location)) if is_remote(location) else _LocalFolder(_local(location))
 
 
 class Folder(ABC):
     """A folder whose files are written once, by one process."""
 
-    #: whether a folder can be renamed atomically
+    #: whether folders can be renamed atomically
     renames: bool
 
     @abstractmethod
     def child(self, name: str) -> "Folder":
-        """Return a folder in this one, which may not exist."""
+        """Return a folder in this one; it need not exist."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Return the names of the entries, sorted; none if there is no such folder."""
+        """Return the sorted names of the entries; empty for a missing folder."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """Return a file's bytes; None if there is no such file."""
+        """Return a file's bytes; None for a missing file."""
 
     @abstractmethod
     def create(self, name: str) -> Any:
-        """Open a new file as a context manager; when it ends well, the file is on the disk."""
+        """Open a new file as a context manager, which syncs it to disk."""
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading at any position."""
+        """Open a file for random reads."""
 
     @abstractmethod
     def make(self) -> None:
@@ -85,7 +81,7 @@ class Folder(ABC):
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove an entry with its content, if it exists."""
+        """Remove an entry and its content, if it exists."""
 
     def read(self, name: str) -> bytes:
         """Return a file's content."""
@@ -93,11 +89,11 @@ class Folder(ABC):
             return file.read()
 
     def rename(self, name: str, new: str) -> None:
-        """Rename an entry atomically; on return, the change is on the disk."""
+        """Rename an entry atomically and sync the change to disk."""
         raise NotImplementedError
 
     def free_bytes(self) -> int | None:
-        """Return how many bytes can be written; None if unknown."""
+        """Return the bytes that can be written; None if unknown."""
         return None
 
 
@@ -126,7 +122,7 @@ class _LocalFolder(Folder):
 
     def open(self, name: str) -> BinaryIO:
         file = (self._path / name).open("rb", buffering=0)
-        with suppress(OSError, AttributeError):  # the disk reads ahead while we hash
+        with suppress(OSError, AttributeError):  # read ahead while hashing
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return file
 

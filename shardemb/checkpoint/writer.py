@@ -1,4 +1,4 @@
-"""Writes checkpoints, in the foreground or the background; see :mod:`shardemb.checkpoint`."""
+"""Writes checkpoints, in the foreground or in the background."""
 
 import datetime
 import hashlib
@@ -40,7 +40,7 @@ from shardemb.utils import logs
 from shardemb.utils.memory import free_bytes
 from shardemb.utils.types import few
 
-#: bytes of tensors in a file, at most (one row may have more): enough files to hash in parallel
+#: most bytes of tensors in a file (a single row may exceed it); files hash in parallel
 FILE_BYTES = 1 << 28
 
 Nonfinite = Literal["error", "warn", "ignore"]
@@ -50,22 +50,20 @@ _log = logs.logger(__name__)
 
 @dataclass
 class _Snapshot:
-    """What one rank writes."""
-
     step: int
     keep: int
-    #: those that this rank writes
+    #: only the shards that this rank writes
     shards: dict[str, LocalShard]
-    #: the manifest without files and random generators
+    #: without files and random generators
     manifest: dict[str, Any]
-    #: of this rank's random generators
+    #: state of this rank's random generators
     rng: dict[str, Any]
     nonfinite: Nonfinite
     rank: int
     world_size: int
     #: process group of the votes
     group: Any = None
-    #: file, size, sha256 and tensors of each file written
+    #: file, size, sha256 and tensors of each written file
     files: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -88,33 +86,28 @@ def save(
 ) -> Location:
     """Write checkpoint ``folder/step-N``. A collective.
 
-    On return it is complete on the disk, or all ranks have raised. It takes a few megabytes of
-    memory besides the tables.
+    On return the checkpoint is complete on disk; otherwise all ranks raise. It needs a few
+    megabytes of memory.
 
     Args:
-        folder: holds the run's checkpoints, on storage that all ranks see: a path, or a URI such as
+        folder: the run's checkpoints, on storage that all ranks share: a path, or a URI such as
             ``s3://bucket/run``.
         step: number of the checkpoint.
-        model: its tables and other parameters.
-        optimizers: their state for these parameters, and their hyper-parameters.
-        state: anything that JSON can hold, such as the position in the data; :func:`load` returns
-            it.
-        keep: how many finished checkpoints stay, of this one and those before it; later ones are
-            never removed.
-        schedulers: of learning rates; anything with a ``state_dict`` that JSON can hold.
-        seed: of the run, for the manifest.
-        fingerprints: hashes of what the rows depend on, such as {"vocabulary": ...}, which
-            :func:`load` compares.
-        nonfinite: what to do if a table holds NaN or infinite values: "error", "warn" or "ignore".
+        model: its tables, other parameters and buffers are saved.
+        optimizers: their state and hyper-parameters are saved.
+        state: JSON, such as the position in the data; :func:`load` returns it.
+        keep: number of finished checkpoints to keep, up to this step; later steps stay.
+        schedulers: learning-rate schedulers, or anything whose ``state_dict`` is JSON.
+        seed: the run's seed, for the manifest.
+        fingerprints: hashes of the data, such as {"vocabulary": ...}; :func:`load` compares them.
+        nonfinite: what NaN or infinite rows do: "error", "warn" or "ignore".
 
     Returns:
-        Its location.
+        The checkpoint's location.
 
     Raises:
-        CheckpointError: a rank could not write, or a table holds NaN or infinite values; the
-            earlier checkpoints are untouched.
-        ValueError: a table on a process group of its own; a step, ``keep`` or ``nonfinite`` out of
-            range.
+        CheckpointError: a rank could not write, or a table is not finite; earlier checkpoints stay.
+        ValueError: an argument is out of range, or a table has its own process group.
     """
     snapshot = _snapshot(
         step, model, optimizers, state, keep, schedulers, seed, fingerprints, nonfinite
@@ -158,7 +151,6 @@ def _snapshot(
 
 
 def _written_by(rank: int, shards: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
-    """Return the shards that a rank writes: the first rank writes what all of them hold."""
     return {
         name: shard
         for name, shard in shards.items()
@@ -188,7 +180,6 @@ def _manifest(
 
 
 def _describe(table: Embedding) -> dict[str, Any]:
-    """Say how to read the table's rows as forward returns them, and what trained them."""
     return {
         "name": table.name,
         "max_id": table.max_id,
@@ -202,7 +193,6 @@ def _describe(table: Embedding) -> dict[str, Any]:
 
 
 def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Return an optimizer's class, hyper-parameters, and the state that is no tensor."""
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         check_known(optimizer, parameter, names)
 
@@ -220,12 +210,11 @@ def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> d
 
 
 def _write(folder: Location, snapshot: _Snapshot) -> Location:
-    """Write the snapshots of all ranks. A collective."""
     start, name = time.monotonic(), f"step-{snapshot.step:010d}"
     root = folder_at(folder)
     target, mark = name + ".tmp", ""
     if not root.renames:
-        # a writer of an attempt that was given up may still be at work: not in these files
+        # an abandoned attempt may still be writing: use other file names
         target, mark = name, f"-{secrets.token_hex(4)}"
 
     def commit() -> None:
@@ -251,7 +240,7 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
         _vote(snapshot, None, on_first(commit))
     except CheckpointError:
         if snapshot.rank == 0 and root.child(name).size(MANIFEST) is None:
-            _try(root.remove, target)  # the next one needs the space
+            _try(root.remove, target)  # free the space for the next checkpoint
         raise
     location, seconds = child(folder, name), time.monotonic() - start
     _log.info("saved %s: %d bytes in %.2f s", location, snapshot.nbytes, seconds)
@@ -259,12 +248,12 @@ def _write(folder: Location, snapshot: _Snapshot) -> Location:
 
 
 def _check_loadable(manifest: Mapping[str, Any]) -> None:
-    """Raise what loading would: of what JSON cannot hold, or the schema does not know."""
+    """Raise what loading would raise, before writing."""
     check_schema(json.loads(json.dumps({**manifest, "files": [], "rng": []})), "")
 
 
 def _try(function: Callable[..., Any], *args: Any) -> str | None:
-    """Return the error of a call: the other ranks wait for it."""
+    """Return the error's text instead of raising: other ranks wait for it."""
     try:
         function(*args)
     except Exception as error:
@@ -273,7 +262,6 @@ def _try(function: Callable[..., Any], *args: Any) -> str | None:
 
 
 def _vote(snapshot: _Snapshot, value: Any, error: str | None) -> list[Any]:
-    """Gather a value of each rank; raises on all ranks if one has an error."""
     failure = None
     if error is not None:
         failure = CheckpointError(
@@ -294,7 +282,7 @@ def _prepare(root: Folder, name: str, target: str, needed: int) -> None:
 
 
 def check_space(root: Folder, needed: int) -> None:
-    """Raise OSError if a folder's disk has fewer free bytes than needed, as far as is known."""
+    """Raise OSError if the disk has fewer free bytes than needed, if known."""
     free = root.free_bytes()
     if free is not None and free < needed:
         raise OSError(
@@ -309,13 +297,12 @@ def require_space(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     keep: int = 2,
 ) -> None:
-    """Check before training that a folder can be written and holds its checkpoints. A collective.
+    """Check that a folder is writable and has space for ``keep`` checkpoints. A collective.
 
-    The state that an optimizer will make is counted for those of :mod:`shardemb.optim`; for others,
-    only what exists.
+    Counts future optimizer state of :mod:`shardemb.optim`, and only existing state of others.
 
     Raises:
-        CheckpointError: naming the folder, and the bytes that are needed and free; on all ranks.
+        CheckpointError: on all ranks; names the folder, the needed and the free bytes.
     """
     rank, optimizers = collectives.rank_and_size()[0], list(optimizers)
     shards, names, _ = local_shards(model)
@@ -368,7 +355,6 @@ def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
 
 
 def _divided(shards: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]]:
-    """Divide shards among files of FILE_BYTES, cut between rows where they do not fit."""
     file: dict[str, LocalShard] = {}
     left = FILE_BYTES
     for name, shard in shards.items():
@@ -388,7 +374,6 @@ def _divided(shards: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]
 
 
 def _check_finite(name: str, shard: LocalShard, snapshot: _Snapshot) -> None:
-    """Look for NaN and infinite values; it costs little beside the hashing."""
     tensor = torch.view_as_real(shard.tensor) if shard.tensor.is_complex() else shard.tensor
     if snapshot.nonfinite == "ignore" or not tensor.is_floating_point():
         return
@@ -415,14 +400,14 @@ def _commit(root: Folder, name: str, target: str, manifest: Mapping[str, Any], k
         file.write(json.dumps({"manifest": manifest, "sha256": digest}, indent=1).encode())
     if target != name:
         root.rename(target, name)
-    # later ones belong to a run that continued elsewhere
+    # later steps belong to another continuation of the run
     names = finished(root)
     for old in names[: names.index(name) + 1][:-keep]:
         _retire(root, old)
 
 
 def _retire(root: Folder, name: str) -> None:
-    """Remove a checkpoint; a removal that is interrupted must not look finished."""
+    """Remove a checkpoint; an interrupted removal must not look finished."""
     if root.renames:
         retired = f"{name}.tmp"
         root.remove(retired)
@@ -436,7 +421,13 @@ def _retire(root: Folder, name: str) -> None:
 def save_rows(
     folder: Location, step: int, tables: Mapping[str, Tensor], fingerprints: Mapping[str, str]
 ) -> Location:
-    """Write a checkpoint of tables without a model: rows ``(V, *shape)`` by name, maybe mapped.
+    """Write a checkpoint of tables without a model.
+
+    Args:
+        folder: as in :func:`save`.
+        step: as in :func:`save`.
+        tables: rows ``(V, *shape)`` by name; they may be memory-mapped.
+        fingerprints: as in :func:`save`.
 
     Raises:
         CheckpointError: as :func:`save`.
@@ -461,14 +452,13 @@ def save_rows(
 class AsyncSaver:
     """Saves in the background: :meth:`save` copies this rank's rows, and a thread writes the copy.
 
-    The copy takes as much memory as the rank's rows and optimizer state, from the first save on;
-    where less is free, it saves in the foreground, with a warning. The constructor is a collective:
-    the threads of the ranks vote in a process group of their own.
+    The copy doubles the memory of rows and optimizer state. Without enough free memory, the save
+    runs in the foreground, with a warning. The constructor is a collective.
 
     Args:
         folder: as in :func:`save`.
         keep: as in :func:`save`.
-        background: False makes every save in the foreground, without a copy.
+        background: False saves in the foreground, without a copy.
     """
 
     def __init__(self, folder: Location, keep: int = 2, background: bool = True) -> None:
@@ -478,7 +468,7 @@ class AsyncSaver:
             operation = "a saver's process group"
             with watchdog.guarded(None, operation):
                 self._group = dist.new_group(backend="gloo")
-            # new_group returns before its peers have connected: the end of one would break it
+            # new_group returns before its peers have connected
             collectives.gather(None, group=self._group, operation=operation)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -496,9 +486,9 @@ class AsyncSaver:
         fingerprints: Mapping[str, str] | None = None,
         nonfinite: Nonfinite = "error",
     ) -> None:
-        """Copy the rows and return; the arguments are those of :func:`save`. A collective.
+        """Wait for the previous save, copy the rows, and write them. A collective.
 
-        Waits for the previous save first.
+        Arguments of :func:`shardemb.checkpoint.save`.
 
         Raises:
             CheckpointError: the previous save failed, on all ranks.
@@ -530,7 +520,7 @@ class AsyncSaver:
         self._thread.start()
 
     def close(self) -> None:
-        """Wait for the last save, ignore its failure (the job may have failed), free the memory."""
+        """Wait for the last save, ignore its failure, and free the memory."""
         self._join()
         self._buffers.clear()
         if self._group is not None:
@@ -548,7 +538,7 @@ class AsyncSaver:
 
     def _run(self, snapshot: _Snapshot) -> None:
         if threading.current_thread() is self._thread:
-            with suppress(OSError):  # training comes first; Linux threads have their own priority
+            with suppress(OSError):  # training has priority; a Linux thread has its own
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             _write(self._folder, snapshot)
@@ -556,13 +546,13 @@ class AsyncSaver:
             self._failure = error
 
     def check(self) -> None:
-        """Raise CheckpointError if the last save has failed; cheap enough for each step."""
+        """Raise CheckpointError if the last save failed; cheap."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def wait(self) -> None:
-        """Return when the last save is complete; raises CheckpointError, on all ranks, if not."""
+        """Wait for the last save; CheckpointError, on all ranks, if it failed."""
         self._join()
         self.check()
 

@@ -1,1 +1,1 @@
-"""Communication between ranks: collectives that end in time, shared memory, the watchdog."""
+"""Communication between ranks: collectives with timeouts, shared memory, the watchdog."""

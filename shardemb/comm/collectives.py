@@ -1,6 +1,6 @@
-"""torch.distributed's collectives, each with the name of its purpose.
+"""torch.distributed's collectives, with a timeout and an error that names the missing rank.
 
-They end within the timeout, with an error that names the rank that is missing.
+``operation`` describes a collective in that error.
 """
 
 import builtins
@@ -25,14 +25,14 @@ MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective that was started."""
+    """A started collective."""
 
     work: Any
     watchdog: PeerWatchdog
     operation: str
 
     def wait(self) -> None:
-        """Return when it is done; raises PeerFailureError, as all functions of this module."""
+        """Wait; PeerFailureError on failure, as for all functions of this module."""
         self.watchdog.wait(self.work, self.operation)
 
 
@@ -42,7 +42,7 @@ _host_ranks: WeakKeyDictionary[PeerWatchdog, HostRanks | None] = WeakKeyDictiona
 def _through_memory(
     group: Any, tensor: Tensor, operation: str, sent: Sequence[int] | None = None
 ) -> Message | None:
-    """Exchange contiguous tensors through shared memory; None on all ranks if they cannot."""
+    """Exchange contiguous tensors through shared memory; None on all ranks if impossible."""
     watchdog = watch(group)
     if tensor.device.type != "cpu" or not watchdog.slices:
         return None
@@ -71,10 +71,9 @@ def all_to_all(
     operation: str,
     wait: bool = True,
 ) -> Pending | None:
-    """Send each rank its rows of ``tensor``, equally many or ``sent``; receive theirs in ``out``.
+    """Send each rank its rows of ``tensor``, equally many or ``sent``; receive into ``out``.
 
-    Returns:
-        None when it is done; without ``wait``, what to wait for.
+    Without ``wait``, returns the pending collective.
     """
     watchdog = watch(group)
     if wait:
@@ -92,7 +91,7 @@ def all_to_all(
 
 
 def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: str) -> None:
-    """Reduce a tensor over the ranks, in place; does nothing on one rank."""
+    """Reduce a tensor in place; does nothing on one rank."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     if shared_memory.reduces(op):
@@ -104,12 +103,12 @@ def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: s
 
 
 def all_gather(out: list[Tensor], tensor: Tensor, *, group: Any = None, operation: str) -> None:
-    """Put each rank's tensor into ``out``."""
+    """Gather each rank's tensor into ``out``."""
     watch(group).wait(dist.all_gather(out, tensor, group=group, async_op=True), operation)
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return this process's rank and world size in the default group; 0 and 1 without one."""
+    """Return rank and world size; 0 and 1 without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -119,7 +118,7 @@ def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
 
 
 def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Tensor:
-    """Return the rows ``(n, ...)`` of all ranks in the order of the ranks; n may differ."""
+    """Return all ranks' rows ``(n, ...)``, in the order of ranks; ``n`` may differ."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tensor
     sizes = gather(len(tensor), group=group, operation=operation)
@@ -132,16 +131,12 @@ def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Ten
 
 
 def _device(group: Any, device: torch.device) -> torch.device:
-    """Return the device that a group's collectives need."""
     nccl = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else device
 
 
 def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
-    """Return each rank's value, in the order of the ranks; tuples come as lists.
-
-    JSON must be able to hold it. Without a process group, only this process's own.
-    """
+    """Return each rank's JSON value, in the order of ranks; tuples become lists."""
     if not dist.is_initialized():
         return [value]
     world_size = dist.get_world_size(group)
@@ -161,16 +156,10 @@ def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
 def gather_or_raise(
     value: Any, error: Exception | None, *, group: Any = None, operation: str
 ) -> list[Any]:
-    """Return each rank's value as :func:`gather`; if a rank has an error, raise it on all ranks.
+    """Return each rank's JSON value; if any rank has an error, raise it on all ranks.
 
-    Args:
-        value: of this rank.
-        error: of this rank, or None; its class is of :mod:`shardemb.exceptions` or a builtin one.
-        group: the process group.
-        operation: for errors of the collective itself.
-
-    Raises:
-        Exception: of the class of the first rank that failed; each distinct message once.
+    The class is the first failed rank's (of :mod:`shardemb.exceptions` or built in), the message
+    all distinct ones.
     """
     entry = None if error is None else (type(error).__name__, str(error))
     gathered = gather((value, entry), group=group, operation=operation)
@@ -192,10 +181,9 @@ def agree(
     share: Any = None,
     raises: type[Exception] = RanksDisagreeError,
 ) -> Any:
-    """Check that all ranks have the same values, which JSON can hold; return rank 0's ``share``.
+    """Raise unless all ranks have the same JSON values; return rank 0's ``share``.
 
-    Raises:
-        RanksDisagreeError: on all ranks; names the keys that differ, and both values of the first.
+    The error, on all ranks, names the differing keys and two values of the first.
     """
     gathered = gather((dict(values), share), group=group, operation=f"{what}: do all ranks agree?")
     first = gathered[0][0]

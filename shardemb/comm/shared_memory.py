@@ -1,14 +1,13 @@
 """Collectives between ranks of one machine, through shared memory.
 
-gloo takes over a millisecond for a message of half a megabyte between two busy processes: it wakes
-a thread on both sides. A rank copies its message into memory that all of them have mapped, and
-raises a flag.
+gloo takes over a millisecond for half a megabyte between two busy processes, because it wakes a
+thread on both sides. This module copies messages into mapped memory, and raises a flag.
 
 Each rank has a file in ``/dev/shm``, unlinked as soon as all have opened it, with two message
-buffers. A rank overwrites the buffer of message n for message n + 2 only when all others have
-raised their flags for message n + 1, and so have read message n. It locks a second file; the lock
-ends with the process, so that others notice its end. (A process loses its lock on a file as soon as
-it closes any descriptor of it, and unmapping closes one.)
+buffers. A rank reuses the buffer of message n for message n + 2 after all others have raised their
+flags for message n + 1, and so have read message n. A lock on a second file ends with the process,
+which shows its end. The file is separate, because closing any descriptor of a file, as unmapping
+does, releases the process's lock on it.
 """
 
 import fcntl
@@ -29,18 +28,17 @@ from torch import Tensor
 from shardemb import kernels
 from shardemb.utils import logs
 
-#: bytes of a message buffer at first, and at most; larger messages go through gloo
+#: initial and largest bytes of a message buffer; larger messages go through gloo
 FIRST_BYTES, MOST_BYTES = 1 << 20, 64 << 20
 _HEAD_BYTES = 8192
-#: 64-bit numbers before the headers: two flags, each in a cache line of its own
+#: 64-bit numbers before the headers: two flags, one per cache line
 _FLAGS = 16
-#: 64-bit numbers of a header before the ends: bytes of the message (-1: it did not fit) and its
-#: first byte in the file
+#: 64-bit numbers of a header before the ends: the message's bytes (-1: too large) and offset
 _HEAD = 2
 #: ranks whose ends fit two headers
 MOST_RANKS = (_HEAD_BYTES // 8 - _FLAGS) // 2 - _HEAD - 1
 _FOLDER = Path("/dev/shm")
-#: seconds that one look at the flags may take, with Python's lock released
+#: seconds of one poll of the flags, with Python's lock released
 _AWAKE = 0.0001
 
 _REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
@@ -52,17 +50,15 @@ _log = logs.logger(__name__)
 
 
 class _Memory:
-    """One rank's file: flags, headers and message buffers."""
-
     def __init__(self, file: IO[bytes], lock: IO[bytes], world_size: int) -> None:
         self._file, self._lock = file, lock
         self._map()
         numbers = self._bytes[:_HEAD_BYTES].view(torch.int64)
         self.flags = [kernels.Flag(numbers[0:1]), kernels.Flag(numbers[8:9])]
         heads = numbers[_FLAGS : _FLAGS + 2 * (_HEAD + world_size + 1)].view(2, -1)
-        #: ``(2, ...)``: bytes, begin, and where the rows for each rank begin and the last ones end
+        #: ``(2, ...)``: bytes, offset, and the bounds of the rows for each rank
         self.heads = heads.numpy()  # reads a number in 0.1 us
-        #: of the two buffers, in the owner's process
+        #: offsets of the two buffers; valid in the owner's process
         self._begins, self._capacity = [_HEAD_BYTES, _HEAD_BYTES + FIRST_BYTES], FIRST_BYTES
 
     def _map(self) -> None:
@@ -71,7 +67,7 @@ class _Memory:
         self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
 
     def reserve(self, half: int, size: int) -> Tensor | None:
-        """Return a buffer ``(size,)`` for a message, named in its header; None if it is full."""
+        """Return a buffer ``(size,)`` and fill its header; None if too large."""
         if self._capacity < size <= MOST_BYTES:
             capacity, end = max(2 * self._capacity, size), len(self._bytes)
             with suppress(OSError):
@@ -83,14 +79,13 @@ class _Memory:
         return self._bytes[begin : begin + size] if fits else None
 
     def message(self, half: int) -> Tensor:
-        """Return a message ``(bytes,)`` of this rank."""
         size, begin = self.heads[half, :_HEAD].tolist()
         if begin + size > len(self._bytes):  # its owner has enlarged the file
             self._map()
         return self._bytes[begin : begin + size]
 
     def is_alive(self) -> bool:
-        """Return whether the owner, another process, still holds its lock."""
+        """Whether the owner, another process, still holds its lock."""
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -100,12 +95,7 @@ class _Memory:
 
 
 class HostRanks:
-    """The ranks of a process group that share this machine's memory.
-
-    Args:
-        rank: of this process.
-        files: of all ranks, open: memory and lock.
-    """
+    """The ranks of a process group that share this machine's memory."""
 
     def __init__(self, rank: int, files: Sequence[tuple[IO[bytes], IO[bytes]]]) -> None:
         self.rank, self.world_size = rank, len(files)
@@ -118,10 +108,7 @@ class HostRanks:
         self._number = 0
 
     def send(self, tensor: Tensor, sent: Sequence[int] | None = None) -> "Message":
-        """Send all ranks a contiguous CPU tensor, or ``sent`` of its rows to each.
-
-        Returns what to wait for.
-        """
+        """Send all ranks a contiguous CPU tensor, or ``sent`` of its rows to each."""
         self._number += 1
         half, memory = self._number % 2, self.memories[self.rank]
         size = tensor.numel() * tensor.itemsize
@@ -143,25 +130,21 @@ class HostRanks:
 
 
 class Message:
-    """The messages of all ranks in one collective; :meth:`wait` works as that of torch's works."""
+    """The messages of all ranks in one collective, with the interface of torch's Work."""
 
     def __init__(self, host_ranks: HostRanks, number: int, tensor: Tensor) -> None:
         self._ranks, self._number, self._half, self._own = host_ranks, number, number % 2, tensor
         self._failed = False
 
     def is_completed(self) -> bool:
-        """Return whether all messages are there, or will never come."""
+        """Whether all messages have arrived, or one never will."""
         return self._failed or self._reached(_AWAKE, _AWAKE) == len(self._ranks.others)
 
     def _reached(self, awake: float, limit: float) -> int:
         return self._ranks.flags[self._half].reached(self._number, awake, limit)
 
     def wait(self, limit: timedelta = timedelta()) -> None:
-        """Return when all messages are there.
-
-        Raises:
-            RuntimeError: one is missing after the limit, or its process has ended.
-        """
+        """Wait for all messages; RuntimeError after the limit, or if a process has ended."""
         reached = self._reached(0.0, limit.total_seconds())
         if reached == len(self._ranks.others):
             return
@@ -174,15 +157,11 @@ class Message:
             raise RuntimeError(f"the process of rank {other} of this group has ended")
 
     def fits(self) -> bool:
-        """Return whether the messages of all ranks fitted their buffers."""
+        """Whether all messages fitted their buffers."""
         return all(memory.heads[self._half, 0] >= 0 for memory in self._ranks.memories)
 
     def scatter(self, out: Tensor, received: Sequence[int]) -> None:
-        """Copy the rows that each rank has sent to this one into ``out``.
-
-        Raises:
-            RuntimeError: a rank has sent another number of rows than ``received`` says.
-        """
+        """Copy the rows for this rank into ``out``; RuntimeError for another number of rows."""
         row_bytes = out.numel() * out.itemsize // max(1, len(out))
         arriving, place, rank = out.view(-1).view(torch.uint8), 0, self._ranks.rank
         for other, (memory, count) in enumerate(zip(self._ranks.memories, received, strict=True)):
@@ -198,11 +177,7 @@ class Message:
             place += size
 
     def reduce(self, tensor: Tensor, op: Any) -> None:
-        """Put the reduction of all ranks' tensors, in the order of the ranks, into ``tensor``.
-
-        Raises:
-            RuntimeError: they have different sizes.
-        """
+        """Reduce the tensors in the order of ranks; RuntimeError for different sizes."""
         size, tensors = tensor.numel() * tensor.itemsize, []
         for other, memory in enumerate(self._ranks.memories):
             data = memory.message(self._half)
@@ -217,20 +192,15 @@ def _other_size(rank: int, got: int, expected: int) -> RuntimeError:
 
 
 def reduces(op: Any) -> bool:
-    """Return whether :meth:`Message.reduce` knows an operation."""
+    """Whether :meth:`Message.reduce` supports an operation."""
     return op in _REDUCE
 
 
 def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> HostRanks | None:
-    """Return the ranks of this machine, or None on all ranks if not all of them share its memory.
+    """Return the ranks of this machine, or None on all ranks if any cannot share its memory.
 
-    A collective. Ranks do not share memory on several machines, in containers without a common or
-    large enough ``/dev/shm``, without a C compiler, or with ``SHARDEMB_SHARED_MEMORY=0``.
-
-    Args:
-        rank: of this process in its group.
-        world_size: of the group.
-        gather: returns the values of all ranks.
+    A collective. Not shared: several machines, containers without a common and large enough
+    ``/dev/shm``, no C compiler, ``SHARDEMB_SHARED_MEMORY=0``.
     """
     path = _FOLDER / f"shardemb-{secrets.token_hex(16)}"
     files: list[tuple[IO[bytes], IO[bytes]]] = []
@@ -244,7 +214,7 @@ def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Host
         gathered = gather((path.name, reason))
         reasons = [f"rank {other}: {why}" for other, (_, why) in enumerate(gathered) if why]
         if not reasons:
-            with suppress(OSError):  # that of another machine
+            with suppress(OSError):  # files of another machine
                 files.extend(
                     own if other == rank else _open(_FOLDER / name)
                     for other, (name, _) in enumerate(gathered)
@@ -280,7 +250,6 @@ def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _make(path: Path) -> tuple[IO[bytes], IO[bytes]]:
-    """Make this rank's files, and lock the second; OSError without space."""
     for new in (path, _lock_of(path)):
         new.touch(0o600, exist_ok=False)
     file, lock = _open(path)
@@ -290,5 +259,5 @@ def _make(path: Path) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Allocate a file's memory, or raise OSError: a write beyond it would end the process."""
+    """Allocate a file's memory, or raise OSError; otherwise a write could kill the process."""
     os.posix_fallocate(file.fileno(), 0, size)

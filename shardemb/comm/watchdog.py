@@ -1,10 +1,10 @@
 """Ends a rank whose peer has died, stopped, raised or run out of data, with a named error.
 
-gloo reports that a connection was lost, not whose, and nothing at all of a stopped peer. So each
-process group has an alarm in its store. A rank whose collective fails, or takes longer than the
-timeout, sets it; a thread on every rank looks at it four times a second and answers with what the
-rank does. A rank that raised or ended has left a notice there; one that does not answer is dead or
-stopped. Waiting ranks look at the alarm too, so that all of them end together.
+gloo reports a lost connection without naming the peer, and does not detect a stopped peer. So each
+process group has an alarm in its store, set by a rank whose collective fails or exceeds the
+timeout. A thread on every rank reads it four times a second and answers with the rank's state. A
+rank that raised or ended has left a notice; one without answer or notice is dead or stopped.
+Waiting ranks read the alarm too, so all end together.
 """
 
 import atexit
@@ -28,17 +28,17 @@ import torch.distributed as dist
 
 from shardemb.exceptions import InputError, PeerFailureError, WorkerError, restart_may_help
 
-#: seconds between two looks at the alarm
+#: seconds between two reads of the alarm
 _LOOK = 0.25
-#: seconds in which a wait polls before it sleeps
+#: seconds that a wait polls before it sleeps
 _SPIN = 0.002
 #: seconds in which a live rank answers an alarm
 _GRACE = 1.0
-#: seconds after which a waiting rank looks whether others have ended
+#: seconds after which a waiting rank checks whether others have ended
 _LATE = 1.0
-#: looks in a row that show the others ended, or waiting as before, until nobody is expected to come
+#: equal reads in a row that prove that all others have ended or wait
 _SURE = 3
-#: looks in a row that may fail before the watchdog gives up; a store may be slow
+#: failed reads in a row before the watchdog gives up
 _FAILURES = 240
 
 _timeout = float(os.environ.get("SHARDEMB_TIMEOUT", "300"))
@@ -46,7 +46,7 @@ _step = 0
 
 
 def set_timeout(seconds: float) -> None:
-    """Set how many seconds a collective may take: by default 300, or ``SHARDEMB_TIMEOUT``.
+    """Set the seconds that a collective may take; by default 300, or ``SHARDEMB_TIMEOUT``.
 
     Raises:
         ValueError: not above 0.
@@ -58,7 +58,7 @@ def set_timeout(seconds: float) -> None:
 
 
 def timeout() -> float:
-    """Return how many seconds a collective may take."""
+    """Return the seconds that a collective may take."""
     return _timeout
 
 
@@ -69,7 +69,7 @@ def at_step(step: int) -> None:
 
 
 def step() -> int:
-    """Return the training step of this rank."""
+    """Return the number of the training step."""
     return _step
 
 
@@ -77,11 +77,8 @@ def step() -> int:
 class PeerWatchdog:
     """The alarm of one process group.
 
-    Args:
-        group: the process group.
-        ranks: its members, by their ranks in the default group.
-        store: a client of this rank's own.
-        slices: whether waits for its collectives can be cut in slices, as gloo's can.
+    ``ranks`` are its members' ranks in the default group, ``store`` is a client of this rank alone,
+    ``slices`` says whether waits can have a timeout, as gloo's.
     """
 
     group: Any
@@ -91,9 +88,9 @@ class PeerWatchdog:
     #: what this rank waits in, and since when
     operation: str = ""
     since: float = 0.0
-    #: whether a rank has set the alarm, or the store is gone
+    #: whether the alarm is set, or the store is gone
     alarmed: bool = False
-    #: when this rank saw it
+    #: when this rank read it
     alarmed_at: float = math.inf
     #: whether some ranks have ended, and all others wait
     deserted: bool = False
@@ -127,7 +124,7 @@ class PeerWatchdog:
                 times = times + 1 if sure and waits == previous else int(sure)
                 previous, self.deserted = waits, times >= _SURE and since == self.since
                 failures = 0
-            except dist.DistNetworkError:  # the store is gone, with the rank that held it
+            except dist.DistNetworkError:  # the rank that hosts the store is gone
                 self.alarmed = True
             except Exception:
                 failures += 1
@@ -135,7 +132,7 @@ class PeerWatchdog:
                 return
 
     def leave(self) -> None:
-        """End the thread: one that asks the store while the interpreter ends aborts the process."""
+        """Stop the thread; a request to the store at exit aborts the process."""
         self._leaves.set()
         self._thread.join(_GRACE)
 
@@ -147,7 +144,6 @@ class PeerWatchdog:
             self.store.set(key, text)
 
     def _read(self, kind: str, ranks: Iterable[int | None]) -> dict[Any, str]:
-        """Return what ranks have set under a kind of key; None is a key without a rank."""
         keys = {rank: kind if rank is None else f"{kind}/{rank}" for rank in ranks}
         with self._lock:
             return {
@@ -157,7 +153,7 @@ class PeerWatchdog:
             }
 
     def notice(self, kind: str, text: str, alarm: bool = False) -> None:
-        """Leave a notice for the other ranks, if the store still answers."""
+        """Leave a notice for the other ranks, if the store answers."""
 
         def leave() -> None:
             self._set(f"{kind}/{self.rank}", text)
@@ -167,19 +163,15 @@ class PeerWatchdog:
         _within(_GRACE, leave)
 
     def wait(self, work: Any, operation: str) -> None:
-        """Return when a collective is done.
-
-        Raises:
-            PeerFailureError: it cannot be done any more, or takes longer than the timeout.
-        """
+        """Wait for a collective; PeerFailureError if it fails or exceeds the timeout."""
         self.operation, self.since, self.deserted = operation, time.monotonic(), False
-        # a sleeping thread wakes late where a machine's cores are virtual: 0.3 ms for each nap
+        # poll first: on virtual cores, a sleeping thread wakes up to 0.3 ms late
         if self.slices:
             soon = self.since + _SPIN
             while not work.is_completed() and time.monotonic() < soon:
                 os.sched_yield()
         while True:
-            # if it completes between the end of a slice and this call, ask it for its own result
+            # a collective that completes after a slice still returns its own result
             whole = not self.slices or work.is_completed()
             try:
                 work.wait() if whole else work.wait(_SLICE)
@@ -196,12 +188,7 @@ class PeerWatchdog:
                 return
 
     def failure(self, why: str, lost: bool) -> PeerFailureError:
-        """Set the alarm, wait for the other ranks' answers, and return what has happened.
-
-        Args:
-            why: the collective's own error.
-            lost: a connection was lost.
-        """
+        """Set the alarm, wait for answers, and return an error that names the failed rank."""
         seconds, operation, own_step = time.monotonic() - self.since, self.operation, _step
         heard: dict[str, dict[int, str]] = {"raised": {}, "ended": {}, "answer": {}}
         raised, ended, answers = heard.values()
@@ -218,8 +205,7 @@ class PeerWatchdog:
                 time.sleep(0.05)
 
         answered = _within(_GRACE + 0.4, inquire)
-        # the group's destructor would wait for operations that nobody ends any more, and this
-        # process could not exit
+        # keep the group: its destructor would wait forever
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
         states = {rank: json.loads(text) for rank, text in answers.items()}
         silent = [rank for rank in self.others if rank not in answers and rank not in ended]
@@ -254,7 +240,6 @@ class PeerWatchdog:
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> bool:
-    """Run a function that may hang; return whether it has succeeded within this time."""
     done: list[Any] = []
 
     def run() -> None:
@@ -269,21 +254,20 @@ def _within(seconds: float, function: Callable[[], Any]) -> bool:
 
 _SLICE = timedelta(seconds=_LOOK)
 _watchdogs: dict[Any, PeerWatchdog] = {}
-#: also those of groups that are no longer used
+#: includes those of groups no longer in use
 _looking: WeakSet[PeerWatchdog] = WeakSet()
 _begun: Counter[str] = Counter()
 
 
 def watch(group: Any) -> PeerWatchdog:
-    """Return the watchdog of a process group, None for the default one; it starts at first use."""
+    """Return a group's watchdog, started at first use; None for the default group."""
     key = dist.group.WORLD if group is None else group
     watchdog = _watchdogs.get(key)
     return watchdog if watchdog is not None else _begin(key)
 
 
 def _begin(group: Any) -> PeerWatchdog:
-    # a store may keep the keys of an attempt that failed, as torchrun's does, or of an earlier
-    # group of the same name
+    # a store may keep keys of a failed attempt (torchrun), or of an earlier group
     name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{group.group_name}"
     _begun[name] += 1
     default: Any = dist.distributed_c10d._get_default_store()
@@ -296,23 +280,19 @@ def _begin(group: Any) -> PeerWatchdog:
 
 
 def forget(group: Any) -> None:
-    """End the watchdog of a group that is no longer used."""
+    """Stop the watchdog of a group no longer in use."""
     watchdog = _watchdogs.pop(group, None)
     if watchdog is not None:
         watchdog.alarmed = True  # ends its thread
     _unhook()
 
 
-#: the hook that was there before ours; None while ours is not installed
+#: the previous hook; None while ours is not installed
 _next_hook: Callable[..., Any] | None = None
 
 
 def _hook_in() -> None:
-    """Report what ends this process, exception or not, to the other ranks.
-
-    An exception's hook is ours only while a watchdog lives: at exit it would be known too
-    (sys.last_value), but only after waiting for threads, which may wait for the other ranks.
-    """
+    """An excepthook, because at exit Python first waits for threads, which may wait for ranks."""
     global _next_hook
     if _next_hook is None:
         _next_hook, sys.excepthook = sys.excepthook, _on_error
@@ -322,7 +302,7 @@ def _hook_in() -> None:
 
 def _unhook() -> None:
     global _next_hook
-    # whoever has replaced the hook since may call ours
+    # a later hook may call ours
     if not _watchdogs and sys.excepthook is _on_error and _next_hook is not None:
         sys.excepthook, _next_hook = _next_hook, None
 
@@ -334,7 +314,7 @@ def _on_error(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def report(error: BaseException) -> None:
-    """Report to the other ranks that this one has raised."""
+    """Report this rank's exception to the other ranks."""
     if not isinstance(error, PeerFailureError):
         text = f"{type(error).__name__}: {str(error)[:300]} (step {_step})"
         notice = json.dumps({"text": text, "restart_may_help": restart_may_help(error)})
@@ -345,7 +325,7 @@ def report(error: BaseException) -> None:
 
 
 def raised_elsewhere() -> WorkerError | None:
-    """Return what another rank of the default group has raised; for a launcher."""
+    """Return the exception reported by another rank; for launchers."""
     watchdog = _of_default_group()
     notices: dict[int, str] = {}
     if watchdog is not None:
@@ -374,11 +354,7 @@ def _leave() -> None:
 
 
 def finish() -> None:
-    """Report that this rank has ended, and wait until all others have; for a launcher.
-
-    Raises:
-        PeerFailureError: another rank has failed meanwhile.
-    """
+    """Report this rank's end, and wait for the others'; PeerFailureError if one failed."""
     watchdog = _of_default_group()
     if watchdog is None:
         return
@@ -396,11 +372,7 @@ def finish() -> None:
 
 
 def attend(fn: Callable[..., Any], *args: Any) -> Any:
-    """Run a rank's function, watched from its start until all ranks have ended; for a launcher.
-
-    Raises:
-        PeerFailureError: another rank has failed meanwhile.
-    """
+    """Run a rank's function, watched until all ranks have ended; for launchers."""
     watch(None)
     result = fn(*args)
     finish()
@@ -409,7 +381,7 @@ def attend(fn: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def guarded(group: Any, operation: str) -> Iterator[None]:
-    """Turn the error of a collective that a library makes and waits for into PeerFailureError."""
+    """Turn errors of a library's own collectives into PeerFailureError."""
     watchdog = watch(group)
     watchdog.operation, watchdog.since = operation, time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""Loops over rows: C where there is a compiler, torch's operators elsewhere."""
+"""Loops over rows: C if there is a compiler, otherwise torch's operators."""
 
 from shardemb.kernels.rows import (
     CHUNK_ROWS,

@@ -1,9 +1,8 @@
-"""Memory for rows, and the loops over them that are written in C, where a C compiler is found.
+"""Loops over rows on the CPU in C, or else torch's operators.
 
-``rows.c`` is compiled once (``cc``, or ``$CC``; under a second) into ``$XDG_CACHE_HOME/shardemb``.
-Without a compiler, or with ``SHARDEMB_NATIVE=0``, torch's operators do the same, more slowly:
-everything here has a way without. :func:`why_not` says which it is. All rows are on the CPU;
-callers check row numbers before.
+The C compiler (``cc``, or ``$CC``) builds ``rows.c`` once, in under a second, into
+``$XDG_CACHE_HOME/shardemb``. Without it, or with ``SHARDEMB_NATIVE=0``, torch's operators do the
+same, more slowly. Callers check row numbers.
 """
 
 import ctypes
@@ -31,13 +30,13 @@ from shardemb.utils.files import cache_folder
 from shardemb.utils.types import RowFunction
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC", "-lm")
-#: smaller tensors come from memory that the C library has at hand
+#: smaller tensors come from memory that the C library holds
 _HUGE_BYTES = 1 << 22
-#: rows for which a thread of its own pays
+#: fewest rows for a thread
 _ROWS_PER_THREAD = 2048
-#: rows of scores for which it does
+#: fewest rows of scores for a thread
 _SCORES_PER_THREAD = 64
-#: rows updated or constrained at a time: 512 to 2048 keep them in cache, which halves the time
+#: rows updated or constrained at a time: 512 to 2048 stay in cache, which halves the time
 CHUNK_ROWS = 2048
 #: madvise's MADV_HUGEPAGE
 _MADV_HUGEPAGE = 14
@@ -49,29 +48,26 @@ _log = logs.logger(__name__)
 
 @cache
 def keep_freed_blocks() -> None:
-    """Let glibc keep freed blocks of up to 32 MiB instead of giving them back; once a process.
+    """Make glibc keep freed blocks of up to 32 MiB; once a process.
 
-    It maps each block larger than any that was freed before anew, and gives back what is free
-    beyond twice that size (mallopt(3), M_MMAP_THRESHOLD). Page faults were half of the time of a
-    step of 4096 x 128.
+    By default it maps large blocks anew (mallopt(3), M_MMAP_THRESHOLD), and page faults are half of
+    the time of a step of 4096 x 128.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Return an uninitialized tensor ``shape``.
+    """Return an uninitialized tensor; a large CPU tensor has pages of 2 MiB, if Linux has them.
 
-    A large one on the CPU in pages of 2 MiB, where Linux has them.
-
-    Rows picked at random out of gigabytes otherwise cost a walk through the page table each, and a
-    fresh buffer of 32 MiB more time for its 8192 page faults than for its contents.
+    With small pages, each random row costs a walk through the page table, and a new buffer of 32
+    MiB spends most of its time on 8192 page faults.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     size = tensor.numel() * tensor.itemsize
     if size >= _HUGE_BYTES and tensor.device.type == "cpu":
         page = os.sysconf("SC_PAGESIZE")
         start = -(-tensor.data_ptr() // page) * page
-        # only advice: where it is refused, small pages do
+        # only advice: small pages work too
         _libc().madvise(
             ctypes.c_void_p(start),
             ctypes.c_size_t((tensor.data_ptr() + size - start) // page * page),
@@ -81,7 +77,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a contiguous copy as :func:`empty` makes it."""
+    """Return the tensor, or a contiguous copy from :func:`empty`."""
     return (
         tensor
         if tensor.is_contiguous()
@@ -96,7 +92,6 @@ def _libc() -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """Return the compiled functions, or why there are none."""
     library = _load_library()
     _log.info("C kernels are %s", f"off: {library}" if isinstance(library, str) else "on")
     return library
@@ -169,7 +164,6 @@ def _load_library() -> ctypes.CDLL | str:
 
 
 def _compiled(compiler: str) -> Path:
-    """Return the library for this source and this processor, compiled if it is not there yet."""
     source = Path(__file__).with_name("rows.c")
     flags = next(
         (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), ""
@@ -186,9 +180,8 @@ def _compiled(compiler: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="shardemb-"))
     path = folder / f"rows-{key}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as scratch:  # ranks that compile at once each replace a whole file
+        # concurrent ranks each replace a whole file
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
             subprocess.run(
                 [compiler, source, "-o", made, *_FLAGS],
@@ -206,13 +199,12 @@ def _read(path: str) -> str:
 
 
 def why_not() -> str | None:
-    """Say why the C loops are not used; None if they are."""
+    """Return why the C loops are not used; None if they are."""
     library = _library()
     return library if isinstance(library, str) else None
 
 
 def _loops(*tensors: Tensor) -> ctypes.CDLL | None:
-    """Return the C loops if there are any, and if they can read and write these tensors."""
     library = _library()
     if isinstance(library, str):
         return None
@@ -227,16 +219,12 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="shardemb")
 
 
-os.register_at_fork(
-    after_in_child=_threads.cache_clear
-)  # a child has the object, but not its threads
+# a child process has no threads of the parent
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER_THREAD) -> None:
-    """Call with ranges that make up ``[0, n)``, on as many threads as torch uses.
-
-    C calls let the others run.
-    """
+    """Call with ranges that make up ``[0, n)``, on torch's number of threads."""
     parts = min(torch.get_num_threads(), n // least)
     if parts < 2:
         call(0, n)
@@ -247,10 +235,7 @@ def _in_parts(call: Callable[[int, int], object], n: int, least: int = _ROWS_PER
 
 
 def take(table: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``table[rows]``, ``(n, D)`` for rows ``(n,)`` int64 of a table ``(R, D)``.
-
-    In ``out`` if given; no gradient.
-    """
+    """Return ``table[rows]``, ``(n, D)``, for int64 rows ``(n,)``; without gradient."""
     n, dim = rows.shape[0], table.shape[1]  # len() of a tensor takes a microsecond
     if out is None:
         out = empty((n, dim), table.dtype, table.device)
@@ -264,10 +249,7 @@ def take(table: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def put(table: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Set ``table[rows] = values``, each row once.
-
-    Rows ``(n,)`` int64, values ``(n, D)`` of the table's dtype.
-    """
+    """Set ``table[rows] = values`` for distinct int64 rows ``(n,)``, and values ``(n, D)``."""
     loops, size = _loops(table, rows, values), table.shape[1] * table.itemsize
     if loops is None or table.dtype != values.dtype:
         table.index_copy_(0, rows, values)
@@ -281,18 +263,12 @@ def put(table: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Return rows ``(n, D)`` divided by their 2-norm.
-
-    :func:`constrain` and :func:`update` know it, and do it in C.
-    """
+    """Return rows ``(n, D)`` of unit 2-norm; :func:`constrain` and :func:`update` do it in C."""
     return F.normalize(rows)
 
 
 def constrain(table: Tensor, rows: Tensor, function: RowFunction) -> None:
-    """Set ``table[rows] = function(table[rows])``, each row once, in chunks.
-
-    Rows ``(n,)`` int64, a function of ``(m, D)``.
-    """
+    """Set ``table[rows] = function(table[rows])`` for distinct rows ``(n,)``, in chunks."""
     loops = _loops(table, rows)
     if function is unit_rows and loops is not None and table.dtype == torch.float32:
         _in_parts(
@@ -307,23 +283,19 @@ def constrain(table: Tensor, rows: Tensor, function: RowFunction) -> None:
 
 @dataclass(frozen=True)
 class Merged:
-    """Rows ``(n,)`` with their duplicates merged."""
+    """Rows ``(n,)`` with merged duplicates."""
 
-    #: (u,) each row once, ascending
+    #: (u,) distinct rows, ascending
     unique: Tensor
-    #: (n,) where each of the n stands in ``unique``
+    #: (n,) index of each row in ``unique``
     inverse: Tensor
-    #: (n,) the places in the rows, by row, in the order in which they came; empty without the C
-    #: loops
+    #: (n,) indices that sort the rows, stably; empty without the C loops
     order: Tensor
-    #: (u + 1,) where each unique row begins in ``order``; empty without the C loops
+    #: (u + 1,) bounds of each unique row in ``order``; empty without the C loops
     starts: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up the values ``(n, D)`` of each row, in the order in which they came: ``(u, D)``.
-
-        Half precision in float32.
-        """
+        """Sum the values ``(n, D)`` of each row: ``(u, D)``; half precision in float32."""
         if values.itemsize < 4:
             return self.sum(values.float()).to(values.dtype)
         out = empty((len(self.unique), values.shape[1]), values.dtype, values.device)
@@ -336,10 +308,7 @@ class Merged:
 
 
 def merge(rows: Tensor, num_rows: int) -> Merged:
-    """Merge the duplicates of rows ``(n,)`` int64 that lie in ``[0, num_rows)``.
-
-    IndexError (from the C loops) if not.
-    """
+    """Merge duplicates of int64 rows ``(n,)``; IndexError (in C) outside ``[0, num_rows)``."""
     loops, n = _loops(rows), rows.shape[0]
     if loops is None:
         each_once, places = rows.unique(return_inverse=True)
@@ -366,7 +335,7 @@ def merge(rows: Tensor, num_rows: int) -> Merged:
 
 
 def can_update(weight: Tensor, grad: Tensor, merged: Merged, state: list[Tensor]) -> bool:
-    """Whether :func:`update` takes these."""
+    """Whether :func:`update` takes these tensors."""
     tensors = [weight, grad, *state]
     return (
         merged.starts.shape[0] > 0
@@ -387,20 +356,19 @@ def update(
     betas: tuple[float, float] = (0.0, 0.0),
     constrain: RowFunction | None = None,
 ) -> None:
-    """Add up the gradients of each row and update it, in one pass; only if :func:`can_update`.
+    """Sum each row's gradients and update the row, in one pass; requires :func:`can_update`.
 
     Args:
         rule: one of :data:`RULES`.
         weight: ``(R, D)`` float32.
-        grad: ``(n, D)`` float32, one row for each of the rows that were merged.
-        merged: of the rows.
-        state: ``(R,)`` or ``(R, D)`` float32 each, in the order of the rule's.
-        lr: learning rate, bias correction included.
-        decay: rows are scaled by ``1 - decay`` first.
+        grad: ``(n, D)`` float32, one for each merged row.
+        merged: the rows.
+        state: float32 ``(R,)`` or ``(R, D)``, in the rule's order.
+        lr: learning rate, with bias correction.
+        decay: rows are first scaled by ``1 - decay``.
         eps: added to the root.
         betas: decay of Adam's moments.
-        constrain: function of rows ``(m, D)``, applied to the updated rows while they are in cache;
-            :func:`unit_rows` in C.
+        constrain: function of rows ``(m, D)``, applied in cache; :func:`unit_rows` in C.
     """
     loops, dim = _library(), weight.shape[1]
     assert not isinstance(loops, str)
@@ -433,15 +401,10 @@ def _shifted(part: Callable[..., None], start: int, rows: Tensor, a: int, b: int
 
 
 def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
-    """Count in each row of scores ``(B, N)``, of the first n, those above ``truth`` ``(B,)``.
+    """Count scores ``(B, N)`` above ``truth`` ``(B,)``, equal to it, and finite, by row.
 
-    Equal to it, and finite ones.
-
-    Args:
-        scores: any real dtype; float32 in C.
-        truth: of the same dtype.
-        n: columns that count, below 2^31.
-        out: ``(3, B)`` int64, to which the numbers are added.
+    Adds the counts of the first ``n`` columns, below 2^31, to ``out`` ``(3, B)`` int64. In C for
+    float32.
     """
     loops = _loops(scores, truth, out) if scores.dtype == torch.float32 else None
     if loops is not None:
@@ -456,7 +419,7 @@ def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
     for line, mask in zip(
         out, (scores > truth, scores == truth, torch.isfinite(scores)), strict=True
     ):
-        # numpy's counting costs a fifth of torch's sum over bools on the CPU
+        # on CPUs, numpy's count takes a fifth of torch's sum over bools
         line += (
             mask.sum(1)
             if mask.is_cuda
@@ -465,11 +428,9 @@ def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
 
 
 def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
-    """Return the distances of ``(..., B, D)`` to ``(..., N, D)`` in the p-norm, ``(..., B, N)``.
+    """Return p-norm distances of ``(..., B, D)`` to ``(..., N, D)``: ``(..., B, N)``.
 
-    From differences.
-
-    In C for p 1 or 2, two dimensions, float32, and where no gradient is asked for.
+    Computed from differences; in C for p 1 or 2, two dimensions, float32 and no gradient.
     """
     loops, flat = (
         _loops(queries, rows),
@@ -489,25 +450,17 @@ def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
 
 
 def nonfinite_rows(values: Tensor) -> Tensor:
-    """Return which rows of a real tensor ``(n, ...)`` hold NaN or infinite values, as int64.
-
-    One pass if there are none.
-    """
+    """Return the int64 rows of a real tensor ``(n, ...)`` that hold NaN or infinite values."""
+    # NaN is the minimum and the maximum
     if not values.numel() or all(
         math.isfinite(extreme.item()) for extreme in torch.aminmax(values)
     ):
-        return torch.empty(
-            0, dtype=torch.int64, device=values.device
-        )  # NaN is the least and the most
+        return torch.empty(0, dtype=torch.int64, device=values.device)
     return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)
 
 
 class Flag:
-    """A number in memory that other processes see; :func:`why_not` must be None.
-
-    Args:
-        memory: its first 8 bytes are the flag.
-    """
+    """A number in the first 8 bytes of memory shared with other processes; needs the C loops."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.pointer = memory, memory.data_ptr()
@@ -515,7 +468,7 @@ class Flag:
         self._raise = library.raise_flag
 
     def raise_to(self, value: int) -> None:
-        """Set it; who sees it also sees what this process wrote before."""
+        """Set the flag; readers of it also see all earlier writes."""
         self._raise(self.pointer, value)
 
 
@@ -529,13 +482,7 @@ class Flags:
         self._raised = library.flags_raised
 
     def reached(self, value: int, awake: float = 0.0, limit: float = 0.0) -> int:
-        """Wait until all have reached a value, at most ``limit`` seconds.
-
-        ``awake`` of them without sleep.
-
-        Returns:
-            How many of them have, in their order.
-        """
+        """Wait ``limit`` s (``awake`` without sleep) for ``value``; return how many have it."""
         return self._raised(
             self._pointers, len(self._flags), value, int(awake * 1e9), int(limit * 1e9)
         )

@@ -1,4 +1,4 @@
-"""Knowledge-graph embeddings on sharded tables: data, models, training, evaluation, whole jobs."""
+"""Knowledge-graph embeddings on sharded tables: data, models, training, evaluation, jobs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A job's settings: the modules' own dataclasses, read strictly from TOML and written in full."""
+"""A job's settings: dataclasses, read strictly from TOML and written in full."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ from shardemb.utils.files import read_text
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What a training job computes, and where: ``launch``, which changes no result."""
+    """What a training job computes; ``launch`` says where, and changes no result."""
 
     #: see :meth:`shardemb.kge.Triples.load`
     dataset: str = "wordnet"
@@ -42,28 +42,28 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_unseen(self.unseen)
-        _ = self.settings  # checks that they go together
+        _ = self.settings  # checks that they are compatible
 
     @property
     def settings(self) -> Settings:
-        """The sections that the trainer takes."""
+        """The trainer's sections."""
         return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
 
     @classmethod
     def load(
         cls, path: Path | None = None, overrides: Iterable[str] = (), dataset: str | None = None
     ) -> "JobConfig":
-        """Read a TOML file, then overrides.
+        """Read a TOML file and apply overrides.
 
         Args:
-            path: of the file; None for the defaults.
-            overrides: ``key=value`` such as ``training.epochs=3``; values as in TOML, or a bare
+            path: None for the defaults.
+            overrides: ``key=value``, such as ``training.epochs=3``; values as in TOML, or a bare
                 word.
-            dataset: instead of the file's.
+            dataset: replaces the file's.
 
         Raises:
-            ValueError: text that is not TOML, an unknown key (with the nearest known one), a value
-                of a wrong type or out of range; names file, overrides and key.
+            ValueError: not TOML, an unknown key, or a value of a wrong type or out of range; names
+                file, overrides and key.
             OSError: the file cannot be opened.
         """
         overrides = list(overrides)
@@ -74,7 +74,7 @@ class JobConfig:
             text = read_text(path)
             try:
                 tree = tomllib.loads(text)
-            except (ValueError, RecursionError) as error:  # also long numbers and deep brackets
+            except (ValueError, RecursionError) as error:  # long numbers and deep nesting too
                 raise InputError(f"{path}: got text that is not TOML: {error}") from error
         for override in overrides:
             key, separator, text = override.partition("=")
@@ -98,7 +98,7 @@ class JobConfig:
         return _build(cls, tree, source, "")
 
     def to_toml(self) -> str:
-        """Return the whole configuration, defaults included, as TOML that :meth:`load` reads."""
+        """Return the whole configuration, defaults included, as TOML."""
         lines, sections = [], []
         for key, value in dataclasses.asdict(self).items():
             if isinstance(value, dict):
@@ -111,7 +111,7 @@ class JobConfig:
     def differences(self, other: "JobConfig") -> list[str]:
         """Return ``this against other`` for each differing setting that changes the results.
 
-        A dataset that ``other`` does not name is not compared.
+        The dataset is compared only if ``other`` has one.
         """
         launch, dataset = LaunchConfig(), other.dataset and self.dataset
         own = dataclasses.replace(self, launch=launch, dataset=dataset).to_toml()
@@ -126,7 +126,7 @@ def _parse(text: str) -> Any:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    return parsed["value"] if len(parsed) == 1 else text  # more of them: a line break within
+    return parsed["value"] if len(parsed) == 1 else text  # otherwise the text contains a line break
 
 
 def _format(value: Any) -> str:
@@ -136,13 +136,12 @@ def _format(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_format, value))}]"
     if isinstance(value, float):
-        return repr(value)  # TOML has inf, JSON has not
+        return repr(value)  # unlike JSON, TOML has inf
     # TOML has no surrogates, and escapes DEL
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _keys(cls: Any, prefix: str = "") -> list[str]:
-    """Return the full names of all settings and sections."""
     keys = []
     for key, expected in get_type_hints(cls).items():
         keys.append(prefix + key)
@@ -152,7 +151,6 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _near(key: str, hints: Iterable[str], prefix: str) -> str:
-    """Return advice for an unknown key: a similar one beside it, or else one of another section."""
     places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)}
     places |= {name: prefix + name for name in hints}
     for names in (hints, places):
@@ -181,7 +179,6 @@ def _build(cls: Any, tree: Mapping[str, Any], source: str, prefix: str) -> Any:
 
 
 def _check(value: Any, expected: Any, where: str) -> Any:
-    """Return a value of the expected type, or refuse it."""
     _require_writable(value, where)
     kind = getattr(expected, "__origin__", expected)
     if kind is float and type(value) is int:  # not bool
@@ -195,7 +192,6 @@ def _check(value: Any, expected: Any, where: str) -> Any:
 
 
 def _require_writable(value: Any, where: str) -> None:
-    """Refuse what ``config.toml`` cannot hold, or no setting can mean."""
     if isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             _require_writable(key, where)

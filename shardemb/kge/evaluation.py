@@ -1,4 +1,4 @@
-"""Ranks of triples, and their metrics: MRR, MR, Hits@k and AMRI, by side, and by relation."""
+"""Ranks of triples and their metrics: MRR, MR, Hits@k and AMRI, by side and by relation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from shardemb.kge.ranking import Comparison, with_all, with_drawn
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.validation import at_least, one_of
 
-#: what of the equal candidates stands before an answer
+#: share of the equal candidates that rank before the answer
 TIES = {"realistic": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
 
 
@@ -48,22 +48,21 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of an evaluation: "mrr", "mr", "hits_at_1", ..., "amri"."""
+    """Metrics of an evaluation: "mrr", "mr", "hits_at_1", ..., "amri"."""
 
-    #: of "both", "tail" and "head"
+    #: metrics of "both", "tail" and "head"
     sides: dict[str, dict[str, float]]
-    #: of each relation's id ("relation") and direction ("side"), with the triples ("count"); empty
-    #: unless configured
+    #: with per_relation: metrics by id ("relation") and "side", with the triples' number ("count")
     table: list[dict[str, Any]]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of both sides."""
+        """Metrics of both sides."""
         return self.sides["both"]
 
 
 def check_candidates(config: EvaluationConfig, entities: int) -> None:
-    """Raise ValueError if as many candidates shall be drawn as there are entities."""
+    """Raise ValueError unless fewer candidates are drawn than there are entities."""
     if config.candidates >= entities:
         raise InputError(
             f"evaluation.candidates: got {config.candidates} of {entities} entities, expected"
@@ -78,7 +77,7 @@ def evaluate(
     config: EvaluationConfig,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return the metrics of both sides alone; see :func:`report`. A collective."""
+    """Return the metrics of both sides; arguments of :func:`report`. A collective."""
     return report(model, triples, splits, config, seed).metrics
 
 
@@ -94,15 +93,15 @@ def report(
 
     Args:
         model: in any mode; dropout is off.
-        triples: ``(T, 3)``, one at least, the same on all ranks.
-        splits: whose triples are true answers, if filtered.
-        config: how.
+        triples: ``(T, 3)``, the same on all ranks.
+        splits: triples that are true answers, if filtered.
+        config: how to rank.
         seed: of drawn candidates.
-        shown: whether there is a progress bar, on this rank.
+        shown: show a progress bar on this rank.
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
-        ValueError: no triples; or as many candidates to be drawn as there are entities.
+        ValueError: no triples, or too many candidates to draw.
     """
     if not len(triples):
         raise InputError("got no triples to rank, expected one at least")
@@ -137,7 +136,6 @@ def report(
 
 
 def _known(splits: Sequence[Tensor], num_relations: int, triples: Tensor) -> KnownAnswers:
-    """Index the known answers of triples; each rank reads a part of the splits. A collective."""
     rank, world_size = collectives.rank_and_size()
     parts = [
         split[len(split) * rank // world_size : len(split) * (rank + 1) // world_size]
@@ -152,17 +150,17 @@ def _ranks(compared: Comparison, ties: str) -> Tensor:
 
 
 def metrics(ranks: Tensor, options: Tensor, hits: Sequence[int] = (1, 3, 10)) -> dict[str, float]:
-    """Return the figures of ranks.
+    """Return the metrics of ranks.
 
     Args:
-        ranks: ``(n,)`` float64, the best is 1.
-        options: ``(n,)`` float64, how many candidates each was ranked among, itself included.
+        ranks: ``(n,)`` float64, from 1.
+        options: ``(n,)`` float64, number of candidates, answer included.
         hits: the k of Hits@k.
 
     Returns:
-        "mrr", the mean reciprocal rank; "mr", the mean rank; "hits_at_k", the share of ranks that
-        are at most k; "amri", which is 1 where all ranks are 1, and 0 where they are what chance
-        gives (Berrendorf et al. 2020), also without any other candidate.
+        "mrr", the mean reciprocal rank; "mr", the mean rank; "hits_at_k", the share of ranks up to
+        k; "amri" (Berrendorf et al. 2020), 1 if all ranks are 1, 0 for random ranks and without
+        other candidates.
     """
     mean, chance = ranks.mean().item(), ((options + 1) / 2).mean().item()
     return {

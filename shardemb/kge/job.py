@@ -1,6 +1,6 @@
-"""What the commands ``train``, ``evaluate`` and ``query`` do, callable from Python too.
+"""The commands ``train``, ``evaluate`` and ``query``, for Python.
 
-:func:`train` is for ranks that run already and a graph in memory; :func:`train_run` and
+:func:`train` runs on existing ranks and a graph in memory; :func:`train_run` and
 :func:`evaluate_run` start the ranks of a configuration.
 """
 
@@ -32,7 +32,7 @@ from shardemb.launch.config import LaunchConfig, run
 from shardemb.launch.local import run_local
 from shardemb.serving.store import StoredTable, newest, open_store
 
-#: takes a sentence about what happens now
+#: receives a line about the next phase
 Notify = Callable[[str], object]
 
 
@@ -52,36 +52,32 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[KnowledgeGraphModel, dict[str, float]]:
-    """Train and rank. A collective.
+    """Train and rank. A collective: every rank calls it with the same arguments.
 
-    Every rank of the default process group calls it, with the same arguments. The run folder is
-    that of ``shardemb train``: the command line can evaluate, query and resume the run. A graph
-    that :meth:`Triples.load` did not load needs ``--dataset`` to be evaluated, and is resumed by
-    this function alone: the triples of files have another order.
+    The commands evaluate, query and resume the run in ``output``. A graph that
+    :meth:`Triples.load` did not load needs ``--dataset`` to be evaluated, and only this function
+    resumes its run: the triples of files have another order.
 
     Args:
         data: the graph, the same on all ranks.
         model: the model's settings.
-        loss: what is minimized.
+        loss: the loss.
         sampling: batch sizes and negatives.
-        optimizer: how rows are updated, and at which rate.
-        training: epochs and what happens between them.
-        evaluation: how validation and test triples are ranked.
-        output: run folder, on storage that all ranks see; None writes nothing.
-        resume: go on from the newest checkpoint of ``output``, if there is one.
-        progress: show a bar (rank 0).
+        optimizer: optimizer and learning rates.
+        training: epochs, validation and checkpoints.
+        evaluation: how triples are ranked.
+        output: run folder, on storage that all ranks share; None writes nothing.
+        resume: continue from the newest checkpoint of ``output``, if any.
+        progress: show a progress bar on rank 0.
 
     Returns:
-        The model with this rank's rows, and the metrics of the test split (empty without test
-        triples).
+        The model with this rank's rows, and the metrics of the test split, if any.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite, on all ranks.
-        CheckpointError: before the first step: the folder cannot be written, or its disk is too
-            small; later: a checkpoint cannot be written or read.
-        TerminatedError: SIGTERM came; the step that was under way is in a checkpoint.
-        ValueError: a resumed run has other entities, relations or settings; settings that do not go
-            together.
+        CheckpointError: a checkpoint cannot be written (checked before training) or read.
+        TerminatedError: SIGTERM came; a checkpoint of the current step is complete.
+        ValueError: incompatible settings, or a resumed run has other data or settings.
         FileExistsError: ``output`` holds a run, and ``resume`` is False.
     """
     config = JobConfig(
@@ -115,23 +111,23 @@ def train_run(
     command: str = "",
     notify: Notify = _ignore,
 ) -> dict[str, float] | None:
-    """Start the ranks of a job, train, and rank the test triples, as ``shardemb train`` does.
+    """Start the ranks of a job, train, and rank the test triples, as ``shardemb train``.
 
     Args:
-        config: all settings; ``config.launch`` says where the ranks run.
+        config: all settings.
         output: run folder.
-        resume: go on from the newest checkpoint of ``output``, if there is one.
-        timeout_s: seconds after which a collective stops waiting for a missing rank.
-        command: for ``run.json``; by default this process's own.
-        notify: is called when the folder is ready, before training.
+        resume: continue from the newest checkpoint of ``output``, if any.
+        timeout_s: seconds that a collective waits for a missing rank.
+        command: recorded in ``run.json``; "" for this process's command line.
+        notify: called when the folder is ready, before training.
 
     Returns:
-        The metrics of the test split; None on torchrun's ranks but the first.
+        The metrics of the test split; None on torchrun's ranks other than 0.
 
     Raises:
         FileExistsError: ``output`` is not empty, and ``resume`` is False.
-        ValueError: settings that are not those of the resumed run.
-        WorkerError: a rank failed; with one local worker its own exception.
+        ValueError: a resumed run has other settings.
+        WorkerError: a rank failed; a single local worker raises its own exception.
         Exception: as :func:`train`.
     """
     folder, launch = RunFolder(output), config.launch
@@ -157,7 +153,7 @@ def train_run(
         if launch.max_workers:
             workers += f" to {launch.max_workers}"
         _prepare(config, folder, resume, command, workers, notify)
-        again = resume or launch.launcher == "ray"  # Ray starts again after a failure
+        again = resume or launch.launcher == "ray"  # Ray restarts ranks after a failure
         call = _train_rank, launch, config, folder.path.resolve(), again
     gpus, storage = config.training.device == "cuda", folder.ray.resolve()
     return run(*call, gpus=gpus, timeout_s=timeout_s, storage=storage)
@@ -166,7 +162,6 @@ def train_run(
 def _prepare(
     config: JobConfig, folder: RunFolder, resume: bool, command: str, workers: str, notify: Notify
 ) -> None:
-    """Make the run folder, or find it."""
     if not resume:
         folder.require_empty()
     folder.create()
@@ -180,7 +175,6 @@ def _prepare(
 def _prepare_and_train(
     config: JobConfig, folder: RunFolder, resume: bool, command: str, notify: Notify
 ) -> dict[str, float] | None:
-    """Train on a rank that torchrun has started; rank 0 makes the folder and returns the result."""
     rank = dist.get_rank()
     resume = resume or int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     if rank == 0:
@@ -199,7 +193,7 @@ def _train_rank(config: JobConfig, output: Path, resume: bool) -> dict[str, floa
 
 
 def _load(config: JobConfig) -> Triples:
-    """Load the job's triples; rank 0 alone warns."""
+    """Load the job's triples; only rank 0 warns."""
     with warnings.catch_warnings():
         if collectives.rank_and_size()[0]:
             warnings.simplefilter("ignore")
@@ -229,29 +223,28 @@ def evaluate_run(
     timeout_s: float = 300.0,
     notify: Notify = _ignore,
 ) -> dict[str, Any]:
-    """Rank a split's triples with a run's checkpoint, as ``shardemb evaluate`` does.
+    """Rank a split's triples with a run's checkpoint, as ``shardemb evaluate``.
 
     Args:
         output: run folder.
         split: "train", "valid" or "test".
-        workers: ranks, one local process each.
-        overrides: of settings, "evaluation.KEY=VALUE".
-        dataset: another place of the run's dataset, see :meth:`Triples.load`.
-        checkpoint: another than the run's best, or newest.
-        device: where rows lie, "cpu" or "cuda"; None for that of training.
-        timeout_s: seconds after which a collective stops waiting for a missing rank.
-        notify: is called before the ranks start.
+        workers: number of local ranks.
+        overrides: settings, "evaluation.KEY=VALUE".
+        dataset: another location of the run's dataset.
+        checkpoint: None for the best, or else the newest.
+        device: "cpu" or "cuda"; None for the training's.
+        timeout_s: seconds that a collective waits for a missing rank.
+        notify: called before the ranks start.
 
     Returns:
-        "checkpoint", "split", "triples" (their number) and the settings of the evaluation; "sides",
-        the metrics of "both", "tail" and "head"; "relations", those of each relation, if
-        configured.
+        "checkpoint", "split", "triples" (their number), the evaluation's settings, "sides" (metrics
+        of "both", "tail" and "head") and, if configured, "relations" (metrics of each).
 
     Raises:
         FileNotFoundError: no run folder.
         CheckpointError: no checkpoint, or one of another dataset.
         ValueError: no triples, or a setting out of range.
-        WorkerError: a rank failed; with one worker its own exception.
+        WorkerError: a rank failed; a single worker raises its own exception.
     """
     folder, overrides = RunFolder(output), list(overrides)
     written = folder.existing(folder.config)
@@ -310,22 +303,22 @@ def query_run(
     inverse: bool = False,
     table: str | None = None,
 ) -> list[tuple[str, float]]:
-    """Return nearest neighbours, or best tails, as ``shardemb query`` does.
+    """Return the nearest entities or the best answers, as ``shardemb query``.
 
     Args:
-        path: run folder, or a checkpoint.
-        entity: label; or id, if there are no labels.
-        relation: with it: the best tails of (entity, relation, ?).
-        k: how many.
-        metric: of neighbours, "cosine", "dot" or "l2".
-        inverse: the best heads of (?, relation, entity) instead of tails.
-        table: in which neighbours are searched; None for the largest.
+        path: run folder or checkpoint.
+        entity: label, or id without labels.
+        relation: None for the nearest entities; else for the best tails of (entity, relation, ?).
+        k: number of results.
+        metric: "cosine", "dot" or "l2", of nearest entities.
+        inverse: the best heads of (?, relation, entity) instead.
+        table: of the nearest rows; None for the largest.
 
     Returns:
-        Labels (or ids) and scores, the best first.
+        Labels (or ids) and scores, best first.
 
     Raises:
-        CheckpointError, KeyError, IndexError, ValueError: see :func:`shardemb.open_store`,
+        CheckpointError, KeyError, IndexError, ValueError: as :func:`shardemb.open_store` and
             :func:`~shardemb.kge.predict.best_tails`.
     """
     store = open_store(path)

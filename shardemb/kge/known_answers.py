@@ -1,6 +1,6 @@
-"""Queries of triples, and an index of the answers that triples give to them.
+"""Queries of triples, and an index of their known answers.
 
-A triple is two queries: (head, relation, ?) for its tail and (?, relation, tail) for its head.
+A triple answers two queries: (head, relation, ?) by its tail and (?, relation, tail) by its head.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,21 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: which entity of a triple is asked for
+#: the entity that a query asks for
 Side = Literal["head", "tail"]
 SIDES: tuple[Side, Side] = ("tail", "head")
-#: triples that are indexed at once
+#: triples indexed at once
 _BLOCK = 1 << 20
 
 
 def columns_of(side: Side, triples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the known entities, the relations and the answers of queries: ``(B,)`` each, int64."""
+    """Return known entities, relations and answers of queries: int64 ``(B,)`` each."""
     heads, relations, tails = triples.long().unbind(1)
     return (tails, relations, heads) if side == "head" else (heads, relations, tails)
 
 
 def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of equal values in ``wanted`` ``(B,)`` and ``sorted_values`` ``(T,)``."""
+    """Return indices of equal values in ``wanted`` ``(B,)`` and ``sorted_values`` ``(T,)``."""
     none = torch.zeros(0, dtype=torch.int64)
     if not len(sorted_values):
         return none, none
@@ -34,7 +34,7 @@ def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return none, none
     start = start[places]
     count = torch.searchsorted(sorted_values, wanted[places], right=True) - start
-    if len(places) == int(count.sum()):  # no value occurs twice
+    if len(places) == int(count.sum()):  # all values are distinct
         return places, start
     repeated = places.repeat_interleave(count)
     within = torch.arange(len(repeated)) - (count.cumsum(0) - count).repeat_interleave(count)
@@ -42,15 +42,13 @@ def equal_range(sorted_values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KnownAnswers:
-    """The answers that triples give to queries, by side.
+    """An index of the answers that triples give to queries, by side.
 
     Args:
         splits: ``(T, 3)`` each: head, relation, tail.
-        num_relations: of the graph.
-        only: ``(B, 3)`` triples whose queries will be asked: memory and time grow with these, not
-            with the splits. None for any.
-        gather: concatenates the pairs ``(n, 2)`` of all ranks, if each indexes a part of the
-            splits.
+        num_relations: relations of the graph.
+        only: ``(B, 3)`` triples, to index only their queries; None for all.
+        gather: concatenates ``(n, 2)`` pairs of all ranks, if each indexes a part of the splits.
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class KnownAnswers:
         return entities.long() * self._num_relations + relations
 
     def _pairs(self, splits: Sequence[Tensor], side: Side, only: Tensor | None) -> Tensor:
-        """Return keys of queries and answers ``(n, 2)``."""
         wanted = None if only is None else self._key(*columns_of(side, only)[:2]).unique()
         pairs = [torch.empty(0, 2, dtype=torch.int64)]
         for triples in splits if wanted is None or len(wanted) else ():
@@ -86,32 +83,29 @@ class KnownAnswers:
         return torch.cat(pairs)
 
     def answers(self, side: Side, entities: Tensor, relations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return places ``(n,)`` in the queries ``(B,)``, ascending, and the answers ``(n,)``.
-
-        Duplicates are included.
-        """
+        """Return indices ``(n,)`` of queries ``(B,)``, ascending, and answers, with duplicates."""
         keys, answers = self._index[side]
         places, rows = equal_range(keys, self._key(entities, relations))
         return places, answers[rows]
 
     def counts(self, side: Side, entities: Tensor, relations: Tensor) -> Tensor:
-        """Return how many triples answer each query, ``(B,)``."""
+        """Return the number of triples that answer each query, ``(B,)``."""
         keys, wanted = self._index[side][0], self._key(entities, relations)
         return torch.searchsorted(keys, wanted, right=True) - torch.searchsorted(keys, wanted)
 
     def cuts(self, side: Side, entities: Tensor, relations: Tensor, most: int) -> Tensor:
-        """Return where to cut queries ``(B,)`` into parts of about ``most`` answers each."""
+        """Return indices that cut queries ``(B,)`` into parts of about ``most`` answers."""
         ends = self.counts(side, entities, relations).cumsum(0) // most
         return ends.diff().nonzero().squeeze(1) + 1
 
     def queries(self, side: Side) -> tuple[Tensor, Tensor]:
-        """Return entities and relations ``(Q,)`` of all queries, each once."""
+        """Return entities and relations ``(Q,)`` of the distinct queries."""
         keys = self._index[side][0].unique_consecutive()
         return keys // self._num_relations, keys % self._num_relations
 
 
 def subsampling_weights(triples: Tensor, known: KnownAnswers) -> Tensor:
-    """Return weights ``(T,)`` float32 of mean 1, lower for triples of frequent queries.
+    """Return float32 weights ``(T,)`` of mean 1, lower for frequent queries.
 
     ``1 / sqrt(4 + triples of (head, relation) + triples of (relation, tail))``, Sun et al. 2019.
     """

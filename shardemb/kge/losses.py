@@ -1,8 +1,7 @@
-"""Losses of a true answer against wrong ones, as pure functions that leave out what is -inf.
+"""Losses of true answers against negatives, as pure functions.
 
-Each takes the scores of the true answers ``(...)`` and of the negatives ``(..., N)``, of which
-those that do not count are -inf, and returns one number a query ``(...)``. Sums over queries are
-the caller's, so any split of a batch over ranks gives the same.
+Each takes the scores of true answers ``(...)`` and of negatives ``(..., N)``, ignores negatives
+that are -inf, and returns a loss for each query ``(...)``.
 """
 
 from collections.abc import Callable
@@ -18,19 +17,19 @@ from shardemb.utils.validation import at_least, one_of, within
 
 
 class _Softmax(torch.autograd.Function):
-    """One pass over the scores for the loss and its gradient; autograd would make eight."""
+    """Computes loss and gradient in one pass over the scores; autograd needs eight."""
 
     @staticmethod
     def forward(ctx: Any, positive: Tensor, negative: Tensor, smoothing: float) -> Tensor:
-        top, share = negative.amax(-1), negative.softmax(-1)  # one pass; the rest is of (...)
+        top, share = negative.amax(-1), negative.softmax(-1)  # one pass; the rest is (...)
         wrong = top - share.amax(-1).log()
         empty = top == -torch.inf
-        if empty.any():  # no negative of a query counts
+        if empty.any():  # no negative counts
             share[empty], wrong = 0, wrong.masked_fill(empty, -torch.inf)
         total = torch.logaddexp(wrong, positive)
         loss = total - positive
         first, scale = torch.expm1(-loss), (wrong - total).exp()
-        if smoothing:  # target: 1 - smoothing for the true one, and smoothing shared by all
+        if smoothing:  # the true answer's target is 1 - smoothing; all share smoothing
             counts = negative > -torch.inf
             part = smoothing / (counts.sum(-1) + 1)
             others = negative.masked_fill(~counts, 0).sum(-1) + positive
@@ -49,18 +48,15 @@ class _Softmax(torch.autograd.Function):
 
 
 def softmax(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of the true answer among itself and the negatives.
-
-    As torch.nn.functional.cross_entropy.
-    """
+    """Return the cross-entropy of the true answer, as torch.nn.functional.cross_entropy."""
     wide = torch.promote_types(positive.dtype, torch.float32)
     return _Softmax.apply(positive.to(wide), negative.to(wide), label_smoothing)
 
 
 def logistic(positive: Tensor, negative: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return binary cross-entropy: that of the true answer and the mean of the negatives'.
+    """Return binary cross-entropy: the true answer's plus the mean of the negatives'.
 
-    With label smoothing the targets are ``1 - s / 2`` and ``s / 2``.
+    With label smoothing ``s`` the targets are ``1 - s / 2`` and ``s / 2``.
     """
     counts = negative > -torch.inf
     wrong = F.softplus(negative)
@@ -81,7 +77,7 @@ def self_adversarial(
 ) -> Tensor:
     """Return the self-adversarial loss (Sun et al. 2019).
 
-    Hard negatives weigh more, by a softmax without gradient.
+    A softmax without gradient gives hard negatives more weight.
     """
     weights = (temperature * negative.detach()).softmax(-1)
     weights = weights.nan_to_num(0)  # NaN where no negative counts
@@ -90,7 +86,7 @@ def self_adversarial(
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What training minimizes."""
+    """The loss and its settings."""
 
     #: "softmax", "logistic", "margin" or "self_adversarial"
     name: str = "softmax"
@@ -116,12 +112,12 @@ class LossConfig:
             )
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Return the loss of each query ``(...)``, of scores ``(...)`` and ``(..., N)``."""
+        """Return losses ``(...)`` from scores ``(...)`` and ``(..., N)``."""
         function, options = LOSSES[self.name]
         return function(positive, negative, **{option: getattr(self, option) for option in options})
 
 
-#: by name: the function, and which settings it takes
+#: by name: the function and the settings that it takes
 LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "softmax": (softmax, ("label_smoothing",)),
     "logistic": (logistic, ("label_smoothing",)),
@@ -131,5 +127,5 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 
 def lp(*moduli: Tensor, power: float) -> Tensor:
-    """Sum absolute values to a power; with 3 it is N3 (Lacroix et al. 2018)."""
+    """Sum absolute values to a power; 3 is N3 (Lacroix et al. 2018)."""
     return sum((modulus.pow(power).sum() for modulus in moduli), start=torch.zeros(()))

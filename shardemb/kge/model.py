@@ -21,7 +21,7 @@ from shardemb.utils.validation import at_least, one_of, within
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The scorer, its tables and regularizers."""
 
     #: scorer: "complex", "distmult", "hole", "quate", "rotate", "simple", "transe" (L2) or
     #: "transe_l1"
@@ -74,11 +74,11 @@ class KnowledgeGraphModel(nn.Module):
 
     Args:
         num_entities: rows of the entity table.
-        num_relations: the graph's relations; with reciprocal ones the table holds twice as many.
+        num_relations: relations of the graph; the table has twice as many if they are reciprocal.
         config: the model's settings.
         seed: of the initial rows.
-        loss: what training minimizes.
-        dense: the entity table's gradient is dense, for losses against all entities.
+        loss: the loss.
+        dense: dense gradients of the entity table, for losses over all entities.
         device: of the tables.
     """
 
@@ -96,7 +96,7 @@ class KnowledgeGraphModel(nn.Module):
         self.config, self.loss_config = config, loss or LossConfig()
         self.num_relations = num_relations
         self.scorer = SCORERS[config.scorer]()
-        # gradients are summed: the loss is already divided by the global batch
+        # gradients are summed, because the loss is divided by the global batch
         common: dict[str, Any] = {
             "embedding_dim": config.dim,
             "initializer": "normal",
@@ -127,22 +127,18 @@ class KnowledgeGraphModel(nn.Module):
         )
 
     def queries(self, side: Side, entities: Tensor, relations: Tensor) -> Tensor:
-        """Return what candidates of a side are compared with. A collective.
+        """Return the scorer's queries ``(B, D)`` for ids ``(B,)``. A collective.
 
         Args:
             side: "tail" for (entity, relation, ?), "head" for (?, relation, entity).
             entities: ids ``(B,)``.
             relations: ids ``(B,)``.
-
-        Returns:
-            ``(B, D)``, for the scorer.
         """
         head = side == "head"
         known = self.entity(entities.to(self.entity.device))
         return self._query(head, known, self.relation(self._relation_rows(head, relations)))
 
     def _relation_rows(self, head: Tensor | bool, relations: Tensor) -> Tensor:
-        """Return ids of the relation table."""
         shift = self.num_relations * self.config.reciprocal
         return (relations + shift * head).to(self.relation.device)
 
@@ -155,13 +151,10 @@ class KnowledgeGraphModel(nn.Module):
         return torch.where(head.unsqueeze(-1).to(known.device), *both)
 
     def loss(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """Look all entities of a step up at once, and sum the losses of this rank's chunks.
-
-        A collective.
+        """Sum the losses of this rank's chunks, with one lookup of all entities. A collective.
 
         Returns:
-            The sum over queries of what training minimizes, and of its loss alone, without
-            regularizers (detached).
+            Sums over queries: the loss with regularizers, and without (detached).
         """
         parts = [ids for batch in batches for ids in (batch.heads, batch.tails, batch.candidates)]
         ids = torch.cat([part.reshape(-1) for part in parts] or [torch.empty(0, dtype=torch.int64)])
@@ -181,7 +174,7 @@ class KnowledgeGraphModel(nn.Module):
         self, batch: Batch, heads: Tensor, tails: Tensor, candidates: Tensor
     ) -> tuple[Tensor, Tensor]:
         corruptions = batch.replaced_heads
-        # without reciprocal relations all corruptions share the relation, and the true score
+        # without reciprocal relations, all corruptions share relation and true score
         own = len(corruptions) if self.config.reciprocal else 1
         relations = self.relation(
             torch.stack([self._relation_rows(head, batch.relations) for head in corruptions[:own]])
@@ -201,7 +194,7 @@ class KnowledgeGraphModel(nn.Module):
         penalty = penalty + self._penalty(relations) * (len(corruptions) // own)
         negative = self.scorer.score_all(torch.stack(queries), candidates)
         if len(batch.masked):
-            with torch.no_grad():  # what is -inf has no gradient in any loss
+            with torch.no_grad():  # -inf has no gradient in any loss
                 negative.view(-1).index_fill_(0, batch.masked.to(negative.device), -torch.inf)
         loss = self.loss_config(torch.stack(positives), negative)
         if batch.weights is not None:
@@ -209,18 +202,17 @@ class KnowledgeGraphModel(nn.Module):
         return loss.sum(), penalty
 
     def loss_vs_all(self, queries: Queries, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-        """Compare the answers of a step's queries with all entities, each rank with its own rows.
+        """Compare the answers of a step's queries with all entities. A collective.
 
-        A collective.
+        Each rank scores its own entities.
 
         Args:
             queries: of all ranks, the same on all.
-            rank: of this process.
+            rank: this process.
             world_size: number of processes.
 
         Returns:
-            As :meth:`loss`; the gradients of the first, summed over ranks, are those of the whole
-            step.
+            As :meth:`loss`; sum the gradients of the first over ranks.
         """
         device = self.entity.device
         share = share_of(len(queries.entities), rank, world_size)

@@ -1,4 +1,4 @@
-"""What updates the tables, and at which rate."""
+"""Optimizers and learning rates of the tables."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from shardemb import optim
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.utils.validation import at_least, one_of, within
 
-#: the row-wise optimizers by name; on a dense gradient each touches all rows
+#: row-wise optimizers by name; a dense gradient touches all rows
 OPTIMIZERS: dict[str, Callable[..., optim.RowWiseOptimizer]] = {
     "adagrad": optim.SparseAdagrad,
     "adam": optim.LazyAdam,
@@ -67,13 +67,9 @@ class OptimizerConfig:
     def set_rates(
         self, optimizer: torch.optim.Optimizer, done: int, steps: int, plateau: float = 1.0
     ) -> None:
-        """Set the learning rates of the step that follows ``done`` of all ``steps``.
+        """Set the learning rates of the next step, after ``done`` of all ``steps``.
 
-        Args:
-            optimizer: of :meth:`make`.
-            done: steps so far.
-            steps: of the whole run.
-            plateau: what is left of the rates after plateaus.
+        ``plateau`` is their factor after plateaus.
         """
         progress = done / steps
         left = {

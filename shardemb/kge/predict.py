@@ -1,4 +1,4 @@
-"""The best tails for a head and a relation, from a checkpoint, without training."""
+"""The best tails of a head and a relation, from a checkpoint."""
 
 import torch
 from torch import Tensor
@@ -13,18 +13,17 @@ from shardemb.serving.store import Store
 def best_tails(
     store: Store, heads: Keys, relations: Keys, k: int = 10, inverse: bool = False
 ) -> Nearest:
-    """Score all entities as tails of queries (head, relation, ?), and return the best ones.
+    """Return the best tails of queries (head, relation, ?), among all entities.
 
     Args:
-        store: of a checkpoint that the trainer has made.
+        store: a checkpoint of the trainer.
         heads: ids or labels, one or ``(q,)``.
         relations: as many.
-        k: how many tails.
-        inverse: ask for the heads of (?, relation, tail) instead, by the reciprocal relation;
-            ``heads`` are the tails then.
+        k: tails per query.
+        inverse: return heads of (?, relation, tail) instead; ``heads`` are the tails.
 
     Raises:
-        ValueError: the checkpoint holds no knowledge-graph model, or there are not as many heads as
+        ValueError: not a knowledge-graph model's checkpoint, or different numbers of heads and
             relations.
         KeyError, IndexError, TypeError: as :meth:`shardemb.serving.read_table.Table.ids`.
     """

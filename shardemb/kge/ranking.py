@@ -1,8 +1,7 @@
-"""How many entities score better than a triple's answer, and how many the same.
+"""Counts entities that score better than a triple's answer, and that score the same.
 
-All entities are compared where they lie: each rank scores its own rows, in tiles that are counted
-while they are in the cache, and only counts travel between ranks. Tiles have one shape on all
-ranks, so that equal rows get equal scores to the last bit, wherever they stand.
+Each rank scores its own rows, in tiles that are counted while in cache; only counts travel between
+ranks. Tiles have one shape on all ranks, so that equal rows get bitwise equal scores.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,24 +20,23 @@ from shardemb.kge.known_answers import SIDES, KnownAnswers, Side, columns_of
 from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.sharding.placement import RowPlan
 
-#: queries of a tile, and its scores: 2 MiB, which a core's share of the caches holds; on a GPU what
-#: keeps it busy. With 128 columns this is within 2 % of the fastest of 64 to 4096 queries and 1024
-#: to 16384 rows (EPYC, 512 KiB of second cache)
+#: queries of a tile, and its scores: 2 MiB, a core's cache; more on a GPU. Within 2 % of the
+#: fastest (128 columns, EPYC, 512 KiB L2)
 _BATCH = 256
 _TILE, _TILE_CUDA = 1 << 19, 1 << 24
-#: queries whose rows are looked up together, and their answers that are left out
+#: queries looked up together, and their known answers
 _GROUP, _PAIRS = 2048, 1 << 20
-#: numbers in the candidates' rows that a rank looks up together: 64 MiB in float32
+#: numbers in candidate rows looked up together by a rank: 64 MiB in float32
 _DRAWN = 1 << 24
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The candidates of T queries against their answers; float64, exact."""
+    """Exact counts of T queries' candidates, in float64."""
 
     #: (T,) candidates that score higher
     better: Tensor
-    #: (T,) that score the same, without the answer
+    #: (T,) candidates that score the same, without the answer
     equal: Tensor
     #: (T,) candidates, with the answer
     options: Tensor
@@ -46,21 +44,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Tiling:
-    """The scores of a group of queries against this rank's rows, cut into tiles of one shape."""
-
     #: queries and rows of a tile
     batch: int
     width: int
-    #: batches of the group
+    #: batches of queries
     batches: int
 
     def numbers(self, queries: Tensor, rows: Tensor) -> Tensor:
-        """Number scores by tile of rows, batch of queries, query in the batch, row in the tile."""
+        """Number scores by tile of rows, batch, query in the batch, row in the tile."""
         tile = rows // self.width * self.batches + queries // self.batch
         return (tile * self.batch + queries % self.batch) * self.width + rows % self.width
 
     def queries(self, numbers: Tensor) -> Tensor:
-        """Return the queries of scores by their numbers."""
         batch = numbers // (self.batch * self.width) % self.batches
         return batch * self.batch + numbers // self.width % self.batch
 
@@ -76,11 +71,11 @@ def with_all(
     """Compare one side of each triple with all entities. A collective.
 
     Args:
-        model: in evaluation mode, without dropout.
-        side: that is asked for.
+        model: in evaluation mode.
+        side: the side to predict.
         triples: ``(T, 3)``, the same on all ranks.
-        known: answers that are no candidates; None for all entities.
-        on_done: is called with the number of queries that are done.
+        known: answers that are not candidates.
+        on_done: called with the number of finished queries.
 
     Raises:
         FloatingPointError: a score is NaN or infinite, on all ranks.
@@ -141,11 +136,10 @@ def with_drawn(
     seed: int,
     on_done: Callable[[int], object] = lambda n: None,
 ) -> Comparison:
-    """Compare one side of each triple with ``number`` entities, drawn uniformly for each.
+    """Compare one side of each triple with ``number`` uniformly drawn entities. A collective.
 
-    A collective. The draw depends on seed, side and the triple's place alone. Neither the answer
-    nor a known one is a candidate. The ranks share the queries. Other arguments and errors are
-    those of :func:`with_all`.
+    The draw depends only on seed, side and the triple's index. Answers and known answers are not
+    candidates. Other arguments and errors: :func:`with_all`.
     """
     entity, scorer, plan = model.entity, model.scorer, model.entity.plan
     size = plan.world_size * max(1, _DRAWN // ((number + 1) * max(1, plan.dim)))
@@ -175,7 +169,6 @@ def with_drawn(
 def _groups(
     side: Side, triples: Tensor, known: KnownAnswers | None, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield columns of triples that are ranked together: not too many, nor too many answers."""
     for block in triples.split(size) if len(triples) else ():
         entities, relations, _ = columns = columns_of(side, block)
         if known is None:
@@ -192,7 +185,7 @@ def _left_out(
     plan: RowPlan,
     tiling: _Tiling,
 ) -> Tensor:
-    """Return the numbers of the scores of this rank's rows that are no candidates, each once."""
+    """Return the distinct numbers of this rank's scores that are not candidates."""
     entities, relations, answers = columns
     queries = torch.arange(len(answers))
     if known is not None:
@@ -203,7 +196,7 @@ def _left_out(
 
 
 def _known_among(side: Side, triples: Tensor, drawn: Tensor, known: KnownAnswers | None) -> Tensor:
-    """Return where entities ``(B, K)`` are the answers of triples ``(B, 3)``, or known ones."""
+    """Return which entities ``(B, K)`` are answers of triples ``(B, 3)``, own or known."""
     among = drawn == columns_of(side, triples)[2].unsqueeze(1)
     if known is None:
         return among
@@ -227,19 +220,17 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _padded(rows: Tensor, multiple: int) -> Tensor:
-    """Return rows ``(n, D)`` followed by zeros, up to a multiple."""
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
 
 
 def _all_reduced(counts: Tensor) -> Tensor:
-    """Sum the counts of all ranks."""
     counts = counts.contiguous()
     collectives.all_reduce(counts, operation="ranking")
     return counts.cpu()
 
 
 def _check_finite(model: KnowledgeGraphModel, finite: bool) -> None:
-    if not finite:  # NaN is neither better nor equal, and would get the first rank
+    if not finite:  # NaN is neither better nor equal, so it would rank first
         raise NonfiniteError(
             f"scores are NaN or infinite: the rows of {model.entity.name!r} or"
             f" {model.relation.name!r} have grown too large; lower the learning rates"

@@ -1,4 +1,4 @@
-"""A run's folder: the only place that knows the names in it."""
+"""The names of the files in a run's folder."""
 
 import json
 import platform
@@ -22,13 +22,13 @@ class RunFolder:
 
         config.toml                      all settings, defaults included
         run.json                         each start: time, command, workers, versions
-        metrics.jsonl, metrics.png       figures, and a picture of them
-        entities.arrow, relations.arrow  labels in the order of their ids
-        checkpoints/, best/              the newest ones; the one of the best validation
+        metrics.jsonl, metrics.png       metrics and their plot
+        entities.arrow, relations.arrow  labels in the order of ids
+        checkpoints/, best/              the newest; the best validation's
         tensorboard/, ray/               event files; Ray Train's records
 
     Args:
-        path: of the folder, on storage that all ranks see; it need not exist.
+        path: a folder on storage that all ranks share; it need not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,7 +46,7 @@ class RunFolder:
         return str(self.path)
 
     def existing(self, path: Path) -> Path:
-        """Return one of the run's files; FileNotFoundError if it does not exist."""
+        """Return the path of an existing file; otherwise FileNotFoundError."""
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file, expected a run folder that shardemb train has made"
@@ -55,30 +55,30 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether there is more than a failed start leaves."""
+        """Whether the folder holds more than a failed start leaves."""
         prepared = {self.config, self.starts}
         return self.path.is_dir() and any(path not in prepared for path in self.path.iterdir())
 
     @property
     def resumable_config(self) -> Path | None:
-        """The settings of the run, if there is one."""
+        """The run's settings; None before its first start."""
         return self.config if self.started and self.config.exists() else None
 
     def require_empty(self) -> None:
-        """Raise FileExistsError if there is more than a failed start leaves."""
+        """Raise FileExistsError if the run has started."""
         if self.started:
             raise FileExistsError(
                 f"{self} is not empty: give another --output, or go on with --resume"
             )
 
     def results(self) -> list[str]:
-        """Return the names of a run's results that exist."""
+        """Return the names of existing results."""
         return [p.name for p in (self.checkpoints, self.best, self.metrics) if p.exists()]
 
     def create(self) -> None:
-        """Make the folder and try to write there; OSError if that fails, before a run starts."""
+        """Make the folder and check that it is writable; OSError otherwise."""
         try:
-            str(self).encode()  # Arrow writes under no other names
+            str(self).encode()  # Arrow requires UTF-8 names
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
@@ -88,13 +88,7 @@ class RunFolder:
             ) from error
 
     def write_start(self, config: str, command: str, workers: str) -> None:
-        """Write the settings, unless those of the run are there, and add a start to run.json.
-
-        Args:
-            config: TOML.
-            command: that started the run.
-            workers: how many ranks.
-        """
+        """Write the settings of a new run as TOML, and add a start to run.json."""
         if self.resumable_config is None:
             _write(self.config, config)
         starts = json.loads(self.starts.read_text("utf-8")) if self.starts.exists() else []
@@ -118,11 +112,11 @@ class RunFolder:
         return Path(finished[-1]).name if finished else None
 
     def checkpoint(self, step: int) -> Path:
-        """Return the path of the checkpoint of a step."""
+        """Return the path of a step's checkpoint."""
         return self.checkpoints / f"step-{step:010d}"
 
     def best_checkpoint(self, step: int) -> Path:
-        """Return the path of the best model's checkpoint, if it is of this step."""
+        """Return the path of a step's checkpoint in ``best/``."""
         return self.best / self.checkpoint(step).name
 
     def check_labels(self, vocabularies: Mapping[str, Vocabulary]) -> None:
@@ -135,7 +129,7 @@ class RunFolder:
                 )
 
     def save_labels(self, vocabularies: Mapping[str, Vocabulary]) -> None:
-        """Write the labels that are missing; another rank may be reading those that exist."""
+        """Write missing label files; other ranks may be reading existing ones."""
         for path, vocabulary in self._labels(vocabularies):
             if not path.exists():
                 vocabulary.save(path)

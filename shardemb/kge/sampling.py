@@ -1,7 +1,7 @@
-"""Batches and negatives that depend on seed, epoch and step, never on the number of ranks.
+"""Batches and negatives that depend on seed, epoch and step, not on the number of ranks.
 
-A global batch is cut into chunks; the queries of a chunk share their negatives, and ranks take the
-chunks in turn. So one rank and four see the same chunks, and add up the same loss.
+A global batch is cut into chunks. The queries of a chunk share their negatives, and the ranks take
+chunks in turn, so every number of ranks sums the same loss.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ from shardemb.kge.known_answers import (
 )
 from shardemb.utils.validation import at_least, one_of, within
 
-#: triples that are shuffled at once, 12 to 24 MB of the file; the least of each of many chunks
+#: most triples shuffled at once (12 to 24 MB), and the least if there are many chunks
 _BLOCK, _LEAST_BLOCK = 1 << 20, 1 << 12
-#: pairs of a query and an answer that are processed at once
+#: pairs of a query and an answer processed at once
 _PAIRS = 1 << 22
 
 
@@ -89,7 +89,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """C chunks of c triples each, with S corruptions of a triple, and N candidates for each."""
+    """C chunks of c triples, S corruptions of each triple, and N candidates for each corruption."""
 
     #: (C, c) entity ids
     heads: Tensor
@@ -97,15 +97,14 @@ class Batch:
     relations: Tensor
     #: (C, c) entity ids
     tails: Tensor
-    #: (C, c) factors of the triples' losses; None for 1
+    #: (C, c) factors of the losses; None for 1
     weights: Tensor | None
-    #: S times, for all triples or for each ``(C, c)``: whether the head is replaced instead of the
-    #: tail
+    #: length S: whether the head is replaced, for all triples or for each ``(C, c)``
     replaced_heads: tuple[Tensor | bool, ...]
-    #: (S, C, N) entity ids that replace it
+    #: (S, C, N) ids of the replacing entities
     candidates: Tensor
-    #: places ``(n,)`` in ``(S, C, c, N)`` of candidates that do not count: the true answer itself,
-    #: and other true ones if filtered
+    #: (n,) flat indices in ``(S, C, c, N)`` of candidates to ignore: true answers (with
+    #: ``filtered``, all known ones)
     masked: Tensor
 
 
@@ -113,21 +112,21 @@ class Batch:
 class Queries:
     """Queries of all ranks, each with its true answers among all entities."""
 
-    #: (Q,) entity ids: heads where tails are asked for, tails where heads are
+    #: (Q,) ids of the known entities
     entities: Tensor
     #: (Q,) relation ids
     relations: Tensor
-    #: (Q,) where the head is asked for
+    #: (Q,) whether the head is the answer
     head: Tensor
-    #: (n,) places in the queries, ascending, and the true answers ``(n,)``
+    #: (n,) indices of queries, ascending, and their true answers ``(n,)``
     places: Tensor
     answers: Tensor
-    #: (Q,) factors of the queries' losses; None for 1
+    #: (Q,) factors of the losses; None for 1
     weights: Tensor | None
 
 
 def seed_of(*key: int) -> int:
-    """Return a seed of torch's generators for a key of whole numbers."""
+    """Return a seed of torch's generators from a key of integers."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -135,14 +134,14 @@ class Sampler:
     """Batches of an epoch, for one rank.
 
     Args:
-        triples: ``(T, 3)`` head, relation, tail; read where they lie, a block at a time.
-        num_entities: entities are 0 to ``num_entities - 1``.
-        num_relations: of the graph.
-        config: sizes, and how negatives are made.
+        triples: ``(T, 3)`` head, relation, tail; may be memory-mapped, it is read in blocks.
+        num_entities: rows of the entity table.
+        num_relations: relations of the graph.
+        config: batch sizes and negatives.
         seed: of the order and the negatives.
-        rank: of this process.
+        rank: this process.
         world_size: number of processes.
-        subsampling: weigh triples, see :func:`~shardemb.kge.known_answers.subsampling_weights`.
+        subsampling: weigh triples by :func:`~shardemb.kge.known_answers.subsampling_weights`.
     """
 
     def __init__(
@@ -162,12 +161,12 @@ class Sampler:
         self._known = self._weights = self._cumulated = self._head_chance = None
         if against_known or subsampling:
             known = KnownAnswers([triples], num_relations)
-            self._known = known if against_known else None  # it takes 32 bytes a triple
+            self._known = known if against_known else None  # takes 32 bytes a triple
             self._weights = subsampling_weights(triples, known) if subsampling else None
         bernoulli = config.corrupt == "bernoulli"
         both = bernoulli or config.corrupt == "both"
         self._sides: tuple[Side, ...] = SIDES if both else (cast(Side, config.corrupt),)
-        #: of a triple: so many queries come of it
+        #: corruptions, and so queries, of each triple
         self.num_corruptions = 1 if bernoulli else len(self._sides)
         if config.negatives == "degree":
             self._cumulated = self._degrees()
@@ -184,7 +183,7 @@ class Sampler:
             self._queries = torch.cat(parts)
             self.num_samples = len(self._queries)
         self.num_steps = -(-self.num_samples // config.batch_size)
-        # each chunk reads at its own place, so that a rank holds a block for each of its chunks
+        # the chunks of a step come from different blocks, all in memory
         streams = -(-config.batch_size // config.chunk_size) if config.scheme == "negatives" else 1
         self._block_size = max(_LEAST_BLOCK, _BLOCK // streams)
         self._order: tuple[int, Tensor] | None = None
@@ -198,10 +197,7 @@ class Sampler:
         return np.cumsum(degrees**self.config.degree_power)
 
     def _bernoulli(self, num_relations: int) -> Tensor:
-        """Return by relation the chance that the head is replaced.
-
-        It is tails per head over the sum of tails per head and heads per tail (Wang et al. 2014).
-        """
+        """Return the chance, by relation, that the head is replaced (Wang et al. 2014)."""
         blocks = self.triples.split(_BLOCK)
         count = torch.zeros(num_relations, dtype=torch.float64)
         for block in blocks:
@@ -222,15 +218,14 @@ class Sampler:
         return torch.Generator().manual_seed(seed_of(self._seed, *key))
 
     def size(self, step: int) -> int:
-        """Return the triples (or queries) of a step over all ranks; an epoch's last has fewer."""
+        """Return a step's triples (or queries) on all ranks; the last step has fewer."""
         return min(self.config.batch_size, self.num_samples - step * self.config.batch_size)
 
     def places(self, epoch: int, step: int, chunk: int | None = None) -> Tensor:
-        """Return where samples of a step stand: all of them ``(B,)``, or those of a chunk ``(c,)``.
+        """Return indices of a step's samples ``(B,)``, or of one chunk's ``(c,)``.
 
-        An epoch goes over whole blocks in random order, each shuffled, the rest last. Each chunk of
-        its whole steps has a part of that order to itself, so that a rank reads no more of the
-        triples than it trains.
+        An epoch goes over whole blocks in random order, each shuffled, and a partial block last.
+        Each chunk has its own part of that order: a rank reads only triples that it trains.
         """
         batch, size = self.config.batch_size, self.config.chunk_size
         whole = self.num_samples // batch
@@ -242,7 +237,6 @@ class Sampler:
         return self._ordered(epoch, start, start + size, chunk)
 
     def _ordered(self, epoch: int, start: int, stop: int, stream: int) -> Tensor:
-        """Return where the samples at ``[start, stop)`` of an epoch's order stand."""
         parts, length = [], self._block_size
         whole = self.num_samples // length
         while start < stop:
@@ -262,14 +256,11 @@ class Sampler:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def batches(self, epoch: int, step: int) -> list[Batch]:
-        """Return this rank's chunks of a step, those of equal size together.
-
-        A rank has none if there are more ranks than chunks.
-        """
+        """Return this rank's chunks of a step, grouped by size; empty without chunks."""
         samples, size = self.size(step), self.config.chunk_size
         own = list(range(-(-samples // size)))[self._rank :: self._world_size]
         full = [chunk for chunk in own if chunk < samples // size]
-        # a seed for each chunk: a rank draws for its own ones alone
+        # each chunk has a seed, so that a rank draws only its own negatives
         seed, generator = seed_of(self._seed, epoch, 2, step), torch.Generator()
         batches = []
         for chunks in (full, own[len(full) :]):
@@ -313,9 +304,8 @@ class Sampler:
         answers: Tensor,
         candidates: Tensor,
     ) -> Tensor:
-        """Return the places in ``(S, C, c, N)`` of candidates that do not count."""
         size, width, entities = answers.shape[2], candidates.shape[2], self.num_entities
-        # distinct numbers for the entities of each chunk
+        # give the entities of each chunk distinct numbers
         chunks = answers[..., 0].numel()
         shift = torch.arange(0, chunks * entities, entities).view(*answers.shape[:2], 1)
         numbers, order = (candidates + shift).view(-1).sort()
@@ -332,7 +322,6 @@ class Sampler:
     def _true_answers(
         self, head: Tensor | bool, heads: Tensor, relations: Tensor, tails: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield places in ``(C, c)`` and the known answers of these queries, some at a time."""
         assert self._known is not None
         replaced = head if isinstance(head, Tensor) else torch.full(heads.shape, head)
         for side in SIDES:
@@ -346,7 +335,7 @@ class Sampler:
                 yield places[part][query], answers
 
     def queries(self, epoch: int, step: int) -> Queries:
-        """Return the queries of a step with "1vsall" or "kvsall", of all ranks."""
+        """Return the queries of a step on all ranks, for "1vsall" or "kvsall"."""
         places = self.places(epoch, step)
         if self.config.scheme == "kvsall":
             assert self._known is not None

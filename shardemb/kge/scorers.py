@@ -1,9 +1,8 @@
-"""Scores of triples as pure functions of rows; candidates that share a query cost one product.
+"""Scoring functions of triples, those of ``pykeen.nn.modules``.
 
-A scorer splits ``score(h, r, t)`` into a query, made of the relation and of the entity that is
-known, and what compares it with a candidate for the other one: a dot product or a distance. So
-candidates that share a query cost ``B x D`` times ``D x N``, except for L1 distances. All are those
-of ``pykeen.nn.modules``. Complex rows are ``D / 2`` pairs of a real and an imaginary part,
+A scorer turns relation and known entity into a query, which it compares with candidates by a dot
+product or a distance. Candidates that share a query cost one matrix product, ``B x D`` times ``D x
+N``, except for L1 distances. Complex rows are ``D / 2`` pairs of real and imaginary part,
 quaternions ``D / 4`` groups of four, as in PyKEEN.
 """
 
@@ -18,20 +17,20 @@ from shardemb.utils.types import RowFunction
 
 
 class Scorer(ABC):
-    """What a model needs of a scoring function; rows are real ``(..., D)``."""
+    """A scoring function of real rows ``(..., D)``."""
 
     #: D must be a multiple of this
     parts = 1
-    #: makes relations what the scorer takes for granted, such as rotations; None if it takes any
+    #: makes relations valid, such as rotations; None if any row is
     relation_normalizer: RowFunction | None = None
 
     @abstractmethod
     def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return ``(..., D)``, to be compared with candidates for the tail."""
+        """Return ``(..., D)``, to compare with candidates for the tail."""
 
     @abstractmethod
     def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return ``(..., D)``, to be compared with candidates for the head."""
+        """Return ``(..., D)``, to compare with candidates for the head."""
 
     @abstractmethod
     def score(self, query: Tensor, candidate: Tensor) -> Tensor:
@@ -39,22 +38,17 @@ class Scorer(ABC):
 
     @abstractmethod
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        """Score each query against all candidates.
+        """Score queries ``(..., B, D)`` against candidates ``(..., N, D)``: ``(..., B, N)``.
 
-        ``(..., B, D)``, ``(..., N, D)`` to ``(..., B, N)``.
-
-        Args:
-            query: of :meth:`tail_query` or :meth:`head_query`.
-            candidates: rows of entities.
-            exact: differences instead of a matrix product for distances: slow, and without its
-                rounding of small ones.
+        ``exact`` computes distances from differences, slower than a matrix product but without its
+        rounding.
         """
 
     def modulus(self, rows: Tensor) -> Tensor:
-        """Return the absolute values of a row's elements ``(..., D / parts)``, for regularizers."""
+        """Return absolute values of a row's elements ``(..., D / parts)``, for regularizers."""
         if self.parts == 1:
             return rows.abs()
-        # the tiny term keeps the root's gradient finite at 0
+        # keeps the root's gradient finite at 0
         return (rows.unflatten(-1, (-1, self.parts)).square().sum(-1) + 1e-12).sqrt()
 
     def check_dim(self, dim: int) -> None:
@@ -67,51 +61,43 @@ class Scorer(ABC):
 
 
 class _Product(Scorer):
-    """Compares by the dot product."""
-
     def score(self, query: Tensor, candidate: Tensor) -> Tensor:
-        """See the base class."""
         return torch.linalg.vecdot(query, candidate)
 
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        """See the base class."""
         return query @ candidates.mT
 
 
 class _Distance(Scorer):
-    """Compares by the negative distance."""
-
     def score(self, query: Tensor, candidate: Tensor) -> Tensor:
-        """See the base class."""
         return -torch.linalg.vector_norm(query - candidate, dim=-1)
 
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        """See the base class."""
         if exact:
             return -kernels.distances(query, candidates, 2)
-        with torch.autocast(query.device.type, enabled=False):  # the difference of large numbers
+        with torch.autocast(query.device.type, enabled=False):  # it subtracts large numbers
             wide = torch.promote_types(query.dtype, torch.float32)
             query, candidates = query.to(wide), candidates.to(wide)
             squares = query.square().sum(-1), candidates.square().sum(-1)
             lengths = squares[0].unsqueeze(-1) + squares[1].unsqueeze(-2)
             square = torch.add(lengths, query @ candidates.mT, alpha=-2)
-        return -square.clamp_min(1e-12).sqrt()  # below that is rounding, and the gradient is 0
+        return -square.clamp_min(1e-12).sqrt()  # smaller values are rounding errors; gradient 0
 
 
 class TransE(_Distance):
     """``-||h + r - t||_2`` (Bordes et al. 2013)."""
 
     def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return where the tail should be."""
+        """Return the expected tail."""
         return head + relation
 
     def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return where the head should be."""
+        """Return the expected head."""
         return tail - relation
 
 
 class TransEL1(TransE):
-    """``-||h + r - t||_1`` (Bordes et al. 2013); it has no form as a matrix product."""
+    """``-||h + r - t||_1`` (Bordes et al. 2013); not a matrix product."""
 
     def score(self, query: Tensor, candidate: Tensor) -> Tensor:
         """See the base class."""
@@ -183,7 +169,7 @@ class SimplE(_Product):
         return relation * torch.cat([second, first], dim=-1) / 2
 
     def modulus(self, rows: Tensor) -> Tensor:
-        """Return absolute values: the halves are real."""
+        """Return absolute values, because the halves are real."""
         return rows.abs()
 
 
@@ -192,10 +178,7 @@ def _unit_quaternions(rows: Tensor) -> Tensor:
 
 
 class QuatE(_Product):
-    """``-<h r, t>`` with Hamilton's product of quaternions; ``r`` are rotations.
-
-    Zhang et al. 2019; the sign is PyKEEN's.
-    """
+    """``-<h r, t>`` of quaternions; ``r`` are rotations (Zhang et al. 2019; PyKEEN's sign)."""
 
     parts = 4
     relation_normalizer = staticmethod(_unit_quaternions)
@@ -214,17 +197,16 @@ class HolE(_Product):
     """``<r, h * t>`` with circular correlation (Nickel et al. 2016)."""
 
     def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the circular convolution of head and relation."""
+        """Return the circular convolution."""
         return torch.fft.irfft(torch.fft.rfft(head) * torch.fft.rfft(relation), n=head.shape[-1])
 
     def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the circular correlation of relation and tail."""
+        """Return the circular correlation."""
         product = torch.fft.rfft(relation).conj() * torch.fft.rfft(tail)
         return torch.fft.irfft(product, n=tail.shape[-1])
 
 
 def _complex_product(a: Tensor, b: Tensor, conjugate: bool = False) -> Tensor:
-    """Multiply complex rows; ``conjugate`` conjugates the second."""
     left, right = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (a, b))
     return torch.view_as_real(left * (right.conj() if conjugate else right)).flatten(-2)
 

@@ -1,6 +1,6 @@
-"""The training loop that every rank runs: batches, steps, validation, checkpoints, final ranking.
+"""The training loop of every rank: batches, steps, validation, checkpoints, final ranking.
 
-The data's order follows from seed and epoch, so a resumed run equals one that was never stopped.
+Seed and epoch determine the data's order, so a resumed run equals an uninterrupted one.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from shardemb.utils.validation import at_least, one_of
 
 _log = logs.logger(__name__)
 
-#: settings of training that may differ when a run is resumed
+#: settings of training that may differ in a resumed run
 WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
 #: steps between two records of the loss
 LOG_STEPS = 20
@@ -44,7 +44,7 @@ LOG_STEPS = 20
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, and what on the way."""
+    """Epochs, validation, checkpoints, precision and device."""
 
     #: passes over the triples (or over the queries, with scheme "kvsall")
     epochs: int = 8
@@ -91,7 +91,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """All of a job's sections; ValueError for those that do not go together."""
+    """All sections of a job; ValueError for incompatible ones."""
 
     model: ModelConfig
     loss: LossConfig
@@ -120,7 +120,7 @@ class Settings:
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 of what must stay the same when a run is resumed."""
+        """A sha256 of all settings that a resumed run must keep."""
         saving = {key: getattr(TrainingConfig, key) for key in WHEN_TO_SAVE}
         training = replace(self.training, **saving)
         same = replace(self, training=training, evaluation=EvaluationConfig())
@@ -129,31 +129,24 @@ class Settings:
 
 @dataclass
 class _Progress:
-    """How far a run is; every checkpoint holds it."""
-
-    #: epochs that are complete
+    #: complete epochs
     epoch: int = 0
-    #: steps of the next one that are done
+    #: complete steps of the next epoch
     step: int = 0
-    #: the best validation MRR, and the epochs after which it came; -1 before the first
+    #: the best validation MRR and its number of epochs; -1 before the first
     best: float = -1.0
     best_epoch: int = 0
-    #: validations since then, and since the rates were lowered
+    #: validations since the best one, and since the last lower rate
     since_best: int = 0
     since_change: int = 0
-    #: part of the learning rates that is left after plateaus
+    #: factor of the learning rates after plateaus
     plateau: float = 1.0
 
 
 class Trainer:
-    """One run on one rank. Making it and all of its methods are collectives.
+    """One run on one rank. The constructor and all methods are collectives.
 
-    Args:
-        data: the graph, the same on all ranks.
-        settings: of the job.
-        run: folder of the run; None writes nothing.
-        resume: go on from the newest checkpoint of ``run``, if there is one.
-        progress: show a bar (rank 0).
+    With ``run=None`` it writes nothing; ``resume`` continues from the newest checkpoint, if any.
     """
 
     def __init__(
@@ -205,11 +198,11 @@ class Trainer:
             disable=self.rank > 0 or not progress,
         )
         self.saved_at = time.monotonic()
-        #: bytes exchanged and rows updated until the last record
+        #: exchanged bytes and updated rows at the last record
         self.counted = (0, 0)
         self.asked_to_end = threading.Event()
         self.handler: Any = None
-        if threading.current_thread() is threading.main_thread():  # Python's rule for signals
+        if threading.current_thread() is threading.main_thread():  # signals need the main thread
             self.handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _make_model(self) -> None:
@@ -254,11 +247,11 @@ class Trainer:
         keep = self.config.keep
         checkpoint.require_space(run.checkpoints, self.model, [self.optimizer], keep)
         self.saver = checkpoint.AsyncSaver(run.checkpoints, keep, self.config.background_saves)
-        if self.config.patience:  # not in the background: that needs another copy of the rows
+        if self.config.patience:  # in the foreground, without another copy of the rows
             self.best_saver = checkpoint.AsyncSaver(run.best, keep=1, background=False)
 
     def train(self) -> dict[str, float]:
-        """Train, go back to the best model, rank the test triples and return their metrics."""
+        """Train, restore the best model, and return the metrics of the test triples."""
         while not self.ended:
             self.run_epoch()
         self.finish_saving()
@@ -270,24 +263,23 @@ class Trainer:
 
     @property
     def done(self) -> int:
-        """Steps since the beginning of the run."""
+        """Steps since the start of the run."""
         return self.at.epoch * self.sampler.num_steps + self.at.step
 
     @property
     def stopped_early(self) -> bool:
-        """Whether validations have not become better for too long."""
+        """Whether ``patience`` validations in a row were no better."""
         return 0 < self.config.patience <= self.at.since_best
 
     @property
     def ended(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether the run is complete."""
         return self.at.epoch >= self.config.epochs or (self.stopped_early and self.at.step == 0)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_end.set()
 
     def _resume(self, run: RunFolder) -> None:
-        """Load the newest checkpoint that is undamaged."""
         paths = checkpoint.checkpoints(run.checkpoints)
         damaged: list[Path] = []
         while paths:
@@ -311,10 +303,7 @@ class Trainer:
             path.rename(path.with_suffix(".damaged"))
 
     def _resume_best(self, run: RunFolder) -> None:
-        """Keep only the best checkpoint that this run knows of; without it, the next is the best.
-
-        Others are of an attempt that came further than its newest checkpoint.
-        """
+        """Best checkpoints newer than the loaded checkpoint are stale."""
         paths = [Path(path) for path in checkpoint.checkpoints(run.best)]
         others = [path for path in paths if path != self._best_path(run)]
         known = len(others) < len(paths)
@@ -327,7 +316,7 @@ class Trainer:
         return run.best_checkpoint(self.at.best_epoch * self.sampler.num_steps)
 
     def run_epoch(self) -> None:
-        """Do the steps of an epoch, then validate and save as configured."""
+        """Train an epoch; validate and save as configured."""
         self.model.train()
         at, num_steps = self.at, self.sampler.num_steps
         seen, total, start, ends = 0, self._zero(), time.perf_counter(), False
@@ -369,12 +358,9 @@ class Trainer:
         return self.rank == 0 and 0 < seconds <= time.monotonic() - self.saved_at
 
     def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return this rank's part of a step's loss, with and without regularizers.
-
-        Also the queries on all ranks.
-        """
+        """Return this rank's loss with and without regularizers, and all ranks' queries."""
         model, sampler = self.settings.model, self.sampler
-        if model.entity_dropout or model.relation_dropout:  # masks depend on the rank
+        if model.entity_dropout or model.relation_dropout:  # dropout masks depend on the rank
             torch.manual_seed(seed_of(self.config.seed, 3, epoch, step, self.rank))
         low = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
@@ -386,7 +372,6 @@ class Trainer:
             return loss, plain, sampler.num_corruptions * sampler.size(step)
 
     def _validate(self) -> None:
-        """Rank the validation triples; keep the best model, lower the rates on a plateau."""
         result = self.evaluate("valid", self.validation)
         at, options = self.at, self.settings.optimizer
         if not result:
@@ -411,7 +396,6 @@ class Trainer:
             self.best_rows = [{"weight": t._stored_rows()["weight"].clone()} for t in self._tables]
 
     def _take_best(self) -> None:
-        """Go back to the rows of the best validation, with ``patience``."""
         if not self.config.patience or self.at.best_epoch in (0, self.at.epoch):
             return
         if self.best_saver is not None and self.run is not None:
@@ -429,7 +413,6 @@ class Trainer:
         raise TerminatedError(f"SIGTERM came in step {step}: {saved}")
 
     def _save(self, saver: checkpoint.AsyncSaver | None = None) -> None:
-        """Save in the background, if so configured, and continue with the next step."""
         if self.saver is None:
             return
         model = {
@@ -450,7 +433,7 @@ class Trainer:
             self.saved_at = time.monotonic()
 
     def finish_saving(self) -> None:
-        """Wait for the last checkpoint; from then on SIGTERM ends the process at once."""
+        """Wait for the last checkpoint and restore the SIGTERM handler."""
         if self.saver is not None:
             self.saver.wait()
         self._leave_signals()
@@ -473,7 +456,7 @@ class Trainer:
         collectives.all_reduce(figures, operation="figures for the log")
         losses, exchanged, touched, memory = figures.T.tolist()
         loss = sum(losses) / max(1, queries)
-        ends = self.at.step == self.sampler.num_steps  # otherwise the bar goes by its own clock
+        ends = self.at.step == self.sampler.num_steps  # otherwise the bar uses its own clock
         text = f"epoch {self.at.epoch + 1}/{self.config.epochs} loss {loss:.3f}"
         self.bar.set_description(text, refresh=ends)
         self._record(
@@ -495,13 +478,12 @@ class Trainer:
         return resident_bytes()
 
     def _record(self, kind: str, **figures: Any) -> None:
-        """Write a record (rank 0), and pass it to this process's listeners."""
         if self.file is not None:
             self.file.write(kind, self.done, **figures)
         tell(kind, self.done, figures)
 
     def evaluate(self, split: str, triples: torch.Tensor) -> dict[str, float]:
-        """Rank a split and record the result; nothing for a split without triples."""
+        """Rank a split and record the metrics; empty without triples."""
         if not len(triples):
             return {}
         self.model.eval()
@@ -516,7 +498,7 @@ class Trainer:
         return result
 
     def close(self) -> None:
-        """Close bar and file, and let a checkpoint that is being written come to its end."""
+        """Close progress bar and files; wait for a running save."""
         self._leave_signals()
         for saver in (self.saver, self.best_saver):
             if saver is not None:
@@ -527,7 +509,7 @@ class Trainer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the CPU, or this rank's GPU, which becomes the current one; ValueError without any."""
+    """Return the CPU, or this rank's GPU as the current one; ValueError without any."""
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

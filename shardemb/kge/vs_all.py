@@ -1,9 +1,7 @@
-"""Losses against all entities: every rank scores all queries against its own rows.
+"""Losses over all entities: every rank scores all queries against its own rows.
 
-Forward gathers the queries ``(Q, D)`` from the ranks, and reduces the largest score, the sum of
-exponentials and the score of the true answers of each query, ``(Q,)`` each. Backward sums the
-gradients of the queries, ``(Q, D)``; those of the rows stay where they are. No row of the table is
-sent.
+Forward gathers the queries ``(Q, D)`` and reduces the largest score, the sum of exponentials and
+the true answers' score of each. Backward sums the queries' gradients. No row is sent.
 """
 
 from typing import Any
@@ -16,16 +14,13 @@ from shardemb.comm import collectives
 
 
 def share_of(total: int, rank: int, world_size: int) -> slice:
-    """Return a rank's share of ``total`` queries: as equal as can be, in the order of ranks."""
+    """Return a rank's share of ``total`` queries, in the order of ranks."""
     block = -(-total // world_size)
     return slice(min(rank * block, total), min((rank + 1) * block, total))
 
 
 def gather_queries(query: Tensor, total: int, rank: int, world_size: int) -> Tensor:
-    """Return the queries ``(Q, D)`` of all ranks, from those of :func:`share_of`.
-
-    A collective, and so is its backward.
-    """
+    """Gather the queries ``(Q, D)`` of all ranks. A collective, as is its backward."""
     return query if world_size == 1 else _Gather.apply(query, total, rank, world_size)
 
 
@@ -58,17 +53,15 @@ def vs_all(
     name: str,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the loss of each query ``(Q,)``, of scores whose columns lie on several ranks.
-
-    A collective.
+    """Return losses ``(Q,)`` of scores whose columns are sharded over ranks. A collective.
 
     Args:
-        scores: ``(Q, R)`` against this rank's rows; they are overwritten.
+        scores: ``(Q, R)`` against this rank's rows; overwritten.
         labels: queries and local rows ``(n,)`` of the true answers.
-        counts: ``(Q,)`` how many true answers a query has on all ranks.
+        counts: ``(Q,)`` true answers on all ranks.
         num_entities: columns on all ranks.
-        name: "softmax": the cross-entropy of a query's true answers, each with an equal share of
-            the target; "logistic": the mean of the binary cross-entropies of all entities.
+        name: "softmax": cross-entropy, the true answers share the target; "logistic": mean binary
+            cross-entropy of all entities.
         label_smoothing: as in :mod:`shardemb.kge.losses`.
     """
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -81,7 +74,7 @@ def _reduce(tensor: Tensor, op: Any = collectives.SUM) -> Tensor:
 
 
 class _VsAll(torch.autograd.Function):
-    """The gradient by the scores takes their place, so that only one ``(Q, R)`` is held."""
+    """Overwrites the scores with their gradient, to hold only one ``(Q, R)``."""
 
     @staticmethod
     def forward(

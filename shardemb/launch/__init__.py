@@ -1,7 +1,4 @@
-"""Starts the ranks of a job: on this machine, by torchrun, or on a Ray cluster.
-
-When one rank fails, all of them end.
-"""
+"""Starts a job's ranks locally, by torchrun or on Ray; when one fails, all end."""
 
 from typing import TYPE_CHECKING
 

@@ -14,7 +14,7 @@ from shardemb.utils.validation import at_least, one_of
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Where a job's ranks run; nothing of it changes what the job computes."""
+    """Where a job's ranks run; this does not change the results."""
 
     #: who starts the ranks: "local", this process on its machine; "torchrun", which has started
     #: this one; "ray"
@@ -57,7 +57,7 @@ class LaunchConfig:
 
     @property
     def ray_options(self) -> RayOptions:
-        """The settings for Ray alone."""
+        """The settings for Ray."""
         return RayOptions(
             address=self.address,
             cpus_per_worker=self.cpus_per_worker,
@@ -77,9 +77,9 @@ def run(
     timeout_s: float = 300,
     storage: Path | None = None,
 ) -> Any:
-    """Run ``fn(*args)`` on every rank, as configured; return what rank 0 returned.
+    """Run ``fn(*args)`` on every rank, as configured; return rank 0's result.
 
-    See :func:`run_local`, :func:`run_under_torchrun` (which returns this rank's result),
+    See :func:`run_local`, :func:`run_under_torchrun` (it returns this rank's result),
     :func:`run_on_ray`.
     """
     backend = "nccl" if gpus else "gloo"

@@ -1,4 +1,4 @@
-"""Starts one process a rank on this machine, and ends all of them when one fails."""
+"""Starts one process a rank on this machine, and ends all when one fails."""
 
 import multiprocessing
 import os
@@ -20,21 +20,21 @@ def run_local(
 ) -> Any:
     """Run ``fn(*args)`` on every rank of a process group of this machine's processes.
 
-    The processes are spawned: a script that calls this needs ``if __name__ == "__main__":``.
+    Processes are spawned, so scripts need ``if __name__ == "__main__":``.
 
     Args:
-        fn: a module-level function; it finds its rank with ``torch.distributed``.
+        fn: a module-level function; ``torch.distributed`` gives its rank.
         workers: number of ranks; with 1, ``fn`` runs in this process, without a group.
         args: picklable.
-        timeout_s: seconds after which a collective stops waiting for a missing rank.
-        backend: of the group: "gloo", or "nccl" for ranks with a GPU each.
+        timeout_s: seconds that a collective waits for a missing rank.
+        backend: "gloo", or "nccl" with a GPU for each rank.
 
     Returns:
-        What rank 0 returned (picklable).
+        Rank 0's result (picklable).
 
     Raises:
-        WorkerError: the first rank that raised, died or stopped. With 1 worker its exception comes
-            as it is.
+        WorkerError: the first rank that raised, died or stopped; a single worker raises its own
+            exception.
         ValueError: less than one worker.
     """
     if workers < 1:
@@ -45,7 +45,7 @@ def run_local(
     with tempfile.TemporaryDirectory(prefix="shardemb-") as folder:
         channels: list[Connection] = []
         ranks: list[Any] = []
-        # a file that only this user can read: a TCP store would listen on all interfaces
+        # a file of this user only: a TCP store would listen on all interfaces
         common = workers, f"{folder}/store", timeout_s, backend, fn, args
         try:
             for rank in range(workers):
@@ -71,8 +71,8 @@ def run_local(
 
 @contextmanager
 def _forwarding_sigterm(ranks: list[Any]) -> Iterator[None]:
-    """Send SIGTERM on to the ranks, which may save before they end."""
-    if threading.current_thread() is not threading.main_thread():  # Python's rule for signals
+    """Forward SIGTERM to the ranks, which may save before they end."""
+    if threading.current_thread() is not threading.main_thread():  # signals need the main thread
         yield
         return
 
@@ -159,7 +159,6 @@ def _rank_main(
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, for whatever reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -1,6 +1,6 @@
-"""Ray: connecting to a cluster, checking that ranks fit it, and running one rank a worker.
+"""Connects to a Ray cluster, checks that the ranks fit, and runs one rank a worker.
 
-Ray is the extra ``[ray]``, and imported when it is used.
+Ray is the extra ``[ray]``, imported on use.
 """
 
 import math
@@ -22,15 +22,15 @@ from shardemb.utils.validation import at_least, one_of
 
 _log = logs.logger(__name__)
 
-#: of Ray Train's processes, unless the user has set them
+#: of Ray Train's processes, unless set by the user
 _SETTINGS = {
-    # seconds between two looks at the workers; a report waits for one
+    # seconds between two checks of the workers; a report waits for one
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # seconds to wait for a worker that has stopped
+    # seconds to wait for a stopped worker
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths are relative to where the user is
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths stay relative to the user's folder
 }
-#: what Ray Train repeats where there is no dashboard
+#: messages that Ray Train repeats without a dashboard
 _NOISE = "Failed to query Ray Train Controller actor state|Reporting training result"
 
 
@@ -70,13 +70,13 @@ class RayOptions:
             )
 
     def resources(self, gpus: bool) -> dict[str, float]:
-        """Return all resources of a rank, by Ray's names."""
+        """Return a rank's resources, by Ray's names."""
         gpu = {"GPU": 1.0} if gpus else {}
         return {**self.resources_per_worker, "CPU": self.cpus_per_worker, **gpu}
 
 
 def load_ray() -> Any:
-    """Return the module; ModuleNotFoundError that says how to install it."""
+    """Return the module; ModuleNotFoundError with instructions if it is missing."""
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOISE)  # read when Ray is imported
     try:
         import ray
@@ -91,22 +91,20 @@ def load_ray() -> Any:
 def connected(
     address: str | None, *, cpus: int | None = None, log_to_driver: bool = True
 ) -> Iterator[Any]:
-    """Connect to a Ray cluster, and to no other than the one that is named.
+    """Connect to a Ray cluster, only to the named one.
 
     Args:
-        address: "local" starts a Ray that only this machine can reach, and that ends with the
-            block; "auto" is the cluster that this machine is a node of; "HOST:PORT" names a head;
-            None is the cluster that this process is connected to already.
-        cpus: of "local": its logical CPUs; None for this machine's.
-        log_to_driver: print what workers print.
+        address: "local" starts a Ray for this machine, until the block ends; "auto" is this node's
+            cluster; "HOST:PORT" names a head; None is this process's connection.
+        cpus: logical CPUs of "local"; None for this machine's.
+        log_to_driver: print the workers' output.
 
     Yields:
         The module ``ray``.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ValueError: another form of address; a connection exists and ``address`` is not None, or
-            none exists and it is.
+        ValueError: an invalid address, an address with an existing connection, or None without one.
         ConnectionError: there is no such cluster.
     """
     ray = load_ray()
@@ -126,9 +124,9 @@ def connected(
     alone = address == "local"
     if address not in ("local", "auto"):
         host, _, port = address.rpartition(":")
-        if error := _refusal(host, port):  # Ray itself would try for a quarter of an hour
+        if error := _refusal(host, port):  # Ray itself would try for 15 minutes
             raise _missing(address, error) from error
-        # a Ray that listens on 127.0.0.1 alone would be asked at another address of this machine
+        # this node's other address does not reach a Ray on 127.0.0.1
         alone = (
             host in ("127.0.0.1", "localhost", "[::1]")
             and _refusal(ray.util.get_node_ip_address(), port) is not None
@@ -139,7 +137,7 @@ def connected(
         if alone:
             stack.enter_context(_on_loopback(ray))
         if address == "local":
-            # workers find the modules that this process finds, as spawned processes do
+            # workers import from this process's module path
             variables["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
             variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # it needs the dashboard
             options |= {"num_cpus": cpus, "include_dashboard": False}
@@ -153,11 +151,11 @@ def connected(
 
 @contextmanager
 def _on_loopback(ray: Any) -> Iterator[None]:
-    """Let Ray start, or find, one that listens on 127.0.0.1; by default it is all interfaces."""
+    """Make Ray use 127.0.0.1; by default it listens on all interfaces."""
     constants = ray._private.ray_constants
     before = constants.ENABLE_RAY_CLUSTER
     with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
-        constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
+        constants.ENABLE_RAY_CLUSTER = False  # Ray reads the variable at import
         try:
             yield
         finally:
@@ -171,7 +169,6 @@ def _missing(address: str, error: OSError) -> ConnectionError:
 
 
 def _refusal(host: str, port: str) -> OSError | None:
-    """Return why no connection is possible; None if it is."""
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
@@ -180,7 +177,7 @@ def _refusal(host: str, port: str) -> OSError | None:
 
 
 def check_address(address: str) -> None:
-    """Raise ValueError for an address that is neither "local", "auto" nor HOST:PORT."""
+    """Raise ValueError unless the address is "local", "auto" or HOST:PORT."""
     if address in ("local", "auto"):
         return
     host, separator, port = address.rpartition(":")
@@ -202,26 +199,25 @@ def run_on_ray(
 ) -> Any:
     """Run ``fn(*args)`` on every rank of a process group of a Ray cluster's workers.
 
-    When a worker or its node dies, Ray Train's TorchTrainer starts all ranks again, in fresh
-    processes and a fresh process group: ``fn`` continues from its newest checkpoint, or begins
-    anew. An error that would come again (ValueError, TypeError, FileNotFoundError,
-    FloatingPointError and the like) ends the job at once.
+    When a worker or its node dies, Ray Train restarts all ranks in fresh processes; ``fn``
+    continues from its newest checkpoint. Errors that a restart cannot help (ValueError, TypeError,
+    FileNotFoundError, FloatingPointError, ...) end the job at once.
 
     Args:
-        fn: picklable; it finds its rank with ``torch.distributed``.
-        workers: number of ranks; or the least and the most of an elastic job: Ray takes as many as
-            fit the cluster, and starts all of them again when more fit.
+        fn: picklable; ``torch.distributed`` gives its rank.
+        workers: number of ranks, or (least, most) of an elastic job: Ray takes as many as fit, and
+            restarts all when more fit.
         args: picklable.
         options: cluster, resources and failures.
         gpus: give each rank a GPU, and the group NCCL instead of gloo.
-        timeout_s: seconds after which a collective stops waiting for a missing rank.
-        storage: folder for Ray Train's own records, that all nodes see; None for ``~/ray_results``.
+        timeout_s: seconds that a collective waits for a missing rank.
+        storage: folder for Ray Train's records, shared by all nodes; None for ``~/ray_results``.
 
     Returns:
-        What rank 0 returned (picklable).
+        Rank 0's result (picklable).
 
     Raises:
-        WorkerError: a rank raised what would come again, or workers have failed too often.
+        WorkerError: a rank raised an error that a restart cannot help, or workers failed too often.
         ValueError: the ranks do not fit the cluster.
         ModuleNotFoundError, ConnectionError: see :func:`connected`.
     """
@@ -241,10 +237,7 @@ def run_on_ray(
 
 
 def _require_capacity(workers: int, options: RayOptions, gpus: bool) -> None:
-    """Return once so many workers would fit the cluster if it were idle; ValueError if they do not.
-
-    Ray Train itself would try forever, and ignore Ctrl-C.
-    """
+    """Checked first, because Ray Train would wait forever, and ignore Ctrl-C."""
     ray, deadline = load_ray(), time.monotonic() + options.wait_seconds
     resources = options.resources(gpus)
     while True:
@@ -272,13 +265,11 @@ def _require_capacity(workers: int, options: RayOptions, gpus: bool) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What each rank does."""
-
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     timeout_s: float
     threads: int
-    #: all ranks are on this machine
+    #: whether all ranks are on this machine
     local: bool
 
 
@@ -289,7 +280,6 @@ def _fit(
     gpus: bool,
     storage: Path | None,
 ) -> Any:
-    """Let Ray Train run a function on workers; return what rank 0 returned, or a WorkerError."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
@@ -303,7 +293,7 @@ def _fit(
         trainer = TorchTrainer(
             _rank_main,
             train_loop_config={"work": work},
-            # after the watchdog, which names the rank
+            # longer than the watchdog's, which names the rank
             torch_config=TorchConfig(
                 "nccl" if gpus else "gloo", timeout_s=round(work.timeout_s + 10)
             ),
@@ -336,13 +326,12 @@ def _fit(
 
 
 def _name_of(error: BaseException) -> str:
-    """Return an exception's class, or "died": Ray's own exceptions mean that a worker did."""
+    """An exception's class, or "died" for Ray's own exceptions."""
     return "died" if type(error).__module__.startswith("ray.") else type(error).__name__
 
 
 @contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables that the user has not set, for the block."""
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -353,7 +342,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _in_thread(call: Callable[[], Any]) -> Any:
-    """Call in another thread: Ray Train leaves SIGINT to this one, where it raises at once."""
+    """Call in another thread, so that SIGINT raises in this one at once."""
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -366,17 +355,14 @@ def _in_thread(call: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, name="shardemb-ray-train", daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(0.5)  # without a time-out, a signal would wait too
+        thread.join(0.5)  # a join without timeout would delay signals
     if errors:
         raise errors[0]
     return results[0]
 
 
 def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> run_metrics.Listener:
-    """Return what passes a rank's records to Ray: gauges for Prometheus, Ray Train's report.
-
-    A report waits for all ranks and for the controller: one an epoch, and one a validation.
-    """
+    """A report waits for all ranks, so there is one an epoch and a validation."""
     from ray.util.metrics import Gauge
 
     gauges: dict[str, Any] = {}
@@ -396,7 +382,6 @@ def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> run_metric
 
 
 def _rank_main(config: dict[str, Any]) -> Any:
-    """Run on each worker, in Ray Train's thread."""
     import ray.train
     import torch
     import torch.distributed as dist
@@ -406,17 +391,17 @@ def _rank_main(config: dict[str, Any]) -> Any:
     torch.set_num_threads(max(1, work.threads))
     watchdog.set_timeout(work.timeout_s)
     run_metrics.listen(_listener(rank, ray.train.report))
-    if rank == 0:  # also after a failure, where Ray Train does not say that it starts again
+    if rank == 0:  # Ray Train does not report restarts
         _log.info("Ray Train starts %d ranks", dist.get_world_size())
     try:
         return watchdog.attend(work.fn, *work.args)
     except Exception as error:
         elsewhere = watchdog.raised_elsewhere()
         if elsewhere is not None and not elsewhere.restart_may_help:
-            return elsewhere  # the cause; this rank's own error follows from it
+            return elsewhere  # the cause of this rank's own error
         watchdog.report(error)
-        if not restart_may_help(error):  # Ray Train would start again after an exception
+        if not restart_may_help(error):  # an exception would make Ray Train restart
             if dist.get_backend() == "gloo":
-                dist.destroy_process_group()  # so that the others do not wait for this rank
+                dist.destroy_process_group()  # the others stop waiting for this rank
             return WorkerError.of(rank, error)
         raise

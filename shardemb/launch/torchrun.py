@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started."""
+"""Runs ranks started by torchrun."""
 
 import os
 from collections.abc import Callable
@@ -14,19 +14,20 @@ _log = logs.logger(__name__)
 def run_under_torchrun(
     fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo"
 ) -> Any:
-    """Run ``fn(*args)`` on this rank; every rank that torchrun has started calls this.
+    """Run ``fn(*args)`` on this rank; every rank of torchrun calls this.
 
     Args:
-        fn: finds its rank with ``torch.distributed``.
+        fn: ``torch.distributed`` gives its rank.
         args: of the function.
-        timeout_s: seconds after which a collective stops waiting for a missing rank.
-        backend: of the group, "gloo" or "nccl".
+        timeout_s: seconds that a collective waits for a missing rank.
+        backend: "gloo" or "nccl".
 
     Returns:
-        What ``fn`` returned on this rank.
+        This rank's result.
 
     Raises:
-        ValueError: torchrun has not started this process; or the function's own exception.
+        ValueError: torchrun did not start this process.
+        Exception: the function's own.
     """
     import torch
     import torch.distributed as dist
@@ -43,7 +44,7 @@ def run_under_torchrun(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     limit = timedelta(seconds=timeout_s + 10)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-    # torchrun's store keeps the addresses of an attempt that failed
+    # torchrun's store keeps the addresses of a failed attempt
     prefix = f"shardemb-attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     store = dist.PrefixStore(prefix, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)

@@ -1,4 +1,4 @@
-"""Estimates what a job will take, and measures the machine that it will run on."""
+"""Estimates the cost of jobs, and measures this machine."""
 
 from typing import TYPE_CHECKING
 

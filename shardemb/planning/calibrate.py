@@ -1,8 +1,7 @@
-"""Measures the rates of this machine that :mod:`shardemb.planning.cost_model` plans with.
+"""Measures this machine's rates for :mod:`shardemb.planning.cost_model`.
 
-Matrix products, rows at random places, and messages between two ranks are measured alone. The other
-costs of a step come from training steps of shapes in which one cost prevails: next to no work, many
-ids, wide queries, many scores.
+Matrix products, random rows and messages are measured alone, the other costs in training steps in
+which one prevails: almost no work, many ids, wide queries, many scores.
 """
 
 import os
@@ -33,8 +32,7 @@ from shardemb.utils import memory, run_metrics
 from shardemb.vocabulary import Vocabulary
 
 _RELATIONS = 50
-#: columns, triples of a rank and negatives of a step that shows one part of its time, by Machine's
-#: name for that part
+#: by Machine's field: columns, triples of a rank and negatives of a step dominated by it
 _SHAPES = {
     "overhead_seconds": (8, 16, 16),
     "id_seconds": (8, 8192, 16),
@@ -45,33 +43,30 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured; the defaults take a quarter of a minute."""
+    """Size of the measurement; the defaults take 15 seconds."""
 
-    #: of the table that rows are read from
+    #: of the table for random rows
     table_bytes: int = 1 << 30
     #: rows of the training loop's table
     entities: int = 100_000
-    #: of the training loop, LOG_STEPS steps each; ten times as many with next to no work
+    #: windows of LOG_STEPS training steps; ten times as many with almost no work
     windows: int = 5
-    #: of all else
+    #: repetitions of all else
     repeat: int = 200
-    #: what a rank sends to another at once
+    #: of a large message between two ranks
     message_bytes: int = 2 << 20
 
 
 def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = None) -> Machine:
-    """Measure the rates of a rank on this machine, which should be idle.
-
-    Two processes of its own take part.
+    """Measure the rates of a rank on this machine, which should be idle; starts 2 processes.
 
     Args:
-        device: that rows lie on, "cpu" or "cuda"; on several GPUs, exchange is that of the first
-            two.
+        device: "cpu" or "cuda"; with several GPUs, exchange is between the first two.
         threads: of a rank.
-        effort: how much is measured.
+        effort: size of the measurement.
 
     Raises:
-        ValueError: no such device, or threads that the machine has not.
+        ValueError: no such device, or more threads than cores.
     """
     cores = len(os.sched_getaffinity(0))
     if not 1 <= threads <= cores:
@@ -112,7 +107,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         network_bandwidth=0.0,
         process_bytes=alone["process_bytes"],
     )
-    # every shape has a little of the other costs too: Gauss and Seidel's iteration
+    # every shape has some of the other costs: Gauss-Seidel iteration
     for name, shape in [*_SHAPES.items()] * 5:
         job = _job(shape, 1, effort)
         queries = job.sides * job.rank_triples
@@ -150,7 +145,7 @@ def _alone(device: str, threads: int, effort: Effort) -> dict[str, Any]:
         measured: dict[str, Any] = {}
         for name, shape in _SHAPES.items():
             measured[name] = _step(shape, device, effort)
-            # after the first, which has next to no rows
+            # after the first shape, which has almost no rows
             measured.setdefault("process_bytes", _process_bytes(device))
         return measured | {"matmul": _matmul(device, effort), "rows": _rows(device, effort)}
 
@@ -158,12 +153,11 @@ def _alone(device: str, threads: int, effort: Effort) -> dict[str, Any]:
 def _process_bytes(device: str) -> int:
     if device == "cpu":
         return memory.resident_bytes()
-    free, total = torch.cuda.mem_get_info()  # of a GPU that nobody else uses
+    free, total = torch.cuda.mem_get_info()  # of a GPU without other users
     return total - free - torch.cuda.memory_reserved()
 
 
 def _pair(device: str, threads: int, effort: Effort) -> dict[str, Any]:
-    """Measure on two ranks at once."""
     with _threads(threads):
         small = torch.zeros(2, dtype=torch.int64, device=device)
         large = torch.zeros(2, effort.message_bytes // 8, dtype=torch.int64, device=device)
@@ -194,7 +188,6 @@ def _threads(threads: int) -> Iterator[None]:
 
 
 def _median(call: Callable[[], object], device: str, repeat: int) -> float:
-    """Return the median of a call's seconds, after two that warm it up."""
     spent = []
     for _ in range(repeat + 2):
         start = time.perf_counter()
@@ -206,7 +199,7 @@ def _median(call: Callable[[], object], device: str, repeat: int) -> float:
 
 
 def _matmul(device: str, effort: Effort) -> float:
-    """Return the operations a second of a chunk's matrix product and those of its backward."""
+    """Return operations a second of a chunk's matrix product, forward and backward."""
     queries, candidates = (torch.randn(2, size, 128, device=device) for size in (1024, 512))
     scores = queries @ candidates.mT
 
@@ -219,7 +212,7 @@ def _matmul(device: str, effort: Effort) -> float:
 
 
 def _rows(device: str, effort: Effort) -> float:
-    """Return the bytes a second of rows of 512 bytes at random places."""
+    """Return bytes a second of random rows of 512 bytes."""
     table = kernels.empty((max(1, effort.table_bytes // 512), 128), torch.float32, device).zero_()
     pool = cycle(torch.randint(len(table), (64, 8192), device=device))
     taken = _median(lambda: kernels.take(table, next(pool)), device, effort.repeat)
@@ -227,7 +220,7 @@ def _rows(device: str, effort: Effort) -> float:
 
 
 def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
-    """Return the seconds of a step of the training loop on random triples. A collective."""
+    """Return seconds of a training step on random triples. A collective."""
     dim, triples, negatives = shape
     workers = collectives.rank_and_size()[1]
     steps = LOG_STEPS * (effort.windows * (10 if shape == _SHAPES["overhead_seconds"] else 1) + 1)

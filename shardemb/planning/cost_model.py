@@ -1,9 +1,9 @@
-"""Memory, exchange and time of a training job's ranks, and the fewest ranks that hold it.
+"""Memory, exchange and time of a training job, and the fewest ranks that hold it.
 
-Memory and exchange are counted: what tables and trainer allocate and send, with the expected number
-of distinct rows of a batch under Zipf's law. Time is a roofline (Williams et al. 2009) without
-overlap: each part of a step is its work over a rate of a :class:`Machine`, which
-:mod:`shardemb.planning.calibrate` measures, or a data sheet gives.
+Memory and exchange are counted from allocations and messages, with the expected number of distinct
+rows of a batch under Zipf's law. Time is a roofline (Williams et al. 2009) without overlap: each
+part of a step is its work over a rate of a :class:`Machine`, measured by
+:mod:`shardemb.planning.calibrate` or from a data sheet.
 """
 
 import dataclasses
@@ -24,16 +24,14 @@ from shardemb.sharding.placement import RowPlan
 from shardemb.utils.files import read_text, replacing
 from shardemb.utils.validation import at_least, one_of, within
 
-#: passes over the bytes of (query, column) and of (query, negative) in ComplEx's forward and
-#: backward, for a machine of which a data sheet is all that is known; and over those of (row,
-#: column) in lookup and update
+#: passes over (query, column) and (query, negative) in ComplEx's forward and backward, and over
+#: (row, column) in lookup and update; for machines known by data sheet only
 _QUERY_PASSES, _SCORE_PASSES, _ROW_PASSES = 40, 16, 6
-#: tensors of a step that are alive at once: of (query, column), of (query, negative), of (row,
-#: column)
+#: live tensors in a step: of (query, column), (query, negative) and (row, column)
 _QUERY_TENSORS, _SCORE_TENSORS, _ROW_TENSORS = 12, 4, 4
-#: collectives of a step: counts, rows, gradients, and what the coordinator reduces
+#: collectives in a step: counts, rows, gradients, and the coordinator's
 COLLECTIVES = 4
-#: share of a rank's memory that may be used
+#: usable share of a rank's memory
 FULL = 0.9
 MOST_WORKERS = 1 << 16
 _GIB = 1 << 30
@@ -41,42 +39,41 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one rank, and what its host has; in bytes, seconds and float32 operations."""
+    """Rates of one rank, and its host's resources; in bytes, seconds and float32 operations."""
 
-    #: by which the command line knows it
+    #: name on the command line
     name: str
-    #: where the figures come from
+    #: origin of the figures
     source: str
-    #: of a rank's GPU, or of a host, whose ranks share it
+    #: of a rank's GPU, or of a host shared by its ranks
     memory_bytes: int
     #: ranks that share a host
     ranks_per_host: int
-    #: ranks of a host that compute at once; more take turns
+    #: ranks of a host that compute at once; others take turns
     cores: int
-    #: rows lie on a GPU, and a copy for a checkpoint in the host's memory
+    #: rows are on a GPU, and a checkpoint's copy in the host's memory
     gpu: bool
-    #: matrix products, operations a second
+    #: operations a second of matrix products
     matmul_flops: float
-    #: rows read at random places of a large table, bytes a second
+    #: bytes a second of random rows of a large table
     row_bandwidth: float
-    #: how many times as long a rank's own work takes while the host's other ranks are at work too
+    #: slowdown of a rank when the host's other ranks work too
     contention: float
-    #: a step without work
+    #: of a step without work
     overhead_seconds: float
-    #: what several ranks add to it
+    #: added to it on several ranks
     exchange_overhead_seconds: float
-    #: of a number among a query's columns, forward and backward, without matrix products
+    #: of a number in a query's columns, forward and backward, without matrix products
     query_seconds: float
     #: of a score, likewise
     score_seconds: float
-    #: of an id: drawn, sorted, merged
+    #: of drawing, sorting and merging an id
     id_seconds: float
     #: of a collective of a few bytes
     latency_seconds: float
-    #: all to all within a host, bytes a second that a rank sends; 0 where there was no second rank
-    #: to measure it with
+    #: bytes a second that a rank sends in an all-to-all within a host; 0 if unknown
     exchange_bandwidth: float
-    #: the same between hosts; 0 where nobody has measured it, and it is taken to be as within one
+    #: the same between hosts; 0 if unknown, then as within a host
     network_bandwidth: float
     #: memory of a process without rows
     process_bytes: int
@@ -95,12 +92,12 @@ class Machine:
 
     @property
     def between_hosts(self) -> float:
-        """Bytes a second that a rank sends to other hosts; if unknown, those within a host."""
+        """Bytes a second between hosts; if unknown, within a host."""
         return self.network_bandwidth or self.exchange_bandwidth
 
     @classmethod
     def load(cls, path: Path) -> "Machine":
-        """Read what ``shardemb bench calibrate`` writes; ValueError for other content."""
+        """Read a file of ``shardemb bench calibrate``; ValueError for other content."""
         text = read_text(path)
         try:
             values: dict[str, Any] = json.loads(text)["machine"]
@@ -112,7 +109,7 @@ class Machine:
             ) from error
 
     def save(self, path: Path, **more: Any) -> None:
-        """Write the figures, and more about them, as JSON."""
+        """Write the figures, and ``more``, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             text = json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1)
@@ -120,8 +117,7 @@ class Machine:
 
 
 def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 50e9) -> Machine:
-    """Return a GPU of NVIDIA's Hopper data sheets."""
-    reached = 0.6  # of the data sheet's rates, by well-made kernels
+    reached = 0.6  # share of the data sheet's rates that well-made kernels reach
     return Machine(
         name=name,
         source=(
@@ -156,15 +152,15 @@ DATA_SHEETS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the cost of a job, on one table of entities that is sharded by rows."""
+    """The size of a job on one row-sharded table of entities."""
 
     #: rows of the sharded table
     entities: int
-    #: rows of the replicated table, reciprocal ones included
+    #: rows of the replicated table, with reciprocal relations
     relations: int = 1000
-    #: of an epoch; 0 for unknown
+    #: of an epoch; 0 if unknown
     triples: int = 0
-    #: columns, float32
+    #: float32 columns
     dim: int = 128
     #: one of :data:`shardemb.kge.optimizers.OPTIMIZERS`
     optimizer: str = "rowwise_adagrad"
@@ -172,19 +168,19 @@ class Job:
     workers: int = 1
     #: triples of a step, of all ranks
     batch_size: int = 1000
-    #: that share negatives; a rank takes whole chunks
+    #: triples that share negatives; a rank takes whole chunks
     chunk_size: int = 1000
     #: of a chunk and a side
     negatives: int = 128
-    #: sides of a triple that are corrupted
+    #: corrupted sides of a triple
     sides: int = 2
-    #: a chunk's other answers are negatives too
+    #: whether a chunk's other answers are negatives too
     in_batch: bool = False
-    #: Zipf's exponent of how often entities are heads or tails; negatives are uniform
+    #: Zipf's exponent of heads and tails; negatives are uniform
     zipf: float = 0.8
-    #: checkpoints are written from a copy of the rows
+    #: whether checkpoints are written from a copy of the rows
     background_saves: bool = True
-    #: finished checkpoints that stay
+    #: finished checkpoints to keep
     keep: int = 2
 
     def __post_init__(self) -> None:
@@ -197,58 +193,56 @@ class Job:
 
     @property
     def chunks(self) -> int:
-        """Chunks of a step of the rank that has most of them."""
+        """Chunks in a step of the busiest rank."""
         return -(-math.ceil(self.batch_size / self.chunk_size) // self.workers)
 
     @property
     def rank_triples(self) -> int:
-        """Triples of a step of that rank."""
+        """Triples in a step of the busiest rank."""
         return min(self.batch_size, self.chunks * self.chunk_size)
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer, a row."""
+        """The optimizer's state for a row."""
         per_row = OPTIMIZERS[self.optimizer].state_per_row  # type: ignore[attr-defined]
         return sum(4 * (1 if one_number else self.dim) for one_number in per_row.values())
 
     @property
     def draws(self) -> tuple[int, int]:
-        """Ids of a step of that rank: heads and tails, and negatives."""
+        """Ids in a step of the busiest rank: heads and tails, and negatives."""
         return 2 * self.rank_triples, self.chunks * self.sides * self.negatives
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of :func:`estimate`, for the rank that has most."""
+    """The result of :func:`estimate`, for the busiest rank."""
 
     job: Job
     machine: Machine | None
-    #: bytes of the device that the rows lie on, by what for
+    #: bytes of the rows' device, by purpose
     memory: dict[str, int]
-    #: bytes of the host's memory besides, if that is another one
+    #: bytes of the host's memory, if that is separate
     host_bytes: int
-    #: ids looked up, distinct ones among them, and rows of the table that a step of all ranks
-    #: touches
+    #: a step's ids, its distinct ids, and rows touched by all ranks
     ids: int
     distinct: int
     touched: int
-    #: bytes that the rank sends to others in a step, by what
+    #: bytes that the rank sends in a step, by purpose
     exchange: dict[str, int]
-    #: of all tables and their state; pieces of it that a rank writes
+    #: of all tables and their state, and files of a rank
     checkpoint_bytes: int
     pieces: int
-    #: seconds of a step, by part; None without a machine, or for several ranks without its rate of
-    #: exchange
+    #: of a step, by part; None without a machine or its rate of exchange
     seconds: dict[str, float] | None
 
     @property
     def memory_bytes(self) -> int:
-        """Of the rank."""
+        """Bytes of the rank."""
         return sum(self.memory.values())
 
     @property
     def usable_bytes(self) -> int | None:
-        """Bytes of memory that a rank may use; ranks beyond those of a host are on other hosts."""
+        """Bytes that a rank may use; None without a machine."""
         if self.machine is None:
             return None
         sharing = 1 if self.machine.gpu else min(self.job.workers, self.machine.ranks_per_host)
@@ -261,16 +255,16 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float | None:
-        """Of a step."""
+        """Seconds of a step."""
         return None if self.seconds is None else sum(self.seconds.values())
 
     @property
     def triples_per_second(self) -> float | None:
-        """Of all ranks."""
+        """Triples a second of all ranks."""
         return None if self.step_seconds is None else self.job.batch_size / self.step_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it, as JSON holds it."""
+        """Return everything as JSON."""
         names = ("fits", "memory_bytes", "step_seconds", "triples_per_second")
         derived = {name: getattr(self, name) for name in names}
         exchange = sum(self.exchange.values())
@@ -281,14 +275,8 @@ def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: 
     """Return the expected number of distinct rows among independent draws.
 
     Row ``i`` of ``rows`` is drawn with probability ``i^-exponent`` over its sum, or uniformly:
-    ``sum_i 1 - (1 - p_i)^n (1 - 1/V)^m``. The first 4096 rows are summed one by one, the others in
-    steps that grow with i.
-
-    Args:
-        rows: ``V``.
-        zipf_draws: ``n``.
-        uniform_draws: ``m``.
-        exponent: 0 for uniform draws.
+    ``sum_i 1 - (1 - p_i)^n (1 - 1/V)^m`` for ``n`` Zipf draws and ``m`` uniform ones. The first
+    4096 rows are summed exactly, the others in growing steps.
     """
     edges = [np.arange(1, min(rows, 4096) + 2, dtype=np.float64)]
     if rows > 4096:
@@ -298,19 +286,14 @@ def distinct_rows(rows: int, zipf_draws: float, uniform_draws: float, exponent: 
     middle[: len(edges[0]) - 1] = bounds[: len(edges[0]) - 1]
     shares = middle**-exponent
     shares /= (shares * width).sum()
-    sure = 1 - 2.0**-53  # a single row is drawn for sure, whose logarithm would be infinite
+    sure = 1 - 2.0**-53  # a certain row's logarithm would be infinite
     missed = zipf_draws * np.log1p(-np.minimum(shares, sure))
     missed += uniform_draws * math.log1p(-min(1 / rows, sure))
     return float((width * -np.expm1(missed)).sum())
 
 
 def estimate(job: Job, machine: Machine | None = None) -> Estimate:
-    """Count what a job takes.
-
-    Args:
-        job: to be planned.
-        machine: that shall run it; None for memory and exchange alone.
-    """
+    """Estimate a job's memory, exchange and, with a machine, time."""
     rank = RowPlan("entity", job.entities, job.dim, job.workers)
     width, state = 4 * job.dim, job.state_bytes
     zipf, uniform = job.draws
@@ -325,7 +308,7 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
     memory = {
         "rows": rank.num_local * width,
         "optimizer state": rank.num_local * state,
-        # with gradients, and what is reduced
+        # with gradients and reduced values
         "relations": job.relations * (width * (5 if several else 2) + state),
         "a step's tensors": tensors,
         "process": 0 if machine is None else machine.process_bytes,
@@ -364,7 +347,6 @@ def estimate(job: Job, machine: Machine | None = None) -> Estimate:
 def _seconds(
     result: Estimate, machine: Machine, queries: int, negatives: int, state: int
 ) -> dict[str, float]:
-    """Return a step's time, by part."""
     job, width = result.job, 4 * result.job.dim
     ranks = min(job.workers, machine.ranks_per_host)
     turns = max(1.0, ranks / machine.cores)
@@ -390,7 +372,7 @@ def _seconds(
             "exchange overhead": turns * machine.exchange_overhead_seconds,
             "exchange": turns * seconds,
         }
-    if job.workers > 2:  # two ranks' are in the overhead
+    if job.workers > 2:  # the overhead includes that of two ranks
         parts["latency"] = COLLECTIVES * machine.latency_seconds * (math.log2(job.workers) - 1)
     return parts
 
@@ -398,14 +380,13 @@ def _seconds(
 def fewest_workers(
     job: Job, machine: Machine, batch_grows: bool = True, most: int = MOST_WORKERS
 ) -> int | None:
-    """Return the fewest ranks whose memory holds the job; None if ``most`` do not.
+    """Return the fewest ranks that hold the job; None if ``most`` are too few.
 
     Args:
-        job: of any number of ranks.
-        machine: that shall run it.
-        batch_grows: each rank has as many chunks as now; otherwise the batch stays, and ranks share
-            it.
-        most: ranks that are tried.
+        job: with any number of ranks.
+        machine: the machine to plan for.
+        batch_grows: keep each rank's chunks; otherwise keep the batch.
+        most: most ranks to try.
     """
     chunks = job.chunks
 
@@ -427,7 +408,7 @@ def fewest_workers(
 
 
 def assumptions(result: Estimate, notes: Mapping[str, str]) -> list[str]:
-    """Return what an estimate takes for granted, after ``notes`` on settings and their values."""
+    """Return an estimate's assumptions, after ``notes`` on settings."""
     job, machine = result.job, result.machine
     lines = [f"{name}: {value}" for name, value in notes.items()]
     lines += [

@@ -1,4 +1,4 @@
-"""``shardemb plan``: what a configuration takes on a graph of some size, as a page of text."""
+"""``shardemb plan``: the cost of a configuration on a graph of some size, as text."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from shardemb.planning.cost_model import (
 from shardemb.utils.files import cache_folder, replacing
 from shardemb.utils.validation import bytes_of
 
-#: settings that an estimate ignores, and the values that it counts instead
+#: settings that an estimate ignores, and their values in it
 _NOT_COUNTED = {
     "model.scorer": "complex",
     "model.constrainer": "",
@@ -30,7 +30,7 @@ _NOT_COUNTED = {
     "sampling.filtered": False,
     "training.precision": "float32",
 }
-#: settings that decide what a job takes
+#: settings that an estimate uses
 _COUNTED = (
     *("model.dim", "model.reciprocal", "optimizer.name", "sampling.chunk_size"),
     *("sampling.num_negatives", "sampling.corrupt", "training.background_saves"),
@@ -42,9 +42,9 @@ class Plan:
     """The result of :func:`plan`."""
 
     estimate: Estimate
-    #: ranks whose memory is enough; None for more than MOST_WORKERS, or without a machine
+    #: fewest ranks with enough memory; None if above MOST_WORKERS, or without a machine
     fewest: int | None
-    #: what was taken for granted
+    #: assumptions
     assumed: list[str]
 
     def save(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class Plan:
             partial.write_text(text + "\n", encoding="utf-8")
 
     def text(self) -> str:
-        """Return a page for a person."""
+        """Return a readable page."""
         result, job, machine = self.estimate, self.estimate.job, self.estimate.machine
         hosts = f" of {machine.name}, {_hosts(job.workers, machine)}" if machine else ""
         lines = [
@@ -123,22 +123,22 @@ def plan(
     workers: int | None = None,
     zipf: float = 0.8,
 ) -> Plan:
-    """Estimate what a job takes.
+    """Estimate a job's memory, exchange and time.
 
     Args:
-        config: its settings.
-        machine: that shall run it; None for memory and exchange alone.
+        config: the job's settings.
+        machine: None for memory and exchange alone.
         entities: of the graph.
         relations: of the graph, without reciprocal ones.
-        triples: of an epoch; 0 for unknown.
-        batch_size: triples of a step of all ranks; None for the configuration's, or for a chunk a
-            rank if that is the default.
+        triples: of an epoch; 0 if unknown.
+        batch_size: triples in a step of all ranks; None for the configuration's, or a chunk a rank
+            if that is the default.
         workers: ranks; None for the fewest that fit, or 1 without a machine.
-        zipf: exponent of how often entities are heads or tails.
+        zipf: exponent of heads and tails.
 
     Raises:
-        ValueError: a size out of range; a configuration that does not draw negatives.
-        MemoryError: no number of ranks holds it, and none was given.
+        ValueError: a size out of range, or a configuration without negatives.
+        MemoryError: no number of ranks holds the job.
     """
     sampling = config.sampling
     if sampling.scheme != "negatives":
@@ -203,7 +203,7 @@ def _setting(config: JobConfig, key: str) -> Any:
 
 
 def calibrated() -> Path:
-    """Return the file of this machine's rates, which ``shardemb bench calibrate`` writes."""
+    """Return the file of this machine's rates, written by ``shardemb bench calibrate``."""
     return cache_folder() / "machine.json"
 
 
@@ -216,14 +216,14 @@ def machine_of(
     """Return a machine by name.
 
     Args:
-        device: "cpu" for this machine as measured, None if it was not; a name of
-            :data:`~shardemb.planning.cost_model.DATA_SHEETS`; or a file of measured rates.
-        memory: another size, such as "80GiB".
-        ranks_per_host: another number.
-        network: another rate between hosts, bytes a second that a rank sends, such as "3GB".
+        device: "cpu" for this machine's measured rates (None if there are none), a name in
+            :data:`~shardemb.planning.cost_model.DATA_SHEETS`, or a file of measured rates.
+        memory: other size, such as "80GiB".
+        ranks_per_host: other number.
+        network: other bytes a second of a rank between hosts, such as "3GB".
 
     Raises:
-        ValueError: an unknown name, or a file that holds no rates.
+        ValueError: an unknown name, or a file without rates.
         FileNotFoundError: no such file.
     """
     if device in DATA_SHEETS:

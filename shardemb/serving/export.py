@@ -1,4 +1,4 @@
-"""Tables to and from the files of other programs, a chunk at a time."""
+"""Tables to and from files of other programs, chunk by chunk."""
 
 import json
 import tempfile
@@ -21,7 +21,7 @@ from shardemb.serving.store import StoredTable, map_rows, open_store
 from shardemb.utils.files import replacing
 from shardemb.vocabulary import Vocabulary
 
-#: bytes of rows in a file of a sharded export
+#: bytes of rows in each file of a sharded export
 SHARD_BYTES = 1 << 30
 
 
@@ -36,21 +36,17 @@ def export_table(
     """Write a checkpoint's table for other programs, in the order of ids.
 
     Args:
-        source: a checkpoint or a run folder, see :func:`shardemb.open_store`.
-        out: a new file, or a folder for "sharded"; it appears when it is complete.
-        format: "safetensors": one file; "sharded": safetensors files of 1 GiB and an index, as
-            Hugging Face's; "parquet": id, label (if there are labels), vector; "npy": numpy's,
-            which ``np.load(mmap_mode="r")`` maps; "word2vec": text, a row a line, its label (or id)
-            and its numbers. By default the suffix decides.
-        table: its name in the model; by default the largest.
-        raw: rows as they are stored, without the normalizer.
+        source: a checkpoint or run folder, as for :func:`shardemb.open_store`.
+        out: a new file, or a folder for "sharded"; it appears when complete.
+        format: "safetensors"; "sharded": safetensors files of 1 GiB with Hugging Face's index;
+            "parquet": id, label (if known), vector; "npy"; "word2vec": text lines of label or id
+            and numbers. None takes it from the suffix.
+        table: name in the model; None for the largest.
+        raw: omit the normalizer.
         shown: show a progress bar.
 
-    Returns:
-        ``out``.
-
     Raises:
-        ValueError: an unknown format; a label that word2vec's text cannot hold.
+        ValueError: an unknown format, or a label with spaces for "word2vec".
         FileExistsError: ``out`` exists.
         CheckpointError: as :func:`shardemb.open_store`.
     """
@@ -68,12 +64,12 @@ def export_table(
     return out
 
 
-#: makes an iterator of rows ``(n, *shape)``
+#: returns an iterator over rows ``(n, *shape)``
 _Rows = Callable[[], Iterator[Tensor]]
 
 
 def _flat(rows: Tensor) -> Tensor:
-    """Return ``(n, D)`` float32 or float64, a complex number as two."""
+    """Return ``(n, D)`` float32 or float64; a complex number as two."""
     rows = torch.view_as_real(rows) if rows.is_complex() else rows
     dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
     return rows.reshape(len(rows), -1).to(dtype)
@@ -135,7 +131,7 @@ def _write_parquet(table: StoredTable, out: Path, rows: _Rows) -> None:
 
 
 def _write_npy(table: StoredTable, out: Path, rows: _Rows) -> None:
-    plain = table.dtype not in (torch.bfloat16, torch.complex32)  # which numpy lacks
+    plain = table.dtype not in (torch.bfloat16, torch.complex32)  # numpy lacks these
     dtype = torch.empty(0, dtype=table.dtype if plain else torch.float32).numpy().dtype
     header = {
         "descr": np.lib.format.dtype_to_descr(dtype),
@@ -182,29 +178,27 @@ def import_table(
     labels: Sequence[str] | None = None,
     key: str | None = None,
 ) -> Location:
-    """Make a run folder with one table from other programs' rows.
+    """Make a run folder with one table from rows of another program.
 
-    The rows become ``OUT/checkpoints/step-0``, which :func:`shardemb.open_store` opens and
-    :func:`shardemb.checkpoint.load` loads into a model; the labels lie beside it. A file of torch
-    (``.pt``, ``.pkl``) is a pickle, which can run code: load it yourself, and give the module or
-    the state dict.
+    :func:`shardemb.open_store` and :func:`shardemb.checkpoint.load` read its
+    ``checkpoints/step-0``; the labels are beside it. Files of torch (``.pt``, ``.pkl``) are
+    pickles, which can run code: load them yourself, and pass the module or state dict.
 
     Args:
         source: an array or tensor ``(V, *shape)``; a module or state dict, such as
-            torch.nn.Embedding, pykeen.nn.Embedding or one of a PyKEEN model; or a file: ``.npy``,
-            ``.safetensors``, ``.parquet`` (columns "vector" and, if there are labels, "label"),
-            ``.txt`` or ``.vec`` (word2vec's text).
-        out: run folder; must not hold checkpoints.
+            torch.nn.Embedding or a PyKEEN model; or a ``.npy``, ``.safetensors``, ``.parquet``
+            (columns "vector" and optionally "label"), ``.txt`` or ``.vec`` (word2vec) file.
+        out: run folder without checkpoints.
         table: the table's name.
-        labels: of the rows; by default those of a word2vec or Parquet file.
-        key: the tensor to take, if there are several.
+        labels: one for each row; by default the file's.
+        key: name of the tensor or column, if there are several.
 
     Returns:
         The checkpoint's location.
 
     Raises:
-        ValueError: an unknown type of file, a malformed one (with its line or row), several
-            tensors, labels of another number.
+        ValueError: an unknown or malformed file (names line or row), several tensors, or another
+            number of labels than of rows.
         FileExistsError: ``out`` has checkpoints.
     """
     out = Path(out)
@@ -230,7 +224,6 @@ _Imported = tuple[Tensor, list[str] | None]
 
 @contextmanager
 def _rows_of(source: Any, key: str | None, scratch: Path) -> Iterator[_Imported]:
-    """Yield rows ``(V, *shape)``, in memory or mapped, and the labels that came with them."""
     if isinstance(source, str | Path):
         path = Path(source)
         if path.suffix not in _READERS:
@@ -367,7 +360,7 @@ def _read_word2vec(path: Path, key: str | None, scratch: Path) -> _Imported:
 
 
 def _spooled(batches: Iterator[np.ndarray], scratch: Path, path: Path) -> Tensor:
-    """Write rows of unknown number to a file, and map it into memory."""
+    """The number of rows is unknown, so they go through a mapped file."""
     spool, count, width = scratch / "rows", 0, 0
     dtype: Any = np.float32
     with spool.open("wb") as file:

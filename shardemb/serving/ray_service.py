@@ -1,8 +1,8 @@
-"""The store as a service: named Ray actors hold shards of a checkpoint's rows for all jobs.
+"""Serves a checkpoint to all jobs of a Ray cluster: named actors hold shards of its rows.
 
-A shard maps the checkpoint's files into memory and reads its own rows of every table, a block in
-the files' order. It keeps nothing else, so one that died returns with what the files hold. A lookup
-sends one request to each shard that owns some of the ids; very many ids take several rounds.
+A shard maps the checkpoint's files and reads one block of every table's slots. It has no other
+state, so Ray can restart it. A lookup sends a request to each shard that owns some of the ids, or
+several for very many.
 """
 
 import asyncio
@@ -30,34 +30,34 @@ from shardemb.sharding.placement import RowOrder
 from shardemb.utils.types import RowFunction
 
 NAMESPACE = "shardemb"
-#: bytes of a request, or of its answer
+#: most bytes of a request or an answer
 _REQUEST = 1 << 25
-#: labels of a request
+#: most labels of a request
 _LABELS = 1 << 16
-#: calls that a shard answers beside those that wait: refusals and health
+#: concurrent calls besides the waiting requests: health checks, refusals
 _SPARE = 100
 
 
 @dataclass(frozen=True)
 class TableInfo:
-    """What a client knows of a table."""
+    """A table's metadata."""
 
     name: str
     max_id: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    #: of the rows in the files
+    #: order of the stored rows
     order: RowOrder
     labelled: bool
 
 
 @dataclass(frozen=True)
 class Info:
-    """What is served: the same for all shards and clients."""
+    """Metadata of a service, the same for all shards and clients."""
 
-    #: of the service
+    #: the service's name
     name: str
-    #: of the checkpoint, on every node
+    #: the checkpoint, under the same path on every node
     path: Path
     #: sha256 of its manifest
     digest: str
@@ -67,7 +67,7 @@ class Info:
     tables: dict[str, TableInfo]
 
     def rows(self, shard: int) -> dict[str, tuple[int, int]]:
-        """Return a shard's rows ``[first, last)`` of each table, in the order of the files."""
+        """Return a shard's slots ``[first, last)`` of each table."""
         return {
             prefix: (table.max_id * shard // self.shards, table.max_id * (shard + 1) // self.shards)
             for prefix, table in self.tables.items()
@@ -88,25 +88,25 @@ class ShardHealth:
     """A shard's state."""
 
     shard: int
-    #: it answered, and the checkpoint is open
+    #: whether it answered and has opened the checkpoint
     ok: bool
-    #: rows [first, last) of each table, in the order of the files
+    #: slots [first, last) of each table
     rows: dict[str, tuple[int, int]]
-    #: address; the last one known, if it does not answer now
+    #: its node's address, the last known one if it does not answer
     node: str | None
     pid: int | None = None
-    #: requests answered since it started
+    #: requests answered since its start
     served: int = 0
-    #: requests that wait or are being answered
+    #: requests that wait or are in progress
     pending: int = 0
-    #: how often it was restarted
+    #: number of restarts
     restarts: int = 0
     #: why it is not ok
     error: str | None = None
 
 
 class Shard:
-    """The actor: reads some rows of every table on request."""
+    """The actor: reads some rows of every table."""
 
     def __init__(
         self,
@@ -120,9 +120,9 @@ class Shard:
         ray = load_ray()
         self._node = ray.util.get_node_ip_address()
         actor = ray.get_runtime_context().get_actor_id()
-        # was_current_actor_reconstructed reads this, but does not return the number
+        # Ray's public interface does not return the number
         self._restarts = int(ray._private.state.actors(actor_id=actor)["NumRestarts"])
-        # a search reads all rows of the shard: lookups do not wait for it
+        # lookups do not wait for a search, which reads all rows
         requests = ("lookup", "search", "ids_of", "labels_of")
         self._threads = {name: ThreadPoolExecutor(1) for name in requests}
         self._pending = self._served = 0
@@ -152,7 +152,7 @@ class Shard:
         return ShardUnavailableError(f"{self._info.who(self._number, self._node)}: {text}")
 
     async def health(self) -> ShardHealth:
-        """Return the shard's state, also while it is full."""
+        """Return the shard's state, even when its queue is full."""
         error = None
         try:
             self._opened()
@@ -171,11 +171,11 @@ class Shard:
         )
 
     async def info(self) -> Info:
-        """Return what is served."""
+        """Return the service's metadata."""
         return self._info
 
     async def ask(self, key: tuple[str, int], what: str, *arguments: Any) -> Any:
-        """Answer a request, or refuse it if too many wait."""
+        """Answer a request; ShardBusyError if too many wait."""
         if key != (self._info.digest, self._info.shards):
             raise InputError(
                 f"store {self._info.name!r} serves another checkpoint, or other shards, than the"
@@ -225,17 +225,17 @@ class Shard:
 
 
 def _bytes(x: Tensor) -> np.ndarray:
-    """Return a tensor's memory: numpy lacks some dtypes, and Ray moves arrays without a copy."""
+    """As bytes: numpy lacks some dtypes, and Ray moves arrays without a copy."""
     return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _tensor(memory: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Return a flat tensor with a copy of the memory: Ray's is read-only."""
+    """A copy, because Ray's memory is read-only."""
     return torch.tensor(memory).view(dtype)
 
 
 class ServedTable(Table):
-    """A table whose rows the shards of a service hold."""
+    """A table whose rows a service's shards hold."""
 
     def __init__(self, client: "Client", prefix: str) -> None:
         info = client.info.tables[prefix]
@@ -247,7 +247,7 @@ class ServedTable(Table):
 
     @property
     def labelled(self) -> bool:
-        """Whether the service knows labels."""
+        """Whether the service has labels for it."""
         return self._info.labelled
 
     def _ids_of(self, labels: list[str]) -> np.ndarray:
@@ -263,7 +263,7 @@ class ServedTable(Table):
 
     def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
         slots = self._info.order.slots(ids).numpy()
-        # numpy: torch's threads would wait for cores that the shards of this node use
+        # numpy: torch's threads would compete with local shards
         owner, sent = np.searchsorted(self._ends, slots, side="right"), ids.numpy()
         owned = [np.flatnonzero(owner == shard) for shard in range(self._client.info.shards)]
         width = math.prod(self.shape)
@@ -279,7 +279,7 @@ class ServedTable(Table):
                 shard: ("lookup", self._prefix, sent[rows], raw) for shard, rows in places.items()
             }
             for shard, (memory, dtype) in self._client._ask(requests).items():
-                if dtype != out.dtype:  # a normalizer of the user's
+                if dtype != out.dtype:  # a custom normalizer's dtype
                     out = out.to(dtype)
                 _place(out, places[shard], memory)
         return out.reshape(-1, *self.shape)
@@ -302,23 +302,22 @@ class ServedTable(Table):
 
 
 def _place(out: Tensor, places: np.ndarray, memory: np.ndarray) -> None:
-    """Set ``out[places]`` to rows that came as memory."""
     if not memory.size:
         return
-    row = np.dtype((np.void, out.shape[1] * out.itemsize))  # one copy a row
+    row = np.dtype((np.void, out.shape[1] * out.itemsize))  # copies whole rows
     out.view(torch.uint8).numpy().view(row)[:, 0][places] = memory.view(row)
 
 
 class Client(Tables[ServedTable]):
-    """Reads what a service holds; see :func:`connect`.
+    """Reads a service's tables; :func:`connect` makes one.
 
-    It may be pickled into tasks of any job, and used by several threads.
+    It can be pickled into tasks of any job, and threads can share it.
 
     Attributes:
-        info: what is served.
-        timeout_s: seconds that a round of requests may take; a call of ordinary size is one round,
-            or two with labels.
-        wait_s: seconds that a call waits for a shard that is down or full; 0 to raise at once.
+        info: the service's metadata.
+        timeout_s: seconds for a round of requests; a call needs one, two with labels, more for very
+            many ids.
+        wait_s: seconds that a call retries shards that are down or full; 0 raises at once.
     """
 
     def __init__(self, info: Info, timeout_s: float = 60.0, wait_s: float = 30.0) -> None:
@@ -332,7 +331,7 @@ class Client(Tables[ServedTable]):
         return Client, (self.info, self.timeout_s, self.wait_s)
 
     def health(self, timeout_s: float = 5.0) -> list[ShardHealth]:
-        """Ask all shards for their state; one that does not answer in time is not ok."""
+        """Return all shards' states; a shard that does not answer in time is not ok."""
         ray, end, states = _connected(), time.monotonic() + timeout_s, []
         sent: dict[int, Any] = {}
         for shard in range(self.info.shards):
@@ -373,7 +372,6 @@ class Client(Tables[ServedTable]):
         return answer
 
     def _ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Send some shards a request each, again if they are down or full; return the answers."""
         start, pause = time.monotonic(), 0.02
         answers: dict[int, Any] = {}
         while True:
@@ -394,7 +392,6 @@ class Client(Tables[ServedTable]):
     def _round(
         self, requests: Mapping[int, tuple[Any, ...]], end: float
     ) -> Iterator[tuple[int, Any]]:
-        """Send each shard its request at once; yield its answer, or why to ask it again."""
         ray, sent = _connected(), {}
         key = self.info.digest, self.info.shards
         for shard, request in requests.items():
@@ -413,24 +410,21 @@ class Client(Tables[ServedTable]):
                     raise error.cause from error
                 yield shard, error.cause
             except ray.exceptions.RayError as error:
-                self._handles.pop(shard, None)  # the name may be another actor's by now
+                self._handles.pop(shard, None)  # another actor may have taken the name
                 why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 yield shard, self._unavailable(shard, why)
 
 
 def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 30.0) -> Client:
-    """Find a service by its name, from any job of the cluster.
-
-    A call asks a shard that is down (it died and is starting) or full (``max_pending`` requests
-    wait there) again until ``wait_s`` have passed.
+    """Return a client of the service with this name, from any job of the cluster.
 
     Args:
-        name: of the service.
+        name: the service's name.
         timeout_s: see :class:`Client`.
         wait_s: see :class:`Client`.
 
     Raises:
-        ValueError: this process is not connected to Ray; there is no service of that name.
+        ValueError: this process is not connected to Ray, or no service has this name.
         ShardUnavailableError: the first shard does not answer.
     """
     ray = _connected()
@@ -455,7 +449,7 @@ def connect(name: str = "shardemb", *, timeout_s: float = 60.0, wait_s: float = 
                 ) from None
             time.sleep(0.5)
     client = Client(info, timeout_s, wait_s)
-    client.health()  # so that errors can name the nodes
+    client.health()  # errors can then name the nodes
     return client
 
 
@@ -467,7 +461,7 @@ def _names() -> list[str]:
 
 def _connected() -> Any:
     ray = load_ray()
-    if not ray.is_initialized():  # get_actor would connect to any cluster that it finds
+    if not ray.is_initialized():  # get_actor would connect to any cluster
         raise InputError(
             "got no connection to Ray, expected one: with shardemb.launch.ray.connected('auto'), or"
             " HOST:PORT"
@@ -476,10 +470,10 @@ def _connected() -> Any:
 
 
 class Service:
-    """The shards that this process has started; they live until :meth:`stop`, or as long as it.
+    """The shards that this process started; they live until :meth:`stop` or its end.
 
     Attributes:
-        info: what is served.
+        info: the service's metadata.
     """
 
     def __init__(self, info: Info, handles: list[Any]) -> None:
@@ -490,7 +484,7 @@ class Service:
         return connect(self.info.name, timeout_s=timeout_s, wait_s=wait_s)
 
     def stop(self) -> None:
-        """End the shards, and return when their names are free, after 10 seconds at most."""
+        """Stop the shards, and wait up to 10 seconds until their names are free."""
         ray = load_ray()
         if not ray.is_initialized():
             return
@@ -522,27 +516,25 @@ def serve(
     resources: Mapping[str, Any] | None = None,
     timeout_s: float = 120.0,
 ) -> Service:
-    """Serve a checkpoint's tables from row shards, one Ray actor each, spread over the nodes.
+    """Serve a checkpoint from row shards, Ray actors spread over the nodes.
 
-    The process must be connected to Ray (:func:`shardemb.launch.ray.connected`), and every node
-    must see the checkpoint under the same path.
+    Needs a connection to Ray (:func:`shardemb.launch.ray.connected`), and the checkpoint under the
+    same path on every node.
 
     Args:
         path: a checkpoint or run folder, as for :func:`shardemb.open_store`.
-        shards: how many; 1 up to the rows of the largest table.
-        name: by which clients find the service.
+        shards: number of actors, at most the rows of the largest table.
+        name: for :func:`connect`.
         normalizers: as for :func:`shardemb.open_store`.
-        max_pending: requests that may wait at a shard, from all clients together; more are refused,
-            and clients ask again.
-        resources: of a shard, as options of a Ray actor (default: ``{"num_cpus": 1}``).
+        max_pending: most waiting requests of a shard; it refuses more, and clients retry.
+        resources: a shard's options as a Ray actor; None for ``{"num_cpus": 1}``.
         timeout_s: seconds that the shards may take to start.
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one.
-        ValueError: a remote path, no connection to Ray, a name in use, shards or ``max_pending``
-            out of range.
-        ShardUnavailableError: a shard did not start in time, or its node does not see this
-            checkpoint.
+        CheckpointError: the checkpoint is missing or damaged.
+        ValueError: an argument is out of range, the path remote, the name in use, or Ray not
+            connected.
+        ShardUnavailableError: a shard did not start in time, or cannot read the checkpoint.
     """
     ray = _connected()
     if not name or "/" in name:
@@ -585,7 +577,7 @@ def serve(
         for shard, answer in enumerate(asked):
             try:
                 health = ray.get(answer)
-            except ray.exceptions.RayError as error:  # another version of this package, or none
+            except ray.exceptions.RayError as error:  # shardemb is missing there, or differs
                 why = f"{info.who(shard, None)}: did not start: {error}"
                 raise ShardUnavailableError(why) from error
             if not health.ok:

@@ -1,4 +1,4 @@
-"""The interface of tables that are only read, wherever their rows lie: rows, neighbours, labels."""
+"""The interface of read-only tables: rows, nearest rows, labels."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,25 +25,25 @@ Keys = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Nearest:
-    """The best rows for each of q queries, best first; of equal ones the smaller ids."""
+    """The best rows for each of ``q`` queries, best first; equal scores by id."""
 
     #: (q, k) int64
     ids: Tensor
-    #: (q, k): cosines or dot products, falling, or distances, rising
+    #: (q, k): cosines or dot products in falling order, or distances in rising order
     scores: Tensor
     #: q lists of k labels; None without a vocabulary
     labels: list[list[str]] | None
 
 
 class Table(ABC):
-    """A table that is only read.
+    """A read-only table.
 
     Attributes:
-        name: the table's own.
-        max_id: its rows.
+        name: the table's name.
+        max_id: number of rows.
         shape: of a row.
-        dtype: of what :meth:`lookup` returns.
-        path: of the checkpoint.
+        dtype: of :meth:`lookup`.
+        path: the checkpoint.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Table(ABC):
     @property
     @abstractmethod
     def labelled(self) -> bool:
-        """Whether its rows have labels."""
+        """Whether the rows have labels."""
 
     @abstractmethod
     def _ids_of(self, labels: list[str]) -> np.ndarray:
@@ -67,19 +67,19 @@ class Table(ABC):
 
     @abstractmethod
     def _look_up(self, ids: Tensor, raw: bool) -> Tensor:
-        """Return rows ``(n, *shape)`` for ids ``(n,)`` in range."""
+        """Return rows ``(n, *shape)`` for valid ids ``(n,)``."""
 
     @abstractmethod
     def _search(
         self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return scores (higher is nearer) and ids ``(q, k)`` as `best_of`; -inf: excluded."""
+        """Return scores (higher is nearer) and ids ``(q, k)``; excluded ids score -inf."""
 
     def ids(self, keys: Keys) -> Tensor:
         """Return int64 ids for ids or labels of any shape.
 
         Raises:
-            KeyError: an unknown label, or a label where there is no vocabulary.
+            KeyError: an unknown label, or no vocabulary.
             IndexError: an id out of range.
             TypeError: neither integers nor labels.
         """
@@ -108,14 +108,14 @@ class Table(ABC):
 
     @torch.no_grad()
     def lookup(self, keys: Keys, raw: bool = False) -> Tensor:
-        """Look rows up by ids or labels.
+        """Return copies of rows, normalized as forward does.
 
         Args:
-            keys: an id, a label, or many of one type, of any shape ``s``.
-            raw: leave out the normalizer.
+            keys: ids or labels of any shape ``s``.
+            raw: omit the normalizer.
 
         Returns:
-            ``(*s, *shape)``, normalized as the table's forward does; a copy.
+            ``(*s, *shape)``.
 
         Raises:
             KeyError, IndexError, TypeError: as :meth:`ids`.
@@ -127,18 +127,17 @@ class Table(ABC):
     def nearest(
         self, query: Any, k: int = 10, metric: Metric = "cosine", exclude_query: bool = True
     ) -> Nearest:
-        """Find the nearest rows exactly: compare with all of them.
+        """Return the nearest rows, by exact comparison with all rows.
 
         Args:
-            query: ids or labels, one or ``(q,)``; or a floating point or complex tensor ``(q,
-                *shape)`` of vectors.
-            k: how many.
-            metric: "cosine" (0 for a zero row), "dot" (complex: the real part of the Hermitian
+            query: ids or labels, one or ``(q,)``, or a tensor of vectors ``(q, *shape)``.
+            k: rows per query.
+            metric: "cosine" (0 for a zero row), "dot" (complex: real part of the Hermitian
                 product), or "l2", the distance.
-            exclude_query: leave out the rows of the query.
+            exclude_query: omit the query's own rows.
 
         Raises:
-            ValueError: another metric, vectors of another shape, k below 1.
+            ValueError: an unknown metric, another shape of vectors, or k below 1.
             KeyError, IndexError, TypeError: as :meth:`ids`.
         """
         if metric not in ("cosine", "dot", "l2") or k < 1:
@@ -160,7 +159,7 @@ class Table(ABC):
         return nearest if metric != "l2" else replace(nearest, scores=-nearest.scores)
 
     def _named(self, scores: Tensor, ids: Tensor) -> Nearest:
-        # excluded rows come last, if there are not k others
+        # excluded rows come last if fewer than k others exist
         kept = int((scores > -torch.inf).sum(1).min()) if scores.numel() else 0
         scores, ids = scores[:, :kept], ids[:, :kept]
         return Nearest(ids, scores, self._labels_of(ids) if self.labelled else None)
@@ -170,10 +169,10 @@ AnyTable = TypeVar("AnyTable", bound=Table)
 
 
 class Tables(Generic[AnyTable]):
-    """The tables of a checkpoint, by their names in the model.
+    """The tables of a checkpoint.
 
     Attributes:
-        path: of the checkpoint.
+        path: the checkpoint.
         step: its optimizer step.
         tables: by their names in the model.
     """
@@ -192,7 +191,7 @@ class Tables(Generic[AnyTable]):
 
     @property
     def table(self) -> AnyTable:
-        """The table with the most rows: the entities' of a knowledge graph, or the only one."""
+        """The table with the most rows, such as a knowledge graph's entities."""
         if not self.tables:
             raise NoTableError(f"{self.path}: has no table")
         return max(self.tables.values(), key=lambda table: table.max_id)
@@ -201,7 +200,7 @@ class Tables(Generic[AnyTable]):
         return self.table if name is None else self[name]
 
     def lookup(self, keys: Keys, table: str | None = None, raw: bool = False) -> Tensor:
-        """Look rows of a table up, by default of :attr:`table`; see :meth:`Table.lookup`."""
+        """As :meth:`Table.lookup`; by default of :attr:`table`."""
         return self._chosen(table).lookup(keys, raw)
 
     def nearest(
@@ -212,22 +211,18 @@ class Tables(Generic[AnyTable]):
         exclude_query: bool = True,
         table: str | None = None,
     ) -> Nearest:
-        """Find the nearest rows, by default of :attr:`table`; see :meth:`Table.nearest`."""
+        """As :meth:`Table.nearest`; by default of :attr:`table`."""
         return self._chosen(table).nearest(query, k, metric, exclude_query)
 
 
 def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k highest of scores ``(q, n)``, falling, and their ids; equal scores by id.
+    """Return the k highest scores, falling, and their ids; equal scores by id.
 
-    Unlike with topk, the best of all rows do not depend on how the rows are divided.
-
-    Args:
-        scores: ``(q, n)``.
-        ids: ``(q, n)``, or ``(n,)`` for all queries.
-        k: how many; fewer if there are fewer.
+    Unlike with topk, the result does not depend on how the rows are divided. Takes scores ``(q,
+    n)``, and ids ``(q, n)`` or ``(n,)`` for all queries.
     """
     ids, n, k = ids.expand(scores.shape), scores.shape[1], min(k, scores.shape[1])
-    # one more shows whether others have the last score too
+    # one more score shows whether a tie crosses the end
     best, places = scores.topk(min(k + 1, n), dim=1)
     tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1).tolist() if 0 < k < n else []
     best, best_ids = best[:, :k], ids.gather(1, places[:, :k])
@@ -242,12 +237,12 @@ def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def scores_of(queries: Tensor, metric: Metric) -> Callable[[Tensor], Tensor]:
-    """Return what maps rows ``(n, *shape)`` to scores ``(q, n)`` of queries; higher is nearer."""
+    """Return a function from rows ``(n, *shape)`` to scores ``(q, n)``; higher is nearer."""
     flat = _real(queries)
 
     def scores(rows: Tensor) -> Tensor:
         other = _real(rows)
-        if metric == "l2":  # without the matmul, whose rounding is as large as small distances
+        if metric == "l2":  # a matmul's rounding is as large as small distances
             return -torch.cdist(flat, other, compute_mode="donot_use_mm_for_euclid_dist")
         product = flat @ other.T
         if metric == "dot":
@@ -259,6 +254,6 @@ def scores_of(queries: Tensor, metric: Metric) -> Callable[[Tensor], Tensor]:
 
 
 def _real(x: Tensor) -> Tensor:
-    """Flatten rows into real numbers, float32 at least."""
+    """Flatten rows into real numbers, at least float32."""
     x = torch.view_as_real(x) if x.is_complex() else x
     return x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))

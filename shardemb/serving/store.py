@@ -1,4 +1,4 @@
-"""A checkpoint's tables, memory-mapped for reading, in one process without a process group."""
+"""A checkpoint's tables, memory-mapped for reading in one process."""
 
 import math
 import mmap
@@ -24,9 +24,9 @@ from shardemb.utils.progress import progress
 from shardemb.utils.types import RowFunction
 from shardemb.vocabulary import Vocabulary
 
-#: numbers of a chunk of rows, or of scores, at most
+#: most numbers in a chunk of rows or scores
 _CHUNK = 1 << 22
-#: a run folder's labels, by the table that they name
+#: a run folder's labels, by table
 _LABELS = {"entity": "entities.arrow", "relation": "relations.arrow"}
 
 
@@ -37,19 +37,18 @@ def open_store(
 ) -> "Store":
     """Open a checkpoint, or the newest one of a run folder, for reading.
 
-    Files are mapped into memory: opening costs the same at any size, and a lookup reads its rows.
+    Files are mapped into memory, so opening takes the same time at any size.
 
     Args:
-        path: a checkpoint ``step-N``, a folder of such, or a run folder, whose ``entities.arrow``
+        path: a checkpoint ``step-N``, a folder of them, or a run folder, whose ``entities.arrow``
             and ``relations.arrow`` give the labels.
-        normalizers: by table, where the normalizer is a function of your own, which a checkpoint
+        normalizers: by table, for normalizers that are your own functions, which a checkpoint
             cannot hold.
-        verify: check "sha256" or "size" of all files first; None checks the sizes of those that are
-            mapped.
+        verify: check "sha256" or "size" of all files; None checks the sizes of the mapped ones.
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one, as far as it was checked.
-        ValueError: a URI: only local files can be mapped into memory.
+        CheckpointError: the checkpoint is missing or damaged.
+        ValueError: a URI; only local files can be mapped.
     """
     if is_remote(path):
         raise InputError(
@@ -60,14 +59,10 @@ def open_store(
 
 
 def newest(path: Path) -> Path:
-    """Return a checkpoint's path, or the newest one of a run folder or of a folder of checkpoints.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Return a folder's newest checkpoint, or the path itself; CheckpointError for none."""
     if (path / "manifest.json").is_file():
         return path
-    # best: what a run with patience has returned to
+    # best: where a run with patience keeps its best checkpoint
     for folder in (path, path / "best", path / "checkpoints"):
         if finished := checkpoints(folder):
             return Path(finished[-1])
@@ -78,11 +73,11 @@ def newest(path: Path) -> Path:
 
 
 class Store(Tables["StoredTable"]):
-    """The tables of one checkpoint, read-only, by name; see :func:`open_store`.
+    """The tables of one checkpoint, read-only; :func:`open_store` opens one.
 
     Attributes:
-        manifest: of the checkpoint.
-        state: what the checkpoint holds besides tensors.
+        manifest: the checkpoint's manifest.
+        state: the user's state in the checkpoint.
     """
 
     def __init__(
@@ -123,7 +118,7 @@ class StoredTable(Table):
             manifest.check_covered(tensor)
         shards = [shard for shard in manifest.shards.get(tensor, []) if shard.length]
         shards.sort(key=lambda shard: shard.first)
-        #: of the rows in the files
+        #: order of the stored rows
         self.order = shards[0].order if shards else RowOrder(self.max_id, permuted=False)
         self._firsts = torch.tensor([shard.first for shard in shards] or [0])
         self._rows = [_mapped(manifest, shard, tensor) for shard in shards]
@@ -133,7 +128,7 @@ class StoredTable(Table):
 
     @cached_property
     def normalizer(self) -> RowFunction | None:
-        """What forward applies to the rows; raises CheckpointError if the file cannot name it."""
+        """The function that forward applies; raises CheckpointError if it is unknown."""
         saved = self._saved_normalizer
         if self._normalizer is not _SAVED or saved is None:
             return None if self._normalizer is _SAVED else self._normalizer
@@ -145,7 +140,7 @@ class StoredTable(Table):
                     f"{where} {saved['function']}, a function of your own: give it,"
                     f" normalizers={{{self._prefix!r}: ...}}, or None for the rows as stored"
                 )
-            try:  # the manifest may name anything
+            try:  # the manifest is untrusted
                 y = (resolve_normalizer(saved["name"], saved["kwargs"]) or torch.clone)(x)
             except Exception as error:
                 raise CheckpointError(f"{where} {saved}, which fails: {error}") from error
@@ -157,9 +152,9 @@ class StoredTable(Table):
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """The labels of the rows, from the run folder; None without. Opened at first use."""
+        """The rows' labels from the run folder, if any; read at first use."""
         values = self._store.manifest.values
-        # those of the only table are its own, whatever its name
+        # a single table may have any name
         default = _LABELS["entity"] if len(values["tables"]) == 1 else None
         name = _LABELS.get(self._prefix, default)
         for folder in (self.path.parent, self.path.parent.parent) if name else ():
@@ -168,7 +163,7 @@ class StoredTable(Table):
                 continue
             vocabulary = Vocabulary.load(path)
             count = len(vocabulary)
-            if self.max_id not in (count, 2 * count):  # with reciprocal relations
+            if self.max_id not in (count, 2 * count):  # with inverse relations
                 raise CheckpointError(
                     f"{path}: got {count} labels for {self.max_id} rows of table {self.name!r}"
                 )
@@ -181,7 +176,7 @@ class StoredTable(Table):
         return None
 
     def label(self, row: int) -> str:
-        """Return the label of a row, or its id as text; after the labels come inverse relations."""
+        """Return a row's label, or its id as text; inverse relations follow the labels."""
         vocabulary, known = self.vocabulary, len(self.vocabulary or ())
         if vocabulary is None or row >= 2 * known:
             return str(row)
@@ -190,7 +185,7 @@ class StoredTable(Table):
 
     @property
     def labelled(self) -> bool:
-        """Whether there is a vocabulary."""
+        """Whether the rows have labels."""
         return self.vocabulary is not None
 
     def _ids_of(self, labels: list[str]) -> np.ndarray:
@@ -201,7 +196,7 @@ class StoredTable(Table):
         return [[self.label(row) for row in line] for line in ids.tolist()]
 
     def stored(self, ids: Tensor) -> Tensor:
-        """Return rows ``(n, D)`` as they are stored, for ids ``(n,)`` in range."""
+        """Return stored rows ``(n, D)`` for valid ids ``(n,)``."""
         slots = self.order.slots(ids)
         if len(self._rows) == 1:
             return kernels.take(self._rows[0], slots.contiguous())
@@ -222,11 +217,11 @@ class StoredTable(Table):
         return self._as_seen(self.stored(ids), raw)
 
     def chunks(self, raw: bool = False, shown: str = "") -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over ids ``(n,)`` and rows ``(n, *shape)`` in the order of the ids.
+        """Iterate over ids ``(n,)`` and rows ``(n, *shape)`` in the order of ids.
 
         Args:
-            raw: leave out the normalizer.
-            shown: title of a progress bar; none without.
+            raw: omit the normalizer.
+            shown: title of a progress bar; "" shows none.
         """
         step = max(1, _CHUNK // max(1, self._width))
         starts = range(0, self.max_id, step)
@@ -243,13 +238,13 @@ class StoredTable(Table):
         exclude: Tensor | None = None,
         queries: int = 1,
     ) -> Nearest:
-        """Find the rows with the highest scores, chunk by chunk in the order of the files.
+        """Return the rows with the highest scores, chunk by chunk.
 
         Args:
             scores: maps rows ``(n, *shape)`` to ``(q, n)``.
-            k: how many; fewer if the table has fewer.
-            exclude: ``(q,)`` ids to leave out, -1 for none.
-            queries: ``q``, for the size of the chunks.
+            k: rows per query; fewer if the table has fewer.
+            exclude: ids ``(q,)`` to omit, -1 for none.
+            queries: ``q``.
         """
         return self._named(*self.best_among(0, self.max_id, scores, k, exclude, queries))
 
@@ -263,12 +258,7 @@ class StoredTable(Table):
         exclude: Tensor | None = None,
         queries: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`best`, among rows ``[first, last)`` in the order of the files.
-
-        Returns:
-            Scores and ids ``(q, k)``, as :func:`shardemb.serving.read_table.best_of`; excluded ids
-            have the score -inf.
-        """
+        """As :meth:`best` for slots ``[first, last)``: scores (-inf: excluded), ids ``(q, k)``."""
         best, best_ids = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
         step = max(1, _CHUNK // max(1, self._width, queries))
         for begin, rows in zip(self._firsts.tolist(), self._rows, strict=False):
@@ -291,7 +281,6 @@ class StoredTable(Table):
 
 
 def _mapped(manifest: Manifest, shard: SavedShard, tensor: str) -> Tensor:
-    """Map a shard's rows ``(n, D)`` into memory."""
     manifest.check_file(shard.file, "size")
     path = Path(manifest.path) / shard.file
     with path.open("rb") as file:
@@ -306,7 +295,7 @@ def map_rows(path: Path, layout: Layout) -> Tensor:
         return torch.empty(layout.shape, dtype=layout.dtype)
     access = mmap.PROT_READ | mmap.PROT_WRITE
     with path.open("rb") as file:
-        # private: the file stays as it is, whatever happens to the tensor
+        # private: changes of the tensor never reach the file
         mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=access)
     rows = torch.frombuffer(mapped, dtype=layout.dtype, count=count, offset=layout.start)
     return rows.reshape(layout.shape)

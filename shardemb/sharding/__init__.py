@@ -1,4 +1,1 @@
-"""Row-sharded tables.
-
-Who owns which row, the exchange between ranks, and the memory and update of a shard.
-"""
+"""Row-sharded tables: placement, exchange between ranks, a shard's memory and update."""

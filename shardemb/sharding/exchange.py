@@ -1,15 +1,15 @@
 """The exchange of one lookup between ranks: ids to owners, rows back, gradients to owners.
 
-A forward makes three collectives at most, a backward one:
+A forward makes two or three all-to-alls, a backward one:
 
-1. all-to-all of a header for each rank: how many ids follow, or -1 if the sender's ids are bad, so
-   that all ranks raise the same error; and which lookup it is, so that ranks in different lookups
-   raise too. Few ids travel in the header, and so do as many as the lookup before had;
-2. all-to-all of the ids, if there are more: row numbers of the owner's shard, each once by default;
-3. all-to-all of the rows, then a permutation into the order of the ids. Backward sends the
-   gradients the other way, after it has summed those of equal ids.
+1. a header for each rank: how many ids follow, or -1 if the sender's ids are bad, and the number of
+   the lookup, so that all ranks raise on bad ids and on different lookups. It also carries few ids,
+   or as many as the last lookup had;
+2. if there are more ids, all of them: row numbers of the owner's shard, each once by default;
+3. the rows, which are then permuted into the order of the ids. Backward sums the gradients of equal
+   ids and sends them the other way.
 
-Every rank takes part in every lookup and every backward, with an empty batch if it has no ids.
+Every rank takes part in every lookup and backward, with an empty batch if it has no ids.
 """
 
 import math
@@ -35,54 +35,50 @@ from shardemb.kernels import Merged
 from shardemb.sharding.options import Sharding
 from shardemb.sharding.placement import RowPlan
 
-#: ids per rank that a header carries at least: a message of 512 bytes is as fast as one of 8
+#: fewest ids per rank in a header: a message of 512 bytes is as fast as one of 8
 _FEW = 61
-#: ids per rank that a header carries at most: padding costs bytes
+#: most ids per rank in a header, because padding costs bytes
 _MANY = 4096
-#: numbers before the ids: how many ids follow, or -1; the most that the sender asks of any rank;
-#: which lookup it is
+#: numbers before the ids: ids that follow (-1: bad), most ids for any rank, number of the lookup
 _HEAD = 3
 
 
 class _HeaderSize:
-    """Ids per rank that a group's next header can carry.
-
-    Changed only by values that all ranks have received, so that they agree.
-    """
+    """Changes only by values that all ranks have received, so that they agree."""
 
     def __init__(self) -> None:
         self.ids, self._small_lookups = _FEW, 0
 
     def adapt(self, most: int) -> None:
-        """Grow to an eighth more than the last lookup's; shrink after 16 lookups of half of it."""
+        """Grow to 9/8 of the last lookup's ids; shrink after 16 lookups of less than half."""
         self._small_lookups = self._small_lookups + 1 if most < self.ids // 2 else 0
         if self.ids < most <= _MANY or self._small_lookups > 16:
             self.ids, self._small_lookups = max(_FEW, most + most // 8), 0
 
 
-#: of a group, not of a table: ranks in lookups of different tables understand each other's headers
+#: per group, so that ranks in lookups of different tables can read each other's headers
 _header_sizes: WeakKeyDictionary[watchdog.PeerWatchdog, _HeaderSize] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where the ids of one lookup went."""
+    """The destinations of one lookup's ids."""
 
-    #: (M,) rows of this rank's shard that all ranks ask for, in order of the asking rank
+    #: (M,) requested rows of this rank's shard, in the order of requesting ranks
     rows: Tensor
-    #: (n,) position of this rank's i-th id among the rows that come back
+    #: (n,) position of each id among the returned rows
     permutation: Tensor
-    #: ids that this rank sent to each rank
+    #: ids sent to each rank
     sent: list[int]
-    #: ids that each rank sent to this one
+    #: ids received from each rank
     received: list[int]
-    #: the duplicates among this rank's ids, if each id was sent once
+    #: the duplicates, if each id was sent once
     merged: Merged | None = None
-    #: the transfer of the ids, while it may be under way
+    #: the transfer of the ids, while in progress
     pending: list[Any] = field(default_factory=list)
 
     def wait(self) -> "Route":
-        """Return when :attr:`rows` have arrived."""
+        """Wait until :attr:`rows` have arrived."""
         if self.pending:
             self.pending.pop().wait()
         return self
@@ -93,7 +89,7 @@ _ToSend = tuple[Tensor, list[int], Tensor, Tensor, Merged | None]
 
 
 def id_error(plan: RowPlan, ids: Any) -> ShardembError | None:
-    """Return the error that these ids deserve; it names table, value, range and rank."""
+    """Return the error of bad ids; it names table, value, range and rank."""
     if not isinstance(ids, Tensor):
         return NotATensorError(
             f"{plan.where}: got ids of type {type(ids).__name__}, expected a torch.Tensor of"
@@ -116,13 +112,7 @@ def id_error(plan: RowPlan, ids: Any) -> ShardembError | None:
 
 
 class Exchange:
-    """Routes the ids and rows of one table between the ranks of a group.
-
-    Args:
-        plan: where the rows lie; its world size is the group's.
-        group: process group; None for the default one.
-        options: how gradients are reduced, and what travels.
-    """
+    """Routes the ids and rows of one table between the ranks of a group."""
 
     def __init__(self, plan: RowPlan, group: Any, options: Sharding) -> None:
         self.plan, self.group = plan, group
@@ -130,21 +120,16 @@ class Exchange:
         self._scale = 1.0 / plan.world_size if options.gradient_reduction == "mean" else 1.0
         self._bounds: Tensor | None = None
         self._table_mark, self._lookup = zlib.crc32(plan.table.encode()) << 30, 0
-        #: bytes of ids, rows and gradients that this rank has sent to others
+        #: bytes of ids, rows and gradients sent to other ranks
         self.sent_bytes = 0
 
     def send_ids(self, ids: Any, device: torch.device, wait: bool = True) -> Route:
-        """Check flat ids ``(n,)`` and send them to the owners of their rows. A collective.
+        """Check flat ids ``(n,)`` and send them to their rows' owners. A collective.
 
-        Args:
-            ids: to look up.
-            device: of the rows.
-            wait: return when they have arrived; otherwise :meth:`Route.wait` does.
+        Without ``wait``, :meth:`Route.wait` waits for arrival.
 
         Raises:
-            IndexError: an id out of range, on all ranks.
-            IdTypeError: ids that are not int32 or int64, on all ranks.
-            AttributeError: ids that are not a tensor, on all ranks.
+            IndexError, IdTypeError, AttributeError: bad ids of any rank, on all ranks.
             RanksDisagreeError: ranks are in different lookups.
         """
         error = id_error(self.plan, ids)
@@ -153,7 +138,7 @@ class Exchange:
         size = _header_sizes.setdefault(watch, _HeaderSize())
         capacity = size.ids
         self._lookup += 1
-        # for few ids of few ranks, Python's numbers take half the time of a tensor's operators
+        # for few ids and ranks, Python's numbers take half the time of tensor operators
         small = device.type == "cpu" and world_size * _FEW <= 1024
         if error is not None:
             header = torch.full((world_size, _HEAD + capacity), -1, device=device)
@@ -252,7 +237,7 @@ class Exchange:
         return header, sent, local, permutation, merged
 
     def _merge(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Merged]:
-        """As :meth:`_bucketize`, each slot once: ascending slots are in order of their owners."""
+        """As :meth:`_bucketize`, each slot once; ascending slots are ordered by owner."""
         plan = self.plan
         merged = kernels.merge(slots, plan.num_rows)
         if self._bounds is None or self._bounds.device != slots.device:
@@ -273,15 +258,13 @@ class Exchange:
         return lengths, local, permutation, None
 
     def return_rows(self, looked_up: Tensor, route: Route) -> Tensor:
-        """Send the owners' rows ``(M, D)`` to the ranks that asked. A collective, also backward.
+        """Send the owners' rows ``(M, D)`` to the requesting ranks: ``(n, D)`` in the order of ids.
 
-        Returns:
-            The rows ``(n, D)`` in the order of the ids.
+        A collective, also in backward.
         """
         return _ReturnRows.apply(looked_up, route, self)
 
     def _transfer(self, rows: Tensor, received: list[int], sent: list[int], what: str) -> Tensor:
-        """Exchange rows ``(sum(sent), D)``; return those that arrive."""
         dtype, wire = rows.dtype, self.wire_dtype
         if wire is None or wire.itemsize >= dtype.itemsize:
             wire = None
@@ -302,9 +285,9 @@ class Exchange:
 
 
 def message_bytes(world_size: int, ids: float) -> float:
-    """Return the bytes of ids that a rank sends for ``ids`` distinct ids, spread evenly."""
+    """Return the bytes that a rank sends for ``ids`` distinct ids, spread evenly."""
     per_rank = ids / world_size
-    most = per_rank + 3 * math.sqrt(per_rank)  # the counts of several lookups vary
+    most = per_rank + 3 * math.sqrt(per_rank)  # counts vary between lookups
     numbers = _HEAD + (max(_FEW, most * 9 / 8) if most <= _MANY else _FEW + per_rank)
     return 8 * (world_size - 1) * numbers
 

@@ -1,4 +1,4 @@
-"""A shard in FBGEMM's table-batched embeddings, which update the rows in backward."""
+"""A shard in FBGEMM's table-batched embeddings, which update rows in backward."""
 
 import math
 import weakref
@@ -16,17 +16,17 @@ from shardemb.sharding.table import Table
 
 
 class _Pending:
-    """Lives as long as the graph of a lookup, and knows whether its backward ran."""
+    """Lives as long as a lookup's graph, and records whether its backward ran."""
 
     done = False
 
 
 class FusedTable(Table):
-    """A shard in FBGEMM's table-batched embeddings, which update the rows in backward.
+    """A shard in FBGEMM's table-batched embeddings, which update rows in backward.
 
-    On CPUs a lookup is a bag of one id each under PoolingMode.SUM: the same rows and gradients as
-    PoolingMode.NONE at 0.1 to 0.7 of its time. FBGEMM requires columns in multiples of 4; this
-    class pads them.
+    On CPUs a lookup is a bag of one id under PoolingMode.SUM: the rows and gradients of
+    PoolingMode.NONE in 0.1 to 0.7 of its time. FBGEMM requires a multiple of 4 columns; this class
+    pads them.
     """
 
     _tbe: Any
@@ -50,18 +50,17 @@ class FusedTable(Table):
         self.optimizer, self.trainable = optimizer, trainable
         #: of the next backward
         self.learning_rate = optimizer.lr
-        #: a second lookup before the first one's backward would not give the sum of both gradients
+        #: two lookups before a backward would not sum their gradients
         self._one_lookup = optimizer.name != "sgd"
         self._build(dtype, device)
 
     def _build(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Make FBGEMM's module, and :attr:`weight`, which is a view of its rows."""
         plan = self.plan
         columns = max(4, -(-plan.dim // 4) * 4)
-        # FBGEMM's row-wise mean includes the padding: a smaller rate and eps correct it
+        # FBGEMM's row-wise mean includes the padding; a smaller rate and eps correct it
         row_wise = self.optimizer.name == "rowwise_adagrad"
         self._mean_share = plan.dim / columns if row_wise and plan.dim else 1.0
-        # no submodule: its parameters are neither for an optimizer nor for the state dict
+        # not a submodule, to hide its parameters from optimizers and the state dict
         tbe = self.__dict__["_tbe"] = self._make_tbe(columns, dtype, device)
         rows = tbe.split_embedding_weights()[0]
         self.register_buffer("weight", rows[: plan.num_local, : plan.dim])
@@ -69,7 +68,6 @@ class FusedTable(Table):
         self._pending: weakref.ref[_Pending] | None = None
 
     def _engine_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options of FBGEMM's module that do not depend on who makes it."""
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 
@@ -79,12 +77,11 @@ class FusedTable(Table):
             "eps": self.optimizer.eps * math.sqrt(self._mean_share),
             "output_dtype": SparseType.from_dtype(dtype),
             "stochastic_rounding": False,
-            # the lookup has checked the ids; FBGEMM would set bad ones to 0
+            # the ids are checked; FBGEMM would set bad ones to 0
             "bounds_check_mode": BoundsCheckMode.NONE,
         }
 
     def _make_tbe(self, columns: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """Return FBGEMM's module for this rank's rows."""
         from fbgemm_gpu.split_embedding_configs import SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
             EmbeddingLocation,
@@ -100,7 +97,7 @@ class FusedTable(Table):
         cuda = device.type == "cuda"
         place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
         compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
-        num_rows = max(self.plan.num_local, 1)  # FBGEMM's forward fails without a row
+        num_rows = max(self.plan.num_local, 1)  # FBGEMM's forward needs a row
         tbe = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[(num_rows, columns, place, compute)],
             weights_precision=SparseType.from_dtype(dtype),
@@ -108,7 +105,7 @@ class FusedTable(Table):
             device=device,
             **self._engine_options(dtype),
         )
-        if not cuda:  # free the memory, then take the same in large pages
+        if not cuda:  # free the memory, then allocate it in large pages
             shape = tbe.weights_host.shape
             tbe.weights_host.data = tbe.weights_host.new_empty(0)
             tbe.weights_host.data = kernels.empty(shape, dtype, device).zero_()
@@ -132,16 +129,15 @@ class FusedTable(Table):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
     ) -> None:
-        # FBGEMM owns the memory: rows are copied into it, also with load_state_dict(assign=True)
+        # FBGEMM owns the memory: always copy, even with load_state_dict(assign=True)
         copied = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, copied, *args)
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; backward updates the rows.
 
-        Raises:
-            RuntimeError: a second lookup before the backward of the first, unless the optimizer is
-                SGD: it would not give the sum of both gradients.
+        RuntimeError for a second lookup before the first one's backward, except with SGD: their
+        gradients would not be summed.
         """
         if not (self.trainable and torch.is_grad_enabled()):
             return kernels.take(self.weight, rows)
@@ -154,7 +150,6 @@ class FusedTable(Table):
         return pending is not None and not pending.done
 
     def _trained(self, rows: Tensor, engine: Callable[[], Tensor]) -> Tensor:
-        """Return the rows ``(n, D)`` that ``engine`` looks up, padding included."""
         if self._one_lookup and self._waits_for_backward:
             raise UsageError(
                 f"table {self.plan.table!r}: a second lookup before the backward of the first would"
@@ -185,12 +180,12 @@ class FusedTable(Table):
         return self._offsets[: n + 1]
 
     def set_learning_rate(self, lr: float) -> None:
-        """Change the learning rate of the updates that the next backward makes."""
+        """Change the learning rate of the next backward's update."""
         self.learning_rate = lr
         self._tbe.set_learning_rate(lr * math.sqrt(self._mean_share))
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return Adagrad's ``sum``: ``(R,)`` row-wise, ``(R, D)`` otherwise; nothing for SGD."""
+        """Return Adagrad's ``sum``: ``(R,)`` row-wise, else ``(R, D)``; nothing for SGD."""
         if self.optimizer.name == "sgd":
             return {}
         total = self._accumulator()
@@ -198,19 +193,19 @@ class FusedTable(Table):
 
     @torch.no_grad()
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Take what :meth:`optimizer_state` returned."""
+        """Load what :meth:`optimizer_state` returned."""
         if self.optimizer.name != "sgd":
             total = self._accumulator()
             if total.dim() == 1:
                 torch.mul(state["sum"], self._mean_share, out=total)
             else:
                 sums = total[:, : self.plan.dim]
-                if sums.data_ptr() != state["sum"].data_ptr():  # otherwise it was filled in place
+                if sums.data_ptr() != state["sum"].data_ptr():  # otherwise filled in place
                     sums.copy_(state["sum"])
 
     @torch.no_grad()
     def reset_optimizer_state(self) -> None:
-        """Set Adagrad's sums to 0, in place."""
+        """Zero Adagrad's sums, in place."""
         if self.optimizer.name != "sgd":
             self._accumulator().zero_()
 

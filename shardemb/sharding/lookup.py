@@ -1,4 +1,4 @@
-"""How ids become rows: one class for each way in which ids reach the ranks that own their rows."""
+"""How ids become rows: one class for each way to the rows' owners."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -13,31 +13,28 @@ from shardemb.sharding.torchrec_table import Sent, TorchRecTable
 
 
 class Lookup(ABC):
-    """Looks rows up in two parts, so that ids can travel while something else is computed."""
+    """A lookup in two parts, so that ids can travel during other computation."""
 
     @abstractmethod
     def send(self, ids: Any, wait: bool = True) -> Any:
-        """Check flat ids ``(n,)`` and send them to the owners of their rows.
+        """Check flat ids ``(n,)`` and send them to their rows' owners; return a request for rows.
 
-        Returns:
-            A request for :meth:`rows`. Without ``wait``, ids may still be on their way.
-
-        Raises:
-            IndexError, IdTypeError, AttributeError: bad ids, on all ranks.
+        Without ``wait``, ids may still be in transit. IndexError, IdTypeError or AttributeError, on
+        all ranks, for bad ids.
         """
 
     @abstractmethod
     def rows(self, request: Any) -> Tensor:
-        """Return the rows ``(n, D)`` of a request in the order of its ids, with a gradient."""
+        """Return a request's rows ``(n, D)`` in the order of ids, with a gradient."""
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that this rank has sent to others."""
+        """Bytes sent to other ranks."""
         return 0
 
 
 class LocalLookup(Lookup):
-    """All rows lie on this rank: one process, or a replicated table."""
+    """All rows are on this rank: one process, or a replicated table."""
 
     def __init__(self, plan: RowPlan, table: Table) -> None:
         self._plan, self._table = plan, table
@@ -47,9 +44,9 @@ class LocalLookup(Lookup):
         error = id_error(self._plan, ids)
         if error is not None:
             raise error
-        # FBGEMM would read a strided tensor as if it were dense
+        # FBGEMM ignores strides
         rows = ids.to(self._table.device, torch.int64).contiguous()
-        # the caller may fill its tensor with the next ids before these are looked up
+        # the caller may overwrite its tensor before these are looked up
         return rows if wait else rows.clone()
 
     def rows(self, request: Tensor) -> Tensor:
@@ -58,7 +55,7 @@ class LocalLookup(Lookup):
 
 
 class ExchangeLookup(Lookup):
-    """Rows lie on several ranks; this package's exchange moves ids and rows."""
+    """Rows on several ranks, moved by this package's exchange."""
 
     def __init__(self, exchange: Exchange, table: Table) -> None:
         self._exchange, self._table = exchange, table
@@ -73,12 +70,12 @@ class ExchangeLookup(Lookup):
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of ids, rows and gradients that this rank has sent to others."""
+        """Bytes of ids, rows and gradients sent to other ranks."""
         return self._exchange.sent_bytes
 
 
 class TorchRecLookup(Lookup):
-    """TorchRec moves ids and rows; its bytes are not counted."""
+    """Rows on several ranks, moved by TorchRec; its bytes are not counted."""
 
     def __init__(self, table: TorchRecTable) -> None:
         self._table = table

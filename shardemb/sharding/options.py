@@ -1,4 +1,4 @@
-"""The options of a table, grouped by idea; each class checks its own values."""
+"""The options of a table; each class checks its values."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,16 +25,16 @@ class Sharding:
     #: lookups are local, :class:`~shardemb.Coordinator` reduces the gradients, and a bad id raises
     #: on its own rank only
     placement: Placement = "row_wise"
-    #: ranks that share the rows; None for the default group, if there is one
+    #: ranks that share the rows; None for the default group
     process_group: Any = None
-    #: of the gradients of several ranks: "mean", as DistributedDataParallel does, or "sum"
+    #: reduction of gradients over ranks: "mean", as DistributedDataParallel, or "sum"
     gradient_reduction: GradientReduction = "mean"
-    #: send each id of a batch once, and its summed gradient back. Sums then have another order than
-    #: in one process; with False, SGD on summed gradients gives the same bits
+    #: send each id of a batch once, and its summed gradient back. This changes the order of sums;
+    #: with False, SGD on summed gradients is bitwise equal to one process
     deduplicate: bool = True
-    #: torch.float16 or torch.bfloat16, in which rows and gradients travel; None for the table's
-    #: own. A value is off by at most 2^-11 or 2^-8 of itself. float16 ends at 65504, where values
-    #: become infinite, and loses digits below 6e-5: scale the loss, or take bfloat16
+    #: dtype of rows and gradients on the wire, torch.float16 or torch.bfloat16; None for the
+    #: table's. The relative error is at most 2^-11 or 2^-8. float16 overflows above 65504 and loses
+    #: digits below 6e-5: scale the loss, or use bfloat16
     wire_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -48,14 +48,14 @@ class TorchRec:
     """TorchRec as the engine of a fused table: ``Fused(engine=TorchRec(...))``."""
 
     #: "fused": rows on the device. On CUDA also "fused_uvm": rows in host memory that the device
-    #: reads; and "fused_uvm_caching": the same with a cache on the device, which every constrainer
-    #: step and every read writes back
+    #: reads, and "fused_uvm_caching": the same with a cache on the device, which constrainers and
+    #: reads write back
     compute_kernel: str = "fused"
-    #: share of the rows that fit the cache, with "fused_uvm_caching"; None for TorchRec's 0.2
+    #: share of the rows in the cache of "fused_uvm_caching"; None for TorchRec's 0.2
     cache_load_factor: float | None = None
-    #: bytes a rank that the planner may use for rows and optimizer state; None for what is free
+    #: bytes a rank for rows and optimizer state; None for the free memory
     memory_bytes: int | None = None
-    #: ranks that share the rows; the others hold replicas (2D parallelism); None for all ranks
+    #: ranks that share the rows, the others hold replicas (2D parallelism); None for all ranks
     sharding_group_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -76,12 +76,12 @@ class TorchRec:
 
 @dataclass(frozen=True)
 class Fused:
-    """A kernel that updates the rows in backward: ``Embedding(kernel=Fused(...))``."""
+    """A kernel that updates rows in backward: ``Embedding(kernel=Fused(...))``."""
 
     #: the update rule
     optimizer: FusedOptimizer = FusedOptimizer()  # noqa: RUF009  # frozen
-    #: "fbgemm": FBGEMM's tables behind this package's exchange; or :class:`TorchRec`, with the same
-    #: results, which needs a process group, also with one rank
+    #: "fbgemm": FBGEMM's tables with this package's exchange; :class:`TorchRec`: the same results,
+    #: and needs a process group even for one rank
     engine: Literal["fbgemm"] | TorchRec = "fbgemm"
 
     def __post_init__(self) -> None:
@@ -94,14 +94,9 @@ class Fused:
 
 
 def resolve_options(table: str, kernel: Any, sharding: Any) -> tuple[str, Fused | None, Sharding]:
-    """Resolve what ``Embedding(kernel=, sharding=)`` was given.
+    """Return "dense", "sparse" or "fused", the options of "fused", and the sharding.
 
-    Returns:
-        "dense", "sparse" or "fused"; the options of "fused"; and the sharding.
-
-    Raises:
-        ValueError: an unknown word, or options that would train incorrectly together.
-        TypeError: neither a word nor an option class.
+    ValueError for options that would train incorrectly together, TypeError for other types.
     """
     if isinstance(kernel, str):
         _one_of(f"table {table!r}: got kernel", kernel, ("dense", "sparse", "fused"))

@@ -17,8 +17,8 @@ from torch import Tensor
 from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.utils.memory import free_bytes
 
-#: fractional part of the golden ratio: its multiples fill the unit interval more evenly than random
-#: numbers do (Knuth, TAOCP 3, section 6.4, Fibonacci hashing)
+#: its multiples fill the unit interval more evenly than random numbers (Knuth, TAOCP 3, section
+#: 6.4)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -51,9 +51,9 @@ class RowOrder:
 
     @property
     def offset(self) -> int:
-        """Keeps ids 0 and 5 in different eighths.
+        """Lowers the largest load of 2, 4, 8 and 16 shards by 0.5 to 3 percent.
 
-        It lowers the largest load of 2, 4, 8 and 16 shards by 0.5 to 3 percent.
+        It keeps ids 0 and 5 in different eighths.
         """
         return self.num_rows // 20
 
@@ -121,11 +121,7 @@ class RowPlan:
         return self.order.slots(ids) // self.block
 
     def owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which of the ids ``(n,)`` this rank owns, and their rows in its shard.
-
-        Returns:
-            Positions ``(m,)`` in ``ids``, and row numbers ``(m,)``.
-        """
+        """Return positions ``(m,)`` of own ids among ids ``(n,)``, and their rows ``(m,)``."""
         rows = self.order.slots(ids) - self.first
         positions = ((rows >= 0) & (rows < self.num_local)).nonzero().squeeze(1)
         return positions, rows[positions]

@@ -1,6 +1,6 @@
-"""The rows of one table on this rank: their memory, their gradient, and which of them changed.
+"""The rows of one table on this rank: memory, gradient, and which rows changed.
 
-Nothing here knows of other ranks: a lookup takes row numbers of this shard.
+Lookups take row numbers of this shard; other modules handle other ranks.
 """
 
 import weakref
@@ -29,8 +29,7 @@ _log = logs.logger(__name__)
 class RowSet:
     """Row numbers of a shard, added in batches.
 
-    Once there are as many as the shard has rows, it stands for all rows: a pass over all costs
-    less.
+    More numbers than rows count as all rows, because a pass over all is then faster.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -66,7 +65,7 @@ class RowSet:
                 self.add(rows)
 
     def take(self) -> Tensor | None:
-        """Return the rows ``(n,)``, each once, None for all; and clear the set."""
+        """Clear the set; return its distinct rows ``(n,)``, or None for all."""
         batches = self._batches
         self.clear()
         if batches is None:
@@ -78,11 +77,9 @@ class RowSet:
 
 
 class Table(nn.Module):
-    """A shard: ``weight`` ``(R, D)``, a differentiable lookup, and the rows that changed.
+    """A shard: ``weight`` ``(R, D)``, a differentiable lookup, and the changed rows.
 
-    Args:
-        plan: which rows these are.
-        track: remember the rows that get a gradient, for :meth:`constrain_`.
+    ``track`` remembers rows with a gradient, for :meth:`constrain_`.
     """
 
     weight: Tensor
@@ -92,7 +89,7 @@ class Table(nn.Module):
         kernels.keep_freed_blocks()
         self.plan = plan
         if plan.world_size > 1:
-            #: which rows the weight has, see :meth:`_row_range`; for the state dict
+            #: :meth:`_row_range`, for the state dict
             self.register_buffer("rows", torch.tensor(self._row_range()))
         self._track = track
         self._changed = RowSet(plan.num_local)
@@ -101,37 +98,36 @@ class Table(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The rows' device."""
         return self.weight.device
 
     def _row_range(self) -> tuple[int, ...]:
-        """Return first slot, one past the last, rows of the whole table, and the order."""
         plan = self.plan
         last = plan.first + plan.num_local
         return (plan.first, last, plan.num_rows, *plan.order.parameters)
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """Return ``(n, D)`` for row numbers ``(n,)`` of this shard; the caller has checked them."""
+        """Return ``(n, D)`` for checked row numbers ``(n,)`` of this shard."""
         raise NotImplementedError
 
     def set_learning_rate(self, lr: float) -> None:
-        """Change the learning rate of the updates that backward makes."""
+        """Change the learning rate of backward's updates."""
         raise UsageError(
             f"table {self.plan.table!r} is not fused: set the learning rate in its optimizer"
         )
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return what backward's optimizer keeps, ``(R, ...)`` by name; loading takes the same."""
+        """Return the state of backward's optimizer, ``(R, ...)`` by name."""
         return {}
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Take what :meth:`optimizer_state` returned."""
+        """Load what :meth:`optimizer_state` returned."""
 
     def reset_optimizer_state(self) -> None:
-        """Clear what backward's optimizer keeps, in place."""
+        """Zero the state of backward's optimizer, in place."""
 
     def synchronize_replicas(self) -> None:
-        """Average the rows that moved over the ranks that hold replicas. A collective."""
+        """Average the moved rows over the ranks with replicas. A collective."""
 
     @property
     def any_changed(self) -> bool:
@@ -139,7 +135,7 @@ class Table(nn.Module):
         return bool(self._changed)
 
     def touch_all(self) -> None:
-        """Count every row as changed."""
+        """Mark every row as changed."""
         self._changed.add_all()
 
     def _load_from_state_dict(
@@ -152,7 +148,6 @@ class Table(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take this rank's rows as they were saved here, or its part of a whole table."""
         plan, key, expected = self.plan, f"{prefix}rows", self._row_range()
         weight = state_dict.get(f"{prefix}weight")
         if key in state_dict:
@@ -181,7 +176,7 @@ class Table(nn.Module):
         self.touch_all()
 
     def _watch(self, out: Tensor, rows: Tensor) -> None:
-        """Remember ``rows`` when their gradient arrives: a lookup alone changes nothing."""
+        """Remember ``rows`` when their gradient arrives; a lookup alone changes nothing."""
         if self._track and out.requires_grad:
             out.register_hook(lambda grad: self._got_gradient(rows))
 
@@ -190,11 +185,7 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def constrain_(self, function: RowFunction, changed_only: bool) -> int:
-        """Apply ``function`` on ``(n, D)`` in place, to all rows or to those that changed since.
-
-        Returns:
-            The number of rows that it was applied to.
-        """
+        """Apply ``function`` in place to all or changed rows ``(n, D)``; return their number."""
         weight = self.weight.detach()
         rows = self._take_changed() if changed_only else None
         if rows is not None:
@@ -202,14 +193,13 @@ class Table(nn.Module):
                 kernels.constrain(weight, rows.to(weight.device), function)
             return rows.shape[0]
         self._passes_over_all += 1
-        if self._passes_over_all == 2:  # the first pass is due: no row was constrained before
+        if self._passes_over_all == 2:  # the first pass is expected: all rows are new
             _log.info("table %r: constrains all %d rows again", self.plan.table, len(weight))
         for chunk in weight.split(CHUNK_ROWS) if len(weight) else ():
             chunk.copy_(function(chunk))
         return len(weight)
 
     def _take_changed(self) -> Tensor | None:
-        """Return the rows ``(n,)`` that changed since the last call, each once; None for all."""
         return self._changed.take()
 
 
@@ -231,7 +221,7 @@ class ParameterTable(Table):
         self.sparse = sparse
         weight = kernels.empty((plan.num_local, plan.dim), dtype, device)
         self.weight = nn.Parameter(weight, requires_grad=trainable)
-        #: rows that have a gradient, and that no optimizer has updated since, as far as is known
+        #: rows with a gradient that no optimizer is known to have applied
         self._waiting = RowSet(plan.num_local)
         _OptimizerHooks.add(self)
 
@@ -243,11 +233,10 @@ class ParameterTable(Table):
         self._waiting.add(rows)
 
     def after_step(self, moved_others: bool, constrained: bool) -> None:
-        """Count the rows that an optimizer has updated as changed: those in the gradient.
+        """Mark the rows that an optimizer updated as changed.
 
-        Args:
-            moved_others: the optimizer changed other rows too.
-            constrained: it has constrained what it changed.
+        ``moved_others``: also rows without a gradient; ``constrained``: the optimizer has
+        constrained them.
         """
         if not self._track:
             return
@@ -259,13 +248,12 @@ class ParameterTable(Table):
             self._changed.add(grad._indices()[0])
 
     def _take_changed(self) -> Tensor | None:
-        # rows that wait keep waiting: their update may follow this call, or no torch.optim
-        # optimizer made it
+        # keep waiting rows: their update may come later, or from an optimizer without hooks
         self._changed.merge(self._waiting)
         return super()._take_changed()
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """Return ``(n, D)``; the gradient adds up in ``weight.grad``."""
+        """Return ``(n, D)``; gradients accumulate in ``weight.grad``."""
         out = (
             _SparseLookup.apply(self.weight, rows)
             if self.sparse
@@ -276,7 +264,7 @@ class ParameterTable(Table):
 
 
 class _SparseLookup(torch.autograd.Function):
-    """F.embedding with a sparse gradient, over rows of a table too large for any cache."""
+    """F.embedding with a sparse gradient, for rows of a table too large for any cache."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
@@ -293,12 +281,7 @@ class _SparseLookup(torch.autograd.Function):
 
 
 class _OptimizerHooks:
-    """Hooks on optimizers' steps, there only while a ParameterTable lives.
-
-    Before a step they refuse an optimizer that cannot take a table's gradient, with a way out that
-    torch's own message lacks. After it they tell the tables which rows the optimizer has moved:
-    ``post_parameter_update`` alone cannot know whether a step came before it.
-    """
+    """Rejects optimizers that cannot take a table's gradient, and marks the updated rows."""
 
     _tables: ClassVar[weakref.WeakSet[ParameterTable]] = weakref.WeakSet()
     _handles: ClassVar[tuple[Any, ...]] = ()
@@ -310,7 +293,7 @@ class _OptimizerHooks:
                 register_optimizer_step_pre_hook(cls._before_step),
                 register_optimizer_step_post_hook(cls._after_step),
             )
-        # callbacks run newest first: this one when the set has dropped the table
+        # callbacks run newest first: this one runs after the set has dropped the table
         weakref.finalize(table, cls._remove_if_unused).atexit = False
         cls._tables.add(table)
 

@@ -1,14 +1,13 @@
 """A table inside TorchRec's ShardedEmbeddingCollection, placed by TorchRec's planner.
 
-TorchRec exchanges ids and rows, FBGEMM updates them. This file corrects what TorchRec gets wrong:
-it gets checked ids only; shards are padded to equal blocks, with others it trains wrong rows; and
-its division of gradients, a global of the process, is undone or made up for.
+TorchRec exchanges ids and rows, FBGEMM updates them. This module works around TorchRec's limits: it
+passes checked ids only, pads shards to equal blocks (TorchRec trains wrong rows in others), and
+compensates its global division of gradients. With replicas (2D parallelism), each group of ranks
+holds all rows and trains on its own batches; :meth:`TorchRecTable.synchronize_replicas` averages
+the moved rows.
 
-With several replicas (2D parallelism) each group of ranks holds all rows and trains on its own
-batches; :meth:`TorchRecTable.synchronize_replicas` averages the rows that moved.
-
-A program that uses PyKEEN imports it before this: PyKEEN collects all optimizer classes by name
-when it is imported, and fails on two of TorchRec's with the same name.
+Import PyKEEN before this module: it collects all optimizer classes by name at import, and two of
+TorchRec's have the same name.
 """
 
 import os
@@ -31,7 +30,7 @@ from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.table import RowSet
 from shardemb.utils.memory import free_bytes
 
-#: name of the table's one feature
+#: name of the table's only feature
 _IDS = "ids"
 #: rows that replicas average at a time
 _SYNC_ROWS = 65536
@@ -41,33 +40,32 @@ _SYNC_ROWS = 65536
 class Groups:
     """The process groups of one table."""
 
-    #: all ranks that use the table
+    #: all ranks of the table
     everyone: Any
-    #: this rank and those that hold the other rows; ``everyone`` without replicas
+    #: this rank and those with the other rows; ``everyone`` without replicas
     shard: Any
-    #: this rank and those that hold the same rows; None without replicas
+    #: this rank and those with the same rows; None without replicas
     replica: Any = None
-    #: the device mesh of both, for TorchRec
+    #: TorchRec's device mesh of both
     mesh: Any = None
 
     @property
     def num_replicas(self) -> int:
-        """Number of ranks that hold each row."""
+        """Number of ranks with each row."""
         return 1 if self.replica is None else dist.get_world_size(self.replica)
 
     @property
     def holds_first_copy(self) -> bool:
-        """Whether this rank is the first of those that hold its rows."""
+        """Whether this rank is the first with its rows."""
         return self.replica is None or dist.get_rank(self.replica) == 0
 
 
 def make_groups(table: str, group: Any, options: TorchRec, device: torch.device) -> Groups:
-    """Make the groups of a table over ``group``, None for the default one. A collective.
+    """Make a table's process groups over ``group``; None is the default one. A collective.
 
     Raises:
         RuntimeError: no process group.
-        ValueError: a sharding group size that does not divide the number of ranks, or that comes
-            with a process group of the table's own.
+        ValueError: an invalid sharding group size, or ``group`` is not the default one.
     """
     if not dist.is_initialized():
         raise UsageError(
@@ -87,11 +85,11 @@ def make_groups(table: str, group: Any, options: TorchRec, device: torch.device)
         )
     from torch.distributed.device_mesh import DeviceMesh
 
-    # the layout of TorchRec's DMPCollection: replicas lie side by side, mostly on one machine
+    # TorchRec's DMPCollection's layout: adjacent replicas, mostly on one machine
     ranks = torch.arange(world_size).reshape(size, world_size // size).T.contiguous()
     mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "shard"))
     groups = Groups(everyone, mesh.get_group("shard"), mesh.get_group("replicate"), mesh)
-    # a mesh's groups would wait for 30 minutes
+    # a mesh's groups would have a timeout of 30 minutes
     timeout = everyone._get_backend(device).options._timeout
     for subgroup in (groups.shard, groups.replica):
         dist.distributed_c10d._set_pg_timeout(timeout, subgroup)
@@ -100,31 +98,22 @@ def make_groups(table: str, group: Any, options: TorchRec, device: torch.device)
 
 @dataclass(frozen=True)
 class Sent:
-    """A lookup whose ids are on their way to the owners of their rows."""
+    """A lookup whose ids are on their way to the rows' owners."""
 
     #: TorchRec's context of the lookup
     context: Any
-    #: TorchRec's awaitable of the ids that all ranks ask of this one
+    #: TorchRec's awaitable of the ids that all ranks send to this one
     features: Any
-    #: the duplicates among the ids, if each was sent once
+    #: the duplicates, if each id was sent once
     merged: Merged | None
 
 
 class TorchRecTable(FusedTable):
-    """A shard inside TorchRec's collection; TorchRec moves ids and rows between ranks.
+    """A shard inside TorchRec's collection; its plan is that of ``groups.shard``."""
 
-    Args:
-        plan: which rows these are, within the ranks of ``groups.shard``.
-        groups: of the table.
-        options: of TorchRec.
-        sharding: how gradients are reduced, and whether each id of a batch is sent once.
-        kwargs: of :class:`~shardemb.sharding.fused_table.FusedTable`.
-    """
-
-    #: TorchRec's ShardedEmbeddingCollection, for TorchRec's own tools; its one table has this
-    #: table's name
+    #: the ShardedEmbeddingCollection, for TorchRec's tools; its only table has this table's name
     torchrec_module: Any
-    #: the ParameterSharding of TorchRec's planner
+    #: ParameterSharding of TorchRec's planner
     torchrec_plan: Any
 
     def __init__(
@@ -138,25 +127,24 @@ class TorchRecTable(FusedTable):
                 " compute_kernel='fused'"
             )
         self._groups, self._options, self._device = groups, options, device
-        # TorchRec's own deduplication has no kernel for CPUs
+        # TorchRec's deduplication has no CPU kernel
         self._deduplicate = sharding.deduplicate and plan.world_size > 1
         world_size = dist.get_world_size(groups.everyone)
-        #: the plan as errors name it: ranks of all replicas
+        #: for errors: ranks of all replicas
         self._id_plan = replace(plan, world_size=world_size, rank=dist.get_rank(groups.everyone))
-        # averaging replicas divides a sum by their number, and turns a group's mean into that of
-        # all
+        # averaging replicas divides a sum by their number, and a group's mean becomes a global one
         mean = sharding.gradient_reduction == "mean"
         self._scale = 1.0 / plan.world_size if mean else float(groups.num_replicas)
         self._moved = RowSet(plan.num_local)
         self._cached, self._stale = options.compute_kernel == "fused_uvm_caching", False
         super().__init__(plan, **kwargs)
-        self._one_lookup |= self._cached  # a second one may evict rows that backward writes to
+        self._one_lookup |= self._cached  # a second lookup may evict rows that backward writes
         self._constrained = self._track
         self._track |= groups.num_replicas > 1
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are; without writing a cache back."""
+        """The rows' device; does not write the cache back."""
         return self._device
 
     def _make_tbe(self, columns: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -168,7 +156,7 @@ class TorchRecTable(FusedTable):
         plan, groups = self.plan, self._groups
         config = EmbeddingConfig(
             name=plan.table,
-            num_embeddings=plan.block * plan.world_size,  # equal blocks, see above
+            num_embeddings=plan.block * plan.world_size,  # equal blocks, see the module
             embedding_dim=columns,
             feature_names=[_IDS],
             data_type=DataType.FP32 if dtype == torch.float32 else DataType.FP16,
@@ -179,21 +167,16 @@ class TorchRecTable(FusedTable):
         if groups.mesh is not None:
             env = ShardingEnv2D(groups.shard, groups.replica, groups.everyone, groups.mesh)
         else:
-            # ShardingEnv.from_process_group would make a mesh of ranks 0, 1, ..., whatever the
-            # group
+            # from_process_group would always take ranks 0, 1, ...
             env = ShardingEnv(plan.world_size, plan.rank)
             env.process_group = groups.shard
         module = sharder.shard(collection, {plan.table: sharding}, env, device)
-        # no submodule, as its _tbe
+        # not a submodule, like _tbe
         self.__dict__.update(torchrec_module=module, torchrec_plan=sharding)
         return module._lookups[0]._emb_modules[0].emb_module
 
     def _planned(self, collection: Any, sharder: Any, columns: int, dtype: torch.dtype) -> Any:
-        """Return the planner's ParameterSharding. A collective.
-
-        Raises:
-            MemoryError: the plan does not fit the least free memory of all ranks, on all ranks.
-        """
+        """MemoryError, on all ranks, if the plan exceeds any rank's free memory. A collective."""
         from torch.distributed.remote_device import _remote_device
         from torchrec.distributed.planner import ParameterConstraints
         from torchrec.distributed.planner.types import PlannerError, TrainerConfig
@@ -212,10 +195,10 @@ class TorchRecTable(FusedTable):
             " ranks, fewer columns, a smaller dtype, more memory_bytes, or"
             " compute_kernel='fused_uvm_caching' on CUDA"
         )
-        if need > allowed:  # the planner underestimates the state of half precision rows
+        if need > allowed:  # the planner underestimates the state of half-precision rows
             raise refusal
         (parameter,) = collection.parameters()
-        # so that the planner counts the state
+        # makes the planner count the state
         parameter._optimizer_classes = [_optimizer_class(self.optimizer.name)]
         local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
         factor = options.cache_load_factor
@@ -252,9 +235,9 @@ class TorchRecTable(FusedTable):
         return int(least)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self._stale:  # the newest rows are in the device's cache
+        if name == "weight" and self._stale:  # the device's cache has the newest rows
             self._tbe.flush()
-            if not self._waits_for_backward:  # which writes to the cache
+            if not self._waits_for_backward:  # backward writes to the cache
                 self._stale = False
                 self._tbe.reset_cache_states()
         return super().__getattr__(name)
@@ -266,26 +249,22 @@ class TorchRecTable(FusedTable):
         )
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        _ = self.weight  # written back
+        _ = self.weight  # writes the cache back
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        _ = self.weight  # written back, or it would later write over what is loaded
+        _ = self.weight  # writes the cache back now, not over the loaded rows
         super()._load_from_state_dict(*args)
 
     def send_ids(self, ids: Any) -> Sent:
-        """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective.
-
-        Raises:
-            IndexError, IdTypeError, AttributeError: bad ids of any rank, on all ranks.
-        """
+        """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective."""
         from torchrec import KeyedJaggedTensor
 
         self._check(id_error(self._id_plan, ids))
         values = self.plan.order.slots(ids.to(self.device, torch.int64)).contiguous()
         merged = kernels.merge(values, self.plan.num_rows) if self._deduplicate else None
         values = values if merged is None else merged.unique
-        # one bag, also of 0 ids: a batch of 0 bags breaks the peers
+        # one bag, even of 0 ids: a batch of 0 bags breaks the peers
         lengths = torch.tensor([len(values)], device=self.device)
         features = KeyedJaggedTensor(keys=[_IDS], values=values, lengths=lengths)
         context = self.torchrec_module.create_context()
@@ -304,12 +283,9 @@ class TorchRecTable(FusedTable):
         return f"table {self.plan.table!r}: {what}"
 
     def fetch(self, sent: Sent) -> Tensor:
-        """Return the rows ``(n, D)`` in the order of the ids. A collective.
-
-        Backward updates them on their owners.
-        """
+        """Return rows ``(n, D)`` in the order of the ids; backward updates them. A collective."""
         with watchdog.guarded(self._groups.shard, self._operation("ids")):
-            owned = sent.features.wait().wait()  # as row numbers of this shard
+            owned = sent.features.wait().wait()  # row numbers of this shard
         (sharding,) = sent.context.sharding_contexts
         sharding.lengths_after_input_dist = owned[0].lengths().view(-1, owned[0].stride())
         rows = owned[0].values()
@@ -320,15 +296,14 @@ class TorchRecTable(FusedTable):
             rows = _Reduce.apply(rows, self._scale, self.plan.world_size)
         else:
             rows = self.lookup(rows)
-        if not self.plan.dim:  # TorchRec sends at least a column
+        if not self.plan.dim:  # TorchRec sends at least one column
             rows = F.pad(rows, (0, 1))
         with watchdog.guarded(self._groups.shard, self._operation("rows")):
             back = self.torchrec_module.output_dist(sent.context, [rows])[_IDS].values()
         back = back[:, : self.plan.dim].contiguous()
         if sent.merged is not None:
             back = back.index_select(0, sent.merged.inverse)
-        # not what the owner looked up: TorchRec's requests keep the graph of a lookup that was
-        # given up until gc finds it
+        # not the owner's lookup: TorchRec keeps an abandoned graph until gc runs
         return self._await_backward(back) if trained else back
 
     def _got_gradient(self, rows: Tensor) -> None:
@@ -339,10 +314,7 @@ class TorchRecTable(FusedTable):
 
     @torch.no_grad()
     def synchronize_replicas(self) -> None:
-        """Average the rows that moved since the last call, and their optimizer state. A collective.
-
-        Over the ranks that hold the same rows; nothing without replicas.
-        """
+        """Average the rows moved since the last call, and their optimizer state. A collective."""
         group, count = self._groups.replica, self._groups.num_replicas
         if group is None:
             return
@@ -368,15 +340,15 @@ class TorchRecTable(FusedTable):
 
 
 class _Reduce(torch.autograd.Function):
-    """Scales the gradient of TorchRec's exchange, which may have divided it by the ranks."""
+    """Scales gradients; TorchRec may have divided them by the number of ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, scale: float, world_size: int) -> Tensor:
         from torchrec.distributed.comm_ops import get_gradient_division, get_use_sync_collectives
 
         ctx.scale, ctx.world_size = scale, world_size
-        # synchronous collectives fix it in forward, others read it in backward, just before this
-        # class does
+        # synchronous collectives divide by forward's setting, others by that of backward, just
+        # before
         ctx.divided = get_gradient_division() if get_use_sync_collectives() else None
         return rows.view_as(rows)
 
@@ -398,7 +370,6 @@ def _optimizer_class(name: str) -> Any:
 
 
 def _planner(device: str, trainer: Any, constraints: dict[str, Any]) -> Any:
-    """Return TorchRec's planner, silent, for ranks that keep no memory back."""
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import KernelConfig, TopologyFactory
@@ -406,7 +377,7 @@ def _planner(device: str, trainer: Any, constraints: dict[str, Any]) -> Any:
     kernel = KernelConfig(compute_device=device)
     return EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(trainer, None, kernel),
-        batch_size=1,  # unknown: rows and state decide
+        batch_size=1,  # unknown; rows and state dominate
         storage_reservation=FixedPercentageStorageReservation(0.0),
         constraints=constraints,
         stats=[],

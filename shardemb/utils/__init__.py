@@ -1,1 +1,1 @@
-"""What every package uses: files, memory, logs, progress bars, metrics, types, checks."""
+"""Files, memory, logs, progress bars, metrics, types and checks for all packages."""

@@ -13,10 +13,7 @@ from shardemb.exceptions import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write a file or folder; it replaces ``path`` at the end.
-
-    If the block raises, ``path`` stays as it was.
-    """
+    """Yield a temporary path for a file or folder; it replaces ``path`` if the block succeeds."""
     partial = path.with_name(path.name + ".tmp")
     _remove(partial)
     try:
@@ -30,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename within a folder, atomically; on return, the change is on the disk."""
+    """Rename within a folder, atomically, and sync the change to disk."""
     fsync(source)
     source.replace(target)
     fsync(target.parent)
@@ -44,7 +41,7 @@ def _remove(path: Path) -> None:
 
 
 def sha256_of(source: Path | BinaryIO) -> str:
-    """Return the sha256 of a whole file, as hexadecimal digits."""
+    """Return a file's sha256 in hexadecimal."""
     if isinstance(source, Path):
         with source.open("rb", buffering=0) as file:
             return sha256_of(file)
@@ -56,17 +53,12 @@ def sha256_of(source: Path | BinaryIO) -> str:
 
 
 def cache_folder() -> Path:
-    """Return this user's cache folder, which may not exist yet."""
+    """Return this user's cache folder, which may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardemb"
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8 text, with or without a byte-order mark.
-
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: another encoding; names file, line and byte.
-    """
+    """Read UTF-8 text; ValueError for another encoding names file, line and byte."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -78,7 +70,7 @@ def read_text(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of entries, is on the disk."""
+    """Wait until a file, or a folder's list of entries, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

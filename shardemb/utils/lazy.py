@@ -1,4 +1,4 @@
-"""Names of a package that are imported at their first use, so that importing it is cheap."""
+"""Lazy imports of a package's names."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -8,11 +8,9 @@ from typing import Any
 def lazy_names(
     package: str, modules: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` of a package.
+    """Return a package's ``__getattr__`` and ``__dir__``.
 
-    Args:
-        package: its name.
-        modules: the module below the package that defines each name; a module maps to itself.
+    ``modules`` maps each name to its module in the package; a module maps to itself.
     """
 
     def get(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""The package's loggers, ``shardemb.<module>``, and what they print.
+"""The package's loggers, ``shardemb.<module>``, and their output.
 
-The root logger stays as it is, so that by default only warnings are printed. With ``SHARDEMB_LOG``
-or ``shardemb --verbose`` the lines go to stderr, each with its rank::
+By default only warnings are printed. ``SHARDEMB_LOG`` or ``shardemb --verbose`` prints lines with
+ranks to stderr::
 
     SHARDEMB_LOG=INFO
     SHARDEMB_LOG=WARNING,checkpoint=INFO,comm.shared_memory=DEBUG
@@ -19,27 +19,23 @@ _handler: logging.Handler | None = None
 
 
 def logger(module: str) -> logging.Logger:
-    """Return the logger of a module, given its ``__name__``; its records have a ``rank``."""
+    """Return the logger for a ``__name__``; its records have a ``rank``."""
     log = logging.getLogger(module)
     log.addFilter(_add_rank)
     return log
 
 
 def _add_rank(record: logging.LogRecord) -> bool:
-    dist = sys.modules.get("torch.distributed")  # utils work without it
+    dist = sys.modules.get("torch.distributed")  # utils work without torch
     grouped = dist is not None and dist.is_available() and dist.is_initialized()
     record.rank = dist.get_rank() if dist and grouped else int(os.environ.get("RANK", "0"))
     return True
 
 
 def configure(levels: str) -> None:
-    """Print log lines to stderr, in this process and in those that it starts from now on.
+    """Print log lines to stderr, in this process and those that it starts later.
 
-    Args:
-        levels: a level's name, or pairs ``module=level``, separated by commas.
-
-    Raises:
-        ValueError: an unknown level.
+    Takes a level, or pairs ``module=level``, separated by commas; ValueError for an unknown level.
     """
     global _handler
     for entry in filter(None, (part.strip() for part in levels.split(","))):
@@ -59,12 +55,12 @@ def configure(levels: str) -> None:
 
 
 def verbose() -> None:
-    """Print what the package does, at level INFO; levels of single modules stay as they are set."""
+    """Print log lines of level INFO; levels set for single modules stay."""
     configure(f"{os.environ.get(VARIABLE, '')},INFO".lstrip(","))
 
 
 def environment() -> dict[str, str]:
-    """Return what a launcher must set for ranks that do not inherit this process's environment."""
+    """Return variables for ranks that do not inherit this process's environment."""
     return {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
 
 

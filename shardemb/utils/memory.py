@@ -1,4 +1,4 @@
-"""Memory of this machine or container, free and in use; and the processor's name."""
+"""Memory of this machine or container, and the processor's name."""
 
 import os
 import platform
@@ -10,10 +10,7 @@ if TYPE_CHECKING:
 
 
 def free_bytes(device: "torch.device") -> int | None:
-    """Bytes that a rank can allocate on a device now; None if unknown.
-
-    On CPUs, the machine's free memory divided by its number of ranks.
-    """
+    """Bytes that a rank can allocate now, a CPU rank's share; None if unknown."""
     if device.type == "cuda":
         import torch
 
@@ -23,7 +20,7 @@ def free_bytes(device: "torch.device") -> int | None:
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process occupies; 0 if unknown."""
+    """Bytes of memory of this process; 0 if unknown."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if status.exists() else 0
 
@@ -40,7 +37,7 @@ def available_bytes() -> int | None:
 
 
 def total_bytes() -> int:
-    """Bytes of memory of this machine, or the limit of this container."""
+    """Bytes of memory of this machine, or this container's limit."""
     total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), container_bytes()
     return total if limit is None else min(total, limit[0])
 
@@ -48,10 +45,10 @@ def total_bytes() -> int:
 def container_bytes(
     root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
 ) -> tuple[int, int] | None:
-    """Return the memory limit of this process's container, and how much of it is free, in bytes.
+    """Return this container's memory limit and its free bytes; None without a limit.
 
-    None without a limit. Read from Linux' control groups, version 2 or 1, of this process and all
-    above it (https://docs.kernel.org/admin-guide/cgroup-v2.html, "Memory").
+    Read from Linux' control groups, version 2 or 1, of this process and all above it
+    (https://docs.kernel.org/admin-guide/cgroup-v2.html, "Memory").
     """
     limits = []
     for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -77,7 +74,7 @@ def container_bytes(
 
 
 def cpu_name() -> str:
-    """Return the processor's name as Linux gives it."""
+    """Return the processor's name."""
     path = Path("/proc/cpuinfo")
     for line in path.read_text().splitlines() if path.exists() else ():
         if line.startswith("model name"):

@@ -11,19 +11,12 @@ T = TypeVar("T")
 
 
 class _Bar(tqdm):
-    #: tqdm's own lock is a semaphore between processes, which a killed rank leaks
+    #: tqdm's lock is a semaphore between processes, which a killed rank leaks
     _lock = threading.RLock()
 
 
 def progress(items: Sequence[T], what: str, unit: float = 1.0, shown: bool = True) -> Iterator[T]:
-    """Iterate with a progress bar, which appears after three seconds.
-
-    Args:
-        items: to iterate over.
-        what: the bar's title.
-        unit: rows of an item.
-        shown: False shows no bar, on this rank.
-    """
+    """Iterate with a bar titled ``what`` after 3 seconds; an item has ``unit`` rows."""
     bar = progress_bar(
         total=round(len(items) * unit), desc=what, unit=" rows", delay=3, disable=not shown
     )

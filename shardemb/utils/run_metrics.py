@@ -1,4 +1,4 @@
-"""A run's metrics: a JSON object a line while it trains, a summary in text, a plot."""
+"""A run's metrics: JSON lines, a summary and a plot."""
 
 import json
 import time
@@ -11,12 +11,10 @@ from shardemb.utils.files import replacing
 
 
 class MetricsFile:
-    """Appends records to ``metrics.jsonl``, each with the time in seconds since 1970.
+    """Appends records to ``metrics.jsonl``, with the time in seconds since 1970.
 
-    Args:
-        path: the file.
-        step: keep an earlier run's records up to this step, except its test; 0 starts a new file.
-        tensorboard: folder for TensorBoard's event files with the same numbers; None for none.
+    Keeps an earlier run's records up to ``step``, except tests; 0 starts a new file.
+    ``tensorboard`` is a folder for event files with the same numbers.
     """
 
     def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None) -> None:
@@ -33,7 +31,7 @@ class MetricsFile:
             self._events = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
-        """Append a record ("train", "valid", "test") at an optimizer step, and flush it."""
+        """Append a record ("train", "valid", "test") of an optimizer step, and flush it."""
         record = {"time": round(time.time(), 3), "kind": kind, "step": step, **figures}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -80,18 +78,13 @@ def tell(kind: str, step: int, figures: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file, except for a last line that a kill has cut off."""
+    """Read a metrics file, without an incomplete last line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def describe(records: Sequence[dict[str, Any]], now: float) -> str:
-    """Summarize a run in a few lines: progress, speed, memory by rank, metrics.
-
-    Args:
-        records: of the metrics file.
-        now: seconds since 1970.
-    """
+    """Summarize a run at time ``now``: progress, speed, memory by rank, metrics."""
     lines = []
     train = next((record for record in reversed(records) if record["kind"] == "train"), None)
     if train is not None:
@@ -118,11 +111,11 @@ def describe(records: Sequence[dict[str, Any]], now: float) -> str:
 
 
 def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
-    """Plot loss, MRR and triples a second over epochs; the suffix gives the format (.png, .svg)."""
+    """Plot loss, MRR and triples a second over epochs; the suffix gives the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6))  # a computed layout would double the time
+    figure = Figure(figsize=(8, 6))  # a computed layout doubles the time
     FigureCanvasAgg(figure)
     left, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     right = left.twinx()

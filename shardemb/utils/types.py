@@ -17,16 +17,16 @@ from typing import Literal
 
 import torch
 
-#: Maps rows ``(n, *shape)`` to rows of the same shape, each row by itself.
+#: maps rows ``(n, *shape)`` to rows of the same shape, each by itself
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
 
-#: Fills (or returns) rows ``(n, *shape)``; complex numbers come as a last dimension of 2.
+#: fills or returns rows ``(n, *shape)``; complex numbers have a last dimension of 2
 Initializer = Callable[[torch.Tensor], torch.Tensor]
 
-#: Where a table's rows live: each on one rank, or all of them on every rank.
+#: each row on one rank, or all rows on every rank
 Placement = Literal["row_wise", "replicated"]
 
-#: How the gradients of several ranks for one row are combined.
+#: how the gradients of several ranks are combined
 GradientReduction = Literal["mean", "sum"]
 
 
@@ -36,5 +36,5 @@ def normalize_name(name: str) -> str:
 
 
 def few(ids: list[int]) -> str:
-    """Name the five smallest of some ids, for messages."""
+    """List the five smallest ids, for messages."""
     return ", ".join(map(str, sorted(ids)[:5])) + ", ..." * (len(ids) > 5)

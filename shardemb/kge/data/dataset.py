@@ -1,4 +1,4 @@
-"""A dataset folder: what ``shardemb ingest`` writes, checked and mapped into memory.
+"""A dataset folder of ``shardemb ingest``, checked and mapped into memory.
 
 It holds ``dataset.json``, ``train.npy``, ``valid.npy`` and ``test.npy`` of (head, relation, tail),
 ``entities.arrow`` and ``relations.arrow``.
@@ -25,19 +25,13 @@ VOCABULARIES = ("entities", "relations")
 def read(
     folder: Path, verify: bool = False
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Vocabulary]]:
-    """Open a dataset folder; rows and labels are read when they are used.
+    """Open a dataset folder; ``verify`` compares all files' sha256.
 
-    Args:
-        folder: with a ``dataset.json``.
-        verify: read all files, and compare their sha256.
-
-    Returns:
-        What ``dataset.json`` says; by split ``(T, 3)`` int32 or int64, mapped privately; the
-        vocabularies "entities" and "relations".
+    Returns the content of ``dataset.json``, the triples ``(T, 3)`` by split, mapped privately, and
+    the vocabularies "entities" and "relations".
 
     Raises:
-        ValueError: another format, or a file that is missing, damaged or of another dataset; names
-            it.
+        ValueError: another format, or a file that is missing, damaged or of another dataset.
     """
     description = _description(folder)
     for name, entry in description["files"].items():
@@ -60,12 +54,12 @@ def read(
 
 
 def dtype_of(*counts: int) -> str:
-    """Return the smallest dtype for the ids of so many entities and relations."""
+    """Return the smallest dtype for ids below these counts."""
     return "int32" if max(counts) <= 1 << 31 else "int64"
 
 
 def sha256_of_array(array: np.ndarray) -> str:
-    """Return the sha256 of the ``.npy`` file of an array."""
+    """Return the sha256 of an array's ``.npy`` file."""
     digest = hashlib.sha256()
     np.lib.format.write_array(SimpleNamespace(write=digest.update), np.ascontiguousarray(array))
     return digest.hexdigest()

@@ -1,8 +1,7 @@
-"""Files of triples of any size into a dataset folder, in bounded memory.
+"""Makes dataset folders from files of triples of any size, in bounded memory.
 
-DuckDB keeps the MD5 of each triple's labels, finds the distinct labels, sorts and joins, on the
-disk if need be. The result equals, bit by bit, what :meth:`shardemb.kge.Triples.load` makes of the
-same files in memory.
+DuckDB stores the MD5 of each label, and finds distinct labels, sorts and joins, on disk if
+necessary. The result is bitwise that of :meth:`shardemb.kge.Triples.load`.
 """
 
 import errno
@@ -34,15 +33,15 @@ from shardemb.utils.progress import progress_bar
 from shardemb.utils.validation import bytes_of
 from shardemb.vocabulary import column_of, numbers
 
-#: rows that are read from DuckDB at once
+#: rows read from DuckDB at once
 PAGE = 1 << 18
-#: relations whose triples are counted in dataset.json, the most frequent ones
+#: dataset.json counts the triples of this many relations, the most frequent ones
 COUNTED = 10_000
-#: which columns hold the labels of each vocabulary
+#: columns with the labels of each vocabulary
 _COLUMNS = {"entities": ("head", "tail"), "relations": ("relation",)}
-#: DuckDB's function of a label that orders ids
+#: DuckDB's function of a label whose value orders the ids
 KEY = "md5_number"
-#: memory that allocators keep for later (measured), the least for DuckDB, and the least at all
+#: bytes that allocators keep (measured), and the least for DuckDB and in total
 _ASIDE, _OWN, _LEAST = 64 << 20, 64 << 20, 384 << 20
 
 
@@ -58,36 +57,30 @@ def ingest(
     literals: str = "error",
     progress: bool = False,
 ) -> Path:
-    """Make a dataset folder of files of triples; :meth:`shardemb.kge.Triples.load` maps it.
+    """Make a dataset folder from files of triples; :meth:`shardemb.kge.Triples.load` maps it.
 
-    The folder appears when all of it is on the disk. Until then ``OUT.tmp-PID`` beside it holds its
-    parts and what does not fit into memory, about as many bytes as the triples have as text. If the
-    process is killed, that folder stays; the next call for the same OUT removes it.
+    ``out`` appears when it is complete. Until then, ``OUT.tmp-PID`` beside it takes about as many
+    bytes as the triples as text; after a kill, the next call for the same ``out`` removes it.
 
     Args:
-        sources: a folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz,
-            .nt, .nt.gz or .parquet) or a folder of part files; or files and folders of part files
-            of one graph, to be split.
-        out: the folder, which must not exist.
-        memory: bytes that the process may take, as a number or with a unit ("4GiB", "512MiB",
-            "2GB"); never more than three quarters of what is free.
-        threads: by default one for each core.
-        valid: triples of one graph that become valid; by default a twentieth, 5,000 at most.
-        test: likewise.
-        unseen: what happens to valid and test triples with an entity or a relation that no training
-            triple has: "keep" them and warn, "drop" them and warn, or "error".
-        literals: what happens to N-Triples whose object is a literal: "error", "drop" or "keep".
-        progress: show bars.
-
-    Returns:
-        ``out``.
+        sources: a folder with train, valid and test; or files and folders of part files of one
+            graph to split. Formats: see :meth:`shardemb.kge.Triples.load`.
+        out: a new folder.
+        memory: most bytes of the process, a number or text such as "4GiB" or "2GB"; at most three
+            quarters of the free memory are used.
+        threads: None for one per core.
+        valid: triples to hold out as valid; None for a twentieth, at most 5,000.
+        test: triples to hold out as test; default as ``valid``.
+        unseen: see :meth:`shardemb.kge.Triples.load`.
+        literals: see :meth:`shardemb.kge.Triples.load`.
+        progress: show progress bars.
 
     Raises:
         FileExistsError: ``out`` exists, or another process is making it.
-        FileNotFoundError: a source does not exist, or is a folder without the files.
-        ValueError: a malformed file (names file and line or row), or unseen labels with "error"; a
+        FileNotFoundError: a source is missing.
+        ValueError: a malformed file (names file and line or row), unseen labels with "error", or a
             setting out of range.
-        MemoryError: it cannot be done in so much memory.
+        MemoryError: ``memory`` is too small.
         OSError: a file cannot be opened, or the disk is full.
     """
     listed = [sources] if isinstance(sources, str | Path) else sources
@@ -125,7 +118,7 @@ def _memory(text: str | int) -> int:
 
 @contextmanager
 def _made_whole(out: Path) -> Iterator[Path]:
-    """Give a folder that becomes ``out`` if the block succeeds; remove those of killed runs."""
+    """Yield a folder that becomes ``out`` on success; remove those of killed runs."""
     for left in out.parent.iterdir():
         if not re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", left.name):
             continue
@@ -151,7 +144,6 @@ def _made_whole(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder while this process lives; yield whether it was free."""
     descriptor, free = os.open(folder, os.O_RDONLY), True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +159,6 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
-    """Say what to do where DuckDB or the disk gives up."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
@@ -186,18 +177,16 @@ def _clear_errors(folder: Path, limit: int) -> Iterator[None]:
 
 
 class _Job:
-    """A run: DuckDB's tables, and threads that wait for it, so that signals and bars do not."""
-
     def __init__(self, name: str, folder: Path, limit: int, threads: int, progress: bool) -> None:
         self.name, self.folder, self.progress = name, folder, progress
         self.work = folder / "work"
         self.work.mkdir()
-        # blocks that are read, and tables on their way into DuckDB; some of it twice
+        # blocks being read and tables on their way into DuckDB; some exist twice
         self.readers, self.writers = min(threads, 16), min(threads, 4)
         self.group = max(BLOCK, min(limit >> 7, 32 << 20))
         ahead = 3 * BLOCK * (self.readers + 1) + 2 * self.group * (self.writers + 1) + _ASIDE
         held = resident_bytes()
-        own = int((limit - held - ahead) * 0.75)  # DuckDB exceeds its limit by some
+        own = int((limit - held - ahead) * 0.75)  # DuckDB slightly exceeds its limit
         if own < _OWN:
             raise OutOfMemoryError(
                 f"{name}: got {limit >> 20:,} MiB for {threads} threads, of which this process"
@@ -209,7 +198,7 @@ class _Job:
         self.database = duckdb.connect(str(self.work / "tables.duckdb"), config=config)
         for setting in (
             "arrow_large_buffer_size = true",
-            "checkpoint_threshold = '1TB'",  # tables are written once: no log, no copy
+            "checkpoint_threshold = '1TB'",  # no log: tables are written once
             "enable_progress_bar = true",
             "enable_progress_bar_print = false",
         ):
@@ -234,7 +223,6 @@ class _Job:
         unseen: str,
         literals: str,
     ) -> dict[str, Any]:
-        """Do all; return what dataset.json says."""
         dropped = self.read(files, literals)
         if "" in files:
             self.hold_out(valid, test)
@@ -267,7 +255,6 @@ class _Job:
         }
 
     def hashes(self) -> dict[str, Any]:
-        """Return size and sha256 of the files."""
         names = [f"{split}.npy" for split in SPLITS] + [f"{kind}.arrow" for kind in _COLUMNS]
         paths, entries = [self.folder / name for name in names], {}
         with self.bar(total=len(names), desc="hashing", unit=" files") as bar:
@@ -277,7 +264,6 @@ class _Job:
         return entries
 
     def read(self, files: dict[str, list[Path]], literals: str) -> int:
-        """Read all files into the tables; return how many triples with literals were left out."""
         keys = ", ".join(f"{column} UHUGEINT" for column in COLUMNS)
         self.query(f"CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, {keys})")
         for kind in _COLUMNS:
@@ -310,7 +296,6 @@ class _Job:
         return dropped
 
     def insert(self, split: str, first: int, tables: list[pa.Table]) -> None:
-        """Put triples whose rows begin with ``first`` into the tables."""
         table = pa.concat_tables(tables)
         rows = np.arange(first, first + len(table), dtype=np.uint64)
         table = table.append_column("row", column_of(rows))
@@ -329,7 +314,6 @@ class _Job:
             cursor.unregister("block")
 
     def hold_out(self, valid: int | None, test: int | None) -> None:
-        """Make valid and test of the triples that are first in the order of training triples."""
         count = self.value("SELECT count(*) FROM read")
         num_valid, num_test = held_out(self.name, count, valid, test)
         first = f"SELECT mixed FROM read ORDER BY mixed LIMIT {num_valid + num_test}"
@@ -345,14 +329,10 @@ class _Job:
             )
 
     def settle_unseen(self, unseen: str) -> dict[str, int]:
-        """Keep, drop or refuse valid and test triples with labels that no training triple has.
-
-        Returns how many they are.
-        """
         for kind, columns in _COLUMNS.items():
             held = " UNION ".join(f"SELECT {c} AS key FROM read WHERE split > 0" for c in columns)
             self.query(f"CREATE TABLE held_{kind} AS {held}")
-            # the held keys are few, and stay in memory while training triples stream by
+            # the held-out keys are few and fit in memory
             seen = " UNION ".join(
                 f"SELECT {column} AS key FROM read"
                 f" WHERE split = 0 AND {column} IN (SELECT key FROM held_{kind})"
@@ -386,7 +366,6 @@ class _Job:
         return {one.split: one.triples for one in reports}
 
     def unseen_labels(self, split: int, kind: str) -> tuple[int, list[str]]:
-        """Return how many labels of a split no training triple has, and the first three."""
         places = " UNION ALL ".join(
             f"SELECT {column} AS key, 2 * row + {place} AS place FROM strange WHERE split = {split}"
             for place, column in enumerate(_COLUMNS[kind])
@@ -402,14 +381,13 @@ class _Job:
         return self.value(f"SELECT count(*) FROM ({first})"), [label for (label,) in labels]
 
     def collect(self, kind: str) -> int:
-        """Sort the distinct labels by MD5: a row's number is its id. Return how many."""
+        """Sort the distinct labels by MD5: their row numbers are ids."""
         distinct = f"SELECT DISTINCT key, label FROM read_{kind} ORDER BY key, label"
         self.query(f"CREATE TABLE {kind} AS {distinct}", f"numbering {kind}")
         self.query(f"DROP TABLE read_{kind}")
         return self.value(f"SELECT count(*) FROM {kind}")
 
     def write_labels(self, kind: str) -> str:
-        """Write a vocabulary; return its fingerprint."""
         columns = (
             "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS lower"
         )
@@ -431,7 +409,6 @@ class _Job:
         return vocabulary.write(self.folder / f"{kind}.arrow", batches())
 
     def number(self, dtype: str) -> None:
-        """Turn the triples' keys into ids, in the order in which they are written."""
         sql = {"int32": "INTEGER", "int64": "BIGINT"}[dtype]
         ids = ", ".join(f"{column}.rowid::{sql} AS {column}" for column in COLUMNS)
         joins = " ".join(
@@ -454,7 +431,6 @@ class _Job:
         )
 
     def write_triples(self, number: int, split: str, dtype: str) -> int:
-        """Write a split; return how many triples it has."""
         first, last = (
             self.value(f"SELECT count(*) FROM numbered WHERE split {sign} {number}")
             for sign in ("<", "<=")
@@ -470,7 +446,6 @@ class _Job:
         return last - first
 
     def count_relations(self) -> dict[str, dict[str, int]]:
-        """Return the triples of the most frequent relations, by split."""
         counts = ", ".join(f"count(*) FILTER (split = {number})" for number in range(3))
         rows = self.rows(
             f"SELECT label, {counts} FROM numbered JOIN relations ON relation = relations.rowid"
@@ -487,7 +462,6 @@ class _Job:
         first: int = 0,
         last: int | None = None,
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yield the rows of a table in their order, and the number of the first of each page."""
         if last is None:
             last = self.value(f"SELECT count(*) FROM {table}")
         with self.bar(total=last - first, desc=shown, unit=" rows") as bar:
@@ -509,19 +483,16 @@ class _Job:
         return self.database.sql(query).to_arrow_table()
 
     def rows(self, query: str, shown: str = "") -> list[tuple[Any, ...]]:
-        """Return a small result."""
         return self.wait(lambda: self.database.execute(query).fetchall(), shown)
 
     def value(self, query: str) -> int:
-        """Return a result of one number."""
         return self.rows(query)[0][0]
 
     def query(self, query: str, shown: str = "") -> None:
-        """Run a statement."""
         self.wait(lambda: self.database.execute(query), shown)
 
     def wait(self, function: Callable[[], Any], shown: str = "") -> Any:
-        """Run a query in another thread and show its progress; an interrupt ends it at once."""
+        """Run a query in a thread, with a progress bar; an interrupt ends it at once."""
         future = self.pool.submit(function)
         hidden = not (shown and self.progress)
         with self.bar(total=100, desc=shown, unit="%", delay=1, disable=hidden) as bar:

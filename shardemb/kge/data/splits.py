@@ -1,4 +1,4 @@
-"""Which files hold which split of a graph, and the order of its triples, however it is read."""
+"""The files of each split of a graph, and the order of its triples."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,27 +10,21 @@ from shardemb.exceptions import InputError
 from shardemb.kge.data.triple_files import SUFFIXES
 
 SPLITS = ("train", "valid", "test")
-#: what becomes of valid and test triples with an entity or a relation that no training triple holds
+#: what to do with valid and test triples whose entity or relation no training triple has
 UNSEEN = ("keep", "drop", "error")
-#: beginnings of names that look like a split's
+#: prefixes of names of splits
 _SPLIT_LIKE = ("train", "valid", "test", "dev", "val")
 
 
 def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
-    """Find the files of a graph.
+    """Return the files of each split, or those of an unsplit graph as split "".
 
-    Args:
-        sources: one folder with train, valid and test, each a file or a folder of part files; or
-            else files, and folders of part files, that make one graph, which is not split.
-
-    Returns:
-        The files of each split, or of the graph as that of "", in the order in which they are read:
-        part files by their names.
+    ``sources`` is one folder with train, valid and test, each a file or a folder of part files; or
+    files and folders of part files of one unsplit graph.
 
     Raises:
-        FileNotFoundError: a source is not there, a split has no file, or a folder holds none.
-        ValueError: two files for one split; a file of another kind among part files; a split's name
-            among those of parts.
+        FileNotFoundError: a source or a split is missing, or a folder is empty.
+        ValueError: two files of one split, or a part file of another type or with a split's name.
     """
     if len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
@@ -77,7 +71,7 @@ def _has_parts(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """Return a folder's part files, without "." and "_" files, which programs like Spark add."""
+    """Return a folder's part files; "." and "_" files are those of programs like Spark."""
     parts = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
     for path in parts:
         if path.is_dir() or not path.name.endswith(SUFFIXES):
@@ -93,7 +87,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def mixed(rows: np.ndarray) -> np.ndarray:
-    """Return splitmix64 of row numbers, distinct uint64; training triples are in this order."""
+    """Return splitmix64 of row numbers, distinct uint64, which orders training triples."""
     x = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -103,12 +97,10 @@ def mixed(rows: np.ndarray) -> np.ndarray:
 def held_out(
     name: str, count: int, valid: int | None = None, test: int | None = None
 ) -> tuple[int, int]:
-    """Return how many of a graph's triples become valid and test; a twentieth each by default.
+    """Return the numbers of valid and test triples; by default a twentieth each, at most 5,000.
 
-    5,000 at most. In the order of :func:`mixed`, test comes first, then valid, then train.
-
-    Raises:
-        ValueError: no triple would be left.
+    In the order of :func:`mixed`, test comes first, then valid, then train. ValueError if no
+    training triple would remain.
     """
     usual = min(count // 20, 5000)
     valid, test = usual if valid is None else valid, usual if test is None else test
@@ -121,14 +113,14 @@ def held_out(
 
 
 class Unseen(NamedTuple):
-    """Labels of a split that no training triple has."""
+    """A split's labels that no training triple has."""
 
     split: str
     #: triples with such labels
     triples: int
-    #: of all triples of the split
+    #: all triples of the split
     total: int
-    #: by "entities" and "relations", how many, and the first ones
+    #: by "entities" and "relations": their number, and the first ones
     labels: Mapping[str, tuple[int, Iterable[str]]]
 
     def __str__(self) -> str:
@@ -141,7 +133,7 @@ class Unseen(NamedTuple):
 
 
 def judge(name: str, reports: Sequence[Unseen], unseen: str) -> str:
-    """Return a warning about unseen labels, or ""; raise ValueError if ``unseen`` is "error"."""
+    """Return a warning about unseen labels, or ""; ValueError if ``unseen`` is "error"."""
     if not reports:
         return ""
     text = f"{name}: {', '.join(map(str, reports))} that no training triple holds"
@@ -155,6 +147,6 @@ def judge(name: str, reports: Sequence[Unseen], unseen: str) -> str:
 
 
 def check_unseen(unseen: str) -> None:
-    """Raise ValueError unless it is one of :data:`UNSEEN`."""
+    """Raise ValueError for an unknown policy."""
     if unseen not in UNSEEN:
         raise InputError(f"unseen: got {unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")

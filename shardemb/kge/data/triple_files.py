@@ -1,8 +1,8 @@
-"""Files of triples: read strictly, a block at a time, on all cores.
+"""Reads files of triples strictly, in blocks, on all cores.
 
-Arrow reads a block of lines if it surely agrees with the line-by-line reader; otherwise that one
-reads the block. A line that is not three labels is an error that names file and line; no triple is
-made up, and none is skipped unless the user asks for it.
+Arrow parses blocks for which it surely gives the result of the line-by-line parser, which parses
+the others. A malformed line is an error that names file and line. Nothing is skipped unless the
+user asks for it.
 """
 
 import gzip
@@ -27,14 +27,14 @@ from shardemb.exceptions import InputError
 from shardemb.vocabulary import column_of, text_column
 
 SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".nt", ".nt.gz", ".parquet")
-#: what happens to triples whose object is a literal
+#: what to do with triples whose object is a literal
 LITERALS = ("error", "drop", "keep")
-#: longest line that can be a triple, in bytes
+#: most bytes of a triple's line
 MAX_LINE = 1 << 20
-#: bytes of lines, and rows of a Parquet file, that are read at once
+#: bytes of lines, and rows of a Parquet file, read at once
 BLOCK, ROWS = 1 << 22, 1 << 16
 COLUMNS = ("head", "relation", "tail")
-#: large: the labels of a graph may be more than 2 GiB
+#: large strings, because labels may exceed 2 GiB
 SCHEMA = pa.schema([(name, pa.large_string()) for name in COLUMNS])
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ _LABEL = "a label, not empty, without NUL, tab, end of line, byte-order mark or 
 #: the same for Arrow
 _FORBIDDEN = r"\x00\t\n\r\x{FEFF}"
 _BOM = "\ufeff".encode()
-#: what stands over columns of heads, of relations and of tails
+#: common headers of the columns
 _HEADER = (
     {"head", "h", "subject", "subj", "s", "source", "src", "from", "lhs", "entity1"},
     {"relation", "relationship", "rel", "r", "predicate", "pred", "p", "property", "edge"}
@@ -54,7 +54,7 @@ _HEADER = (
 )
 _UTF8 = "UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8"
 _UTF16 = _UTF8.replace("LATIN1", "UTF-16")
-#: first bytes of other kinds of files
+#: first bytes of other types of files
 _MAGIC = {
     b"\xff\xfe": _UTF16,
     b"\xfe\xff": _UTF16,
@@ -63,44 +63,44 @@ _MAGIC = {
 
 
 class Block(NamedTuple):
-    """Some of a file's triples, in its order."""
+    """Consecutive triples of a file."""
 
-    #: columns "head", "relation" and "tail" of strings
+    #: string columns "head", "relation" and "tail"
     table: pa.Table
-    #: triples that were left out: their object is a literal
+    #: dropped triples with literals
     dropped: int
-    #: how much of the file has been read
+    #: share of the file read so far
     part: float
 
 
 def read(path: Path, literals: str = "error") -> pa.Table:
-    """Read all triples of a file, see :func:`blocks`."""
+    """Read all triples of a file, as :func:`blocks`."""
     return pa.concat_tables([block.table for block in blocks(path, literals)])
 
 
 def blocks(path: Path, literals: str = "error", threads: int | None = None) -> Iterator[Block]:
-    """Read a file of triples: by its suffix N-Triples, Parquet or tab-separated, also gzipped.
+    """Read a file of triples in blocks: N-Triples, Parquet or tab-separated, also gzipped.
 
-    Tab-separated lines are UTF-8, ``head TAB relation TAB tail``; a quote is part of a label. In
-    N-Triples, labels of IRIs have no brackets, blank nodes are ``_:x``, and literals keep quotes,
-    language and type; escapes are decoded unless a label needs them. Parquet has columns "head",
-    "relation" and "tail", strings (also dictionary-encoded) or integers.
+    Tab-separated lines are UTF-8, ``head TAB relation TAB tail``, without quoting. In N-Triples,
+    labels of IRIs have no brackets, blank nodes are ``_:x``, and literals keep quotes, language and
+    type; escapes are decoded unless a label needs them. Parquet has columns "head", "relation" and
+    "tail" of strings or integers.
 
     Args:
-        path: of the file.
-        literals: what happens to triples whose object is a literal: "error", "drop" or "keep".
-        threads: that read; by default one for each core.
+        path: its suffix gives the format.
+        literals: triples whose object is a literal: "error", "drop" or "keep".
+        threads: None for one per core.
 
     Raises:
-        ValueError: no triple in it, malformed or damaged; names file and line (the first is 1) or
-            row (the first is 0), what was got and what was expected.
+        ValueError: malformed, damaged or without triples; names file and line (from 1) or row (from
+            0).
         OSError: the file cannot be opened.
     """
     if literals not in LITERALS:
         raise InputError(
             f"literals: got {literals!r}, expected one of {', '.join(map(repr, LITERALS))}"
         )
-    if path.is_dir():  # Arrow would read all files in it
+    if path.is_dir():  # Arrow would read all files of a folder
         raise IsADirectoryError(f"{path}: got a folder, expected a file of triples")
     if path.exists() and not path.is_file():
         raise InputError(
@@ -123,7 +123,7 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
 
 
 def _in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
-    """Apply a function in threads, a few items ahead; errors keep their place in the order."""
+    """Apply a function in threads, a few items ahead, in order, errors included."""
     pending: deque[Future[U]] = deque()
     iterator, failure = iter(items), None
     with ThreadPoolExecutor(threads) as pool:
@@ -148,7 +148,7 @@ def _is_label(text: str) -> bool:
 
 
 def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
-    """Return quickly whether all are labels; False may be a false alarm."""
+    """Whether all are labels; False may be wrong."""
     if forbidden and pc.any(pc.match_substring_regex(column, f"[{forbidden}]")).as_py():
         return False
     lengths = pc.binary_length(column)
@@ -157,7 +157,6 @@ def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    """Return whether the fields are names of the three columns, in any order."""
     names = [
         re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields
     ]
@@ -168,12 +167,12 @@ def _is_header(fields: Sequence[str]) -> bool:
 
 
 class _Lines(NamedTuple):
-    #: number of the first
+    #: number of the first line
     first: int
     #: whole lines
     text: bytes
     number: int
-    #: how much of the file has been read
+    #: share of the file read so far
     part: float
 
 
@@ -183,7 +182,7 @@ def _lines(path: Path) -> Iterator[_Lines]:
         size = os.fstat(raw.fileno()).st_size
         while more:
             try:
-                piece = file.read1(1 << 18)  # a larger read loses what precedes the damage
+                piece = file.read1(1 << 18)  # a larger read loses the text before damage
             except (EOFError, OSError, zlib.error) as error:
                 piece, damage = b"", error
             held += piece
@@ -191,7 +190,7 @@ def _lines(path: Path) -> Iterator[_Lines]:
             if more and len(held) < BLOCK:
                 continue
             end = len(held) if not more and damage is None else held.rfind(b"\n") + 1
-            end = end or len(held) * (len(held) > MAX_LINE)  # which the line-by-line reader refuses
+            end = end or len(held) * (len(held) > MAX_LINE)  # the line-by-line parser rejects it
             if end:
                 count = held.count(b"\n", 0, end) + (held[end - 1] != 10)
                 text, held = bytes(memoryview(held)[:end]), held[end:]
@@ -204,7 +203,6 @@ def _lines(path: Path) -> Iterator[_Lines]:
 
 
 def _decoded(path: Path, lines: _Lines) -> Iterator[tuple[int, str]]:
-    """Yield numbers and lines without their ends."""
     for number, raw in enumerate(lines.text.split(b"\n")[: lines.number], lines.first):
         if len(raw) >= MAX_LINE:
             got = f"more than {MAX_LINE - 1:,} bytes"
@@ -238,9 +236,9 @@ _CONVERT = csv.ConvertOptions(column_types=SCHEMA, strings_can_be_null=False, ch
 
 
 def _fast_tsv(lines: _Lines) -> pa.Table | None:
-    """Read lines with Arrow; None if the line-by-line reader could see anything wrong in them."""
+    """Parse lines with Arrow; None if the line-by-line parser might reject any."""
     text = lines.text.removeprefix(_BOM) if lines.first == 1 else lines.text
-    # a search for one byte is many times as fast as one for several
+    # one byte is found many times faster than several
     inner_bom = b"\xef" in text and _BOM in text
     lone_cr = b"\r" in text and text.count(b"\r") != text.count(b"\r\n")
     if b"\0" in text or inner_bom or lone_cr:
@@ -295,14 +293,14 @@ _NT_LINE = re.compile(
 _NT_NOTHING = re.compile(_END, re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u(.{4})|U(.{8})|(.))", re.DOTALL)
 _SHORT = {"t": "\t", "b": "\b", "n": "\n", "r": "\r", "f": "\f", '"': '"', "'": "'", "\\": "\\"}
-#: how text stands in a literal, of all ways one, so that a literal has one label
+#: one form of each character, so that a literal has one label
 _CANONICAL = {code: f"\\u{code:04X}" for code in (*range(32), 127, 0xFEFF)}
 _CANONICAL |= {ord(char): f"\\{short}" for short, char in _SHORT.items() if short != "'"}
-#: an IRI after the decoding; it has a scheme
+#: a decoded IRI; it has a scheme
 _ABSOLUTE = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>"{}|^`\\]*')
 
 
-#: what Arrow recognizes: IRIs without escapes, blank nodes of a simple name
+#: what Arrow parses: IRIs without escapes, blank nodes with simple names
 _FAST_IRI = r'<(?P<{0}>[A-Za-z][A-Za-z0-9+.-]*:[^\x00-\x20<>"{{}}|^`\\]*)>'
 _FAST_NODE = rf"(?:{_FAST_IRI}|(?P<{{0}}_blank>_:[A-Za-z0-9_]+))"
 _FAST = r"[ \t]*".join(
@@ -334,7 +332,7 @@ def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
 
 
 def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
-    """Read lines with Arrow; return which of them are surely triples, and these triples."""
+    """Parse lines with Arrow; return which ones are surely triples, and these."""
     lines = pa.LargeStringArray.from_buffers(
         len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text)
     )
@@ -359,7 +357,7 @@ def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
 
 
 def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, str, str] | None:
-    """Return a triple; None for a comment, an empty line, or a literal that is dropped."""
+    """Return a triple; None for comments, empty lines and dropped literals."""
     match = _NT_LINE.fullmatch(line)
     if match is None:
         if _NT_NOTHING.fullmatch(line):
@@ -408,9 +406,8 @@ def _unescaped(path: Path, number: int, text: str) -> str:
 
 
 def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
-    """Yield the first row of some, these rows, and how much of the file has been read."""
     row = 0
-    with path.open("rb"):  # for Python's error; Arrow's threads open the file themselves
+    with path.open("rb"):  # for Python's error; Arrow opens the file itself
         try:
             with pq.ParquetFile(path) as parquet:
                 schema = parquet.schema_arrow
@@ -432,7 +429,7 @@ def _parquet_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch, float]]:
                 for batch in parquet.iter_batches(ROWS, columns=list(COLUMNS), use_threads=False):
                     yield row, batch, (row + len(batch)) / parquet.metadata.num_rows
                     row += len(batch)
-        except (pa.ArrowException, OSError, UnicodeError) as error:  # the last of damaged names
+        except (pa.ArrowException, OSError, UnicodeError) as error:  # UnicodeError: damaged names
             reason = " ".join(str(error).split())  # Arrow's has several lines
             raise InputError(
                 f"{path}: got a file that is not Parquet, or is damaged ({reason})"

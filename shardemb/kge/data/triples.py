@@ -1,4 +1,4 @@
-"""Head-relation-tail triples, numbered densely."""
+"""Head-relation-tail triples with dense ids."""
 
 import hashlib
 import warnings
@@ -20,24 +20,24 @@ from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_ou
 from shardemb.kge.data.triple_files import SCHEMA, SUFFIXES, read
 from shardemb.vocabulary import Vocabulary, column_of, numbers, text_column
 
-#: graphs that come with the package
+#: graphs in the package
 BUNDLED = Path(__file__).parent
 
-#: three columns of labels: heads, relations, tails
+#: labels of heads, relations and tails
 Columns = tuple[Sequence[str], Sequence[str], Sequence[str]]
 
-#: which columns of a triple hold the labels of each vocabulary
+#: columns with the labels of each vocabulary
 _COLUMNS = {"entities": [0, 2], "relations": [1]}
 
 
 def is_bundled(dataset: str) -> bool:
-    """Whether this is the name of a graph that comes with the package."""
+    """Whether the package contains a graph of this name."""
     named = bool(dataset) and Path(dataset).name == dataset
     return named and (BUNDLED / dataset / "train.tsv.gz").is_file()
 
 
 def absolute(dataset: str) -> str:
-    """Return a dataset's name such that it is found from any folder: paths become absolute."""
+    """Make a path absolute; other dataset names stay."""
     if dataset and not is_bundled(dataset) and Path(dataset).exists():
         return str(Path(dataset).resolve())
     return dataset
@@ -45,12 +45,11 @@ def absolute(dataset: str) -> str:
 
 @dataclass(frozen=True)
 class Triples:
-    """A graph in three splits; ids are places in the vocabularies."""
+    """A graph in three splits; ids index the vocabularies."""
 
     #: for messages
     name: str
-    #: (T, 3) int32, or int64 if an id needs it: head, relation, tail, in an order that depends on T
-    #: alone
+    #: (T, 3) head, relation, tail; int32, or int64 if necessary; the order depends on T alone
     train: Tensor
     #: (T, 3), in the order of the files
     valid: Tensor
@@ -58,7 +57,7 @@ class Triples:
     test: Tensor
     entities: Vocabulary
     relations: Vocabulary
-    #: what :meth:`load` takes, from any folder, to give the same graph; "" for one in memory only
+    #: what :meth:`load` takes, from any folder, to make this graph; "" for a graph in memory
     dataset: str = ""
     #: what :meth:`load` did with unseen labels
     unseen: str = "keep"
@@ -74,23 +73,20 @@ class Triples:
         """Load a graph.
 
         Args:
-            dataset: "wordnet", which comes with the package; "pykeen:NAME" for a set that comes
-                with an installed PyKEEN (nations, umls, kinships, ...); a folder that
-                :func:`shardemb.kge.ingest` made, which is mapped into memory at once; a folder with
-                train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz, .nt, .nt.gz or
-                .parquet) or a folder of part files; or one such file, or folder of part files, of
-                which a twentieth each (5,000 at most) becomes valid and test, always the same.
-            unseen: what happens to valid and test triples with an entity or a relation that no
-                training triple has: "keep" them and warn, "drop" them and warn, or "error". For a
-                folder that ingest made, ingest has decided it.
-            literals: what happens to N-Triples whose object is a literal: "error", "drop" or
-                "keep".
-            verify: compare the hashes of the files that ingest made, which reads all of them.
+            dataset: "wordnet", in the package; "pykeen:NAME", in an installed PyKEEN (nations,
+                umls, kinships, ...); a folder of :func:`shardemb.kge.ingest`, which is mapped; a
+                folder with train, valid and test, each a file (.tsv, .tsv.gz, .txt, .txt.gz, .nt,
+                .nt.gz or .parquet) or a folder of part files; or one such file or folder, of which
+                a twentieth each (at most 5,000) becomes valid and test, always the same.
+            unseen: valid and test triples with an entity or a relation that no training triple has:
+                "keep" and warn, "drop" and warn, or "error". Decided already in an ingested folder.
+            literals: N-Triples whose object is a literal: "error", "drop" or "keep".
+            verify: check the hashes of an ingested folder, which reads all files.
 
         Raises:
-            FileNotFoundError: no such graph, or a folder without the three files.
-            ValueError: a malformed file (names file and line or row), two files for one split,
-                unseen labels with "error", or a damaged file of ingest's.
+            FileNotFoundError: no such graph, or a split is missing.
+            ValueError: a malformed or damaged file (names file and line or row), two files of one
+                split, or unseen labels with "error".
             OSError: a file cannot be opened.
         """
         name, path = str(dataset), Path(dataset)
@@ -133,7 +129,7 @@ class Triples:
                 f" has, kept by ingest, and unseen={unseen!r}: ingest again with --unseen {unseen}"
             )
         data = cls._of(name, arrays, vocabularies, absolute(name), unseen)
-        # no rank reads all triples for it; dataclasses.replace does not copy it
+        # no need to read all triples; dataclasses.replace drops it
         data.__dict__["fingerprint"] = _fingerprint(
             description["files"][f"{split}.npy"]["sha256"] for split in SPLITS
         )
@@ -143,10 +139,10 @@ class Triples:
     def from_columns(
         cls, name: str, train: Columns, valid: Columns, test: Columns, unseen: str = "keep"
     ) -> "Triples":
-        """Number labels and make tensors, in the given order.
+        """Make a graph from labels, in the given order.
 
         Args:
-            name: of the graph, for messages.
+            name: for messages.
             train: columns of ``(T,)`` labels.
             valid: columns; may be empty.
             test: columns; may be empty.
@@ -178,7 +174,7 @@ class Triples:
         for kind, columns in _COLUMNS.items():
             used = np.unique(np.concatenate([part[:, columns].ravel() for part in codes.values()]))
             vocabulary = Vocabulary.from_labels(labels[kind].take(column_of(used)).to_pylist())
-            # labels that are not used get no number, and are not looked up
+            # unused labels get no id
             ids[kind] = numbers(pc.index_in(labels[kind], text_column(vocabulary.labels)))
             vocabularies[kind] = vocabulary
         dtype = dataset_folder.dtype_of(*map(len, vocabularies.values()))
@@ -205,15 +201,12 @@ class Triples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A sha256 of the triples' ids in all splits, in order.
-
-        It is made of the hashes of the files that ingest would write.
-        """
+        """A sha256 of the hashes of the splits' arrays, as ingest writes them."""
         return _fingerprint(dataset_folder.sha256_of_array(split.numpy()) for split in self.splits)
 
     @property
     def splits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Train, valid and test: the true answers that filtered ranking leaves out."""
+        """Train, valid and test: the true answers for filtered ranking."""
         return self.train, self.valid, self.test
 
 
@@ -222,7 +215,7 @@ def _fingerprint(hashes: Iterable[str]) -> str:
 
 
 def _encode(tables: Mapping[str, pa.Table]) -> tuple[dict[str, pa.Array], dict[str, np.ndarray]]:
-    """Return the distinct labels of each vocabulary, and tables as (T, 3) int32 places in them."""
+    """Return each vocabulary's labels, and tables as (T, 3) int32 indices of them."""
     labels = {}
     codes = {split: np.empty((len(table), 3), dtype=np.int32) for split, table in tables.items()}
     for kind, columns in _COLUMNS.items():
@@ -239,7 +232,6 @@ def _encode(tables: Mapping[str, pa.Table]) -> tuple[dict[str, pa.Array], dict[s
 def _settle_unseen(
     name: str, labels: Mapping[str, pa.Array], codes: dict[str, np.ndarray], unseen: str
 ) -> None:
-    """Keep, drop or refuse valid and test triples with labels that no training triple has."""
     seen = {}
     for kind, columns in _COLUMNS.items():
         seen[kind] = np.zeros(len(labels[kind]), dtype=bool)
@@ -262,7 +254,7 @@ def _settle_unseen(
 
 
 def _pykeen_folder(name: str) -> Path:
-    """Return a set's folder in PyKEEN, which is not imported: that takes seconds."""
+    """Return a dataset's folder in PyKEEN, without the slow import."""
     spec = find_spec("pykeen")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
