@@ -121,7 +121,7 @@ def probe_constrainer(
         ValueError: a row's result depends on other rows, or has another shape.
     """
     plain, _, kwargs = _parts(constrainer)
-    if plain is clamp_norm and kwargs.get("dim") is None:
+    if plain is clamp_norm and kwargs and kwargs.get("dim") is None:
         raise InputError(
             f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table,"
             " which no shard has: pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"

@@ -135,10 +135,10 @@ def test_a_benchmark_runs_and_says_how(
 
 
 def test_a_set_runs_and_draws(tmp_path: Path) -> None:
-    done = _run("run", "--only", "rank", "--output", tmp_path)
+    done = _run("run", "--only", "checkpoint", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"rank.json", "rank.png"} == {path.name for path in tmp_path.iterdir()}
-    assert str(tmp_path / "rank.png") in done.stdout
+    assert {"checkpoint.json", "checkpoint.png"} == {path.name for path in tmp_path.iterdir()}
+    assert str(tmp_path / "checkpoint.png") in done.stdout
     done = _run("run", "--only", "rank,speed", "--output", tmp_path, timeout=60)
     assert done.returncode == 2
     assert "got speed, expected scripts among step,train,rank,checkpoint,scaling" in done.stderr
@@ -146,7 +146,7 @@ def test_a_set_runs_and_draws(tmp_path: Path) -> None:
 
 def test_a_set_whose_script_fails_says_so(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()  # no folder can be made there
-    done = _run("run", "--only", "rank", "--output", tmp_path / "taken")
+    done = _run("run", "--only", "checkpoint", "--output", tmp_path / "taken")
     assert done.returncode == 1
     assert "FAILED" in done.stdout
 
