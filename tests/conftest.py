@@ -145,6 +145,30 @@ def _run_ranks(
         ranks.close(grace)
 
 
+#: their tests run in one process, one Ray at a time
+_START_RAY = (
+    *("tests/launch/", "tests/serving/test_ray_service.py", "tests/test_deploy.py"),
+    *("tests/test_benchmarks.py", "tests/test_docs.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_START_RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests of a file in one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "Ray" if nodeid.startswith(_START_RAY) else nodeid.split("::")[0]
+
+    return ByFile(config, log)
+
+
 @pytest.fixture
 def as_nobody() -> Iterator[Path]:
     """A folder, and a test that no longer is root, whom permission bits would not bind."""
