@@ -24,7 +24,7 @@ from shardemb.sharding.fused_table import FusedTable
 from shardemb.sharding.lookup import ExchangeLookup, LocalLookup, Lookup, TorchRecLookup
 from shardemb.sharding.options import Fused, Sharding, resolve_options
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import ParameterTable, Table
+from shardemb.sharding.table import ParameterTable, RowOptions, Table
 from shardemb.sharding.torchrec_table import TorchRecTable, make_groups
 from shardemb.transforms import (
     is_plain_normalize,
@@ -245,9 +245,8 @@ class Embedding(Representation):
             ranks = (1, 0)
         self.plan = RowPlan(name, max_id, math.prod(self._shape), *ranks)
         stored = torch.empty(0, dtype=dtype).real.dtype if self.is_complex else dtype
-        common = {"trainable": trainable, "dtype": stored, "device": device}
-        common["track"] = self._constrains_changed_only
-        self._embeddings = self._make_table(fused, common)
+        rows = RowOptions(trainable, stored, device, track=self._constrains_changed_only)
+        self._embeddings = self._make_table(fused, rows)
         self._lookup = self._make_lookup()
         self._fill(self.initializer if initialize else nn.init.normal_, drawn)
 
@@ -277,16 +276,14 @@ class Embedding(Representation):
                 stacklevel=3,
             )
 
-    def _make_table(self, fused: Fused | None, common: dict[str, Any]) -> Table:
+    def _make_table(self, fused: Fused | None, rows: RowOptions) -> Table:
         if fused is None:
-            return ParameterTable(self.plan, sparse=self.kernel == "sparse", **common)
-        common["optimizer"] = fused.optimizer
+            return ParameterTable(self.plan, rows, sparse=self.kernel == "sparse")
         if fused.engine == "fbgemm":
-            return FusedTable(self.plan, **common)
+            return FusedTable(self.plan, rows, fused.optimizer)
         assert self._groups is not None
-        return TorchRecTable(
-            self.plan, groups=self._groups, options=fused.engine, sharding=self.sharding, **common
-        )
+        options = (fused.optimizer, fused.engine, self._groups, self.sharding)
+        return TorchRecTable(self.plan, rows, *options)
 
     def _make_lookup(self) -> Lookup:
         if isinstance(self._embeddings, TorchRecTable):

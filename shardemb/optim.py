@@ -64,13 +64,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                 " torch.view_as_real"
             )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as torch.optim.Optimizer.zero_grad."""
-        _undecorated(torch.optim.Optimizer.zero_grad)(self, set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state, as torch.optim.Optimizer.state_dict."""
-        return _undecorated(torch.optim.Optimizer.state_dict)(self)
+    zero_grad = _undecorated(torch.optim.Optimizer.zero_grad)
+    state_dict = _undecorated(torch.optim.Optimizer.state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -129,10 +124,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             if rule is not None and kernels.can_update(tensors[0], values, merged, tensors[1:]):
                 numbers: dict[str, Any] = {k: group[k] for k in ("eps", "betas") if k in group}
                 numbers |= {"lr": self.rate(group), "decay": group["weight_decay"] * group["lr"]}
-                state_rows = tensors[1:]
-                kernels.update(
-                    rule, tensors[0], values, merged, state_rows, constrain=constrain, **numbers
-                )
+                weight, *kept = tensors
+                kernels.update(rule, weight, values, merged, kept, constrain=constrain, **numbers)
             else:
                 self._update(tensors, merged.unique, merged.sum(values), group, constrain)
         else:
@@ -178,9 +171,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         for name, per_row in self.state_per_row.items():
             shape = parameter.shape[:1] if per_row else parameter.shape
             if name not in state:
-                state[name] = kernels.empty(
-                    shape, _state_dtype(parameter), parameter.device
-                ).zero_()
+                dtype, device = _state_dtype(parameter), parameter.device
+                state[name] = kernels.empty(shape, dtype, device).zero_()
             if state[name].shape != shape:
                 raise InputError(
                     f"{type(self).__name__}: got {name!r} of shape {tuple(state[name].shape)} for a"
@@ -338,9 +330,13 @@ class RowWiseAdagrad(RowWiseOptimizer):
 
     def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         """See the class."""
-        if grad.shape[1]:  # the mean of no numbers is NaN
-            state["sum"].add_(grad.square().mean(1, keepdim=True))
-        weight.addcdiv_(grad, state["sum"].sqrt().add_(group["eps"]), value=-group["lr"])
+        root = state["sum"].add_(_mean_square(grad)).sqrt().add_(group["eps"])
+        weight.addcdiv_(grad, root, value=-group["lr"])
+
+
+def _mean_square(grad: Tensor) -> Tensor:
+    """Return ``(n, 1)``; 0 for rows without columns, whose mean would be NaN."""
+    return grad.square().sum(1, keepdim=True) / max(1, grad.shape[1])
 
 
 class LazyAdam(RowWiseOptimizer):
@@ -374,14 +370,7 @@ class LazyAdam(RowWiseOptimizer):
         """See the class."""
         beta1, beta2 = group["betas"]
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-        if self.state_per_row["exp_avg_sq"]:
-            square = (
-                grad.square().mean(1, keepdim=True)
-                if grad.shape[1]
-                else grad.new_zeros(len(grad), 1)
-            )
-        else:
-            square = grad.square()
+        square = _mean_square(grad) if self.state_per_row["exp_avg_sq"] else grad.square()
         # SparseAdam adds eps before the second bias correction, torch.optim.Adam after it
         root = state["exp_avg_sq"].lerp_(square, 1 - beta2).sqrt().add_(group["eps"])
         weight.addcdiv_(mean, root, value=-self.rate(group))
@@ -413,6 +402,9 @@ _RULES = {
 }
 
 
+_FUSED = ("sgd", "adagrad", "rowwise_adagrad")
+
+
 @dataclass(frozen=True)
 class FusedOptimizer:
     """The update of touched rows that FBGEMM makes in backward: ``Fused(optimizer=...)``."""
@@ -427,11 +419,10 @@ class FusedOptimizer:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in ("sgd", "adagrad", "rowwise_adagrad"):
+        if self.name not in _FUSED:
             raise InputError(
-                f"got fused optimizer {self.name!r}, expected 'sgd', 'adagrad' or"
-                " 'rowwise_adagrad'; for others use kernel='sparse' with one of shardemb.optim"
-                " or torch.optim"
+                f"got fused optimizer {self.name!r}, expected one of {_FUSED}; for"
+                " others use kernel='sparse' with one of shardemb.optim or torch.optim"
             )
         check_hyperparameters("FusedOptimizer", vars(self))
         if self.weight_decay:
@@ -441,7 +432,6 @@ class FusedOptimizer:
                 " shardemb.optim.RowWiseAdagrad(parameters, weight_decay=...)"
             )
 
-    @property
-    def state_columns(self) -> int | None:
-        """Columns of state a row: 0, 1, or None for all columns of a row."""
-        return {"sgd": 0, "rowwise_adagrad": 1, "adagrad": None}[self.name]
+    def state_columns(self, columns: int) -> int:
+        """Return the columns of state of a row with ``columns``."""
+        return {"sgd": 0, "rowwise_adagrad": 1, "adagrad": columns}[self.name]

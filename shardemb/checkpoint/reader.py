@@ -14,11 +14,12 @@ from shardemb.checkpoint.manifest import Manifest, SavedShard, Verify, dtype_nam
 from shardemb.checkpoint.safetensors_io import DTYPES, Layout
 from shardemb.checkpoint.shards import (
     LocalShard,
-    check_known,
     dotted,
+    known_parameters,
     local_shards,
     set_rng_state,
     tables_of,
+    vote,
 )
 from shardemb.checkpoint.storage import Location
 from shardemb.comm import collectives
@@ -77,30 +78,22 @@ def load(
     job = _Load(
         path, model, list(optimizers), list(schedulers), tables, optimizer_state, cast, grow
     )
-    _vote(path, lambda: job.plan(fingerprints or {}))
+
+    def run(stage: Callable[..., None], *args: Any) -> None:
+        vote(lambda: stage(*args), str(path), (OSError, EOFError))
+
+    run(job.plan, fingerprints or {})
     collectives.agree(
         f"{path}: ranks see different checkpoints",
         {"the manifest's sha256": job.manifest.digest},
         raises=CheckpointError,
     )
-    _vote(path, lambda: job.check(verify))
-    _vote(path, job.read)
+    run(job.check, verify)
+    run(job.read)
     state = job.finish()
     size = sum(shard.nbytes for _, shard in job.wanted)
     _log.info("loaded %s: %d bytes in %.2f s", path, size, time.monotonic() - start)
     return state
-
-
-def _vote(path: Location, stage: Callable[[], None]) -> None:
-    """Run a stage on all ranks; all raise if one fails."""
-    error: Exception | None = None
-    try:
-        stage()
-    except CheckpointError as failure:
-        error = failure
-    except (OSError, EOFError) as failure:
-        error = CheckpointError(f"{path}: {type(failure).__name__}: {failure}")
-    collectives.gather_or_raise(None, error, operation="a checkpoint's vote")
 
 
 @dataclass
@@ -225,11 +218,10 @@ class _Load:
         saved_names = {dotted(a, "weight"): dotted(b, "weight") for a, b in chosen.items()}
         for number, optimizer in enumerate(self.optimizers):
             saved = self.manifest.values["optimizers"][number]
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                check_known(optimizer, parameter, names)
+            parameters = known_parameters(optimizer, names)
             if self.tables is None:
                 self._check_groups(number, optimizer.param_groups, saved["groups"], names)
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for parameter in parameters:
                 name = names[parameter]
                 if self.tables is not None and name not in saved_names:
                     continue

@@ -2,7 +2,7 @@
 
 import base64
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shardemb.comm import collectives
 from shardemb.embedding import Embedding
-from shardemb.exceptions import InputError
+from shardemb.exceptions import CheckpointError, InputError
 from shardemb.sharding.placement import RowOrder
 
 
@@ -104,10 +105,9 @@ def optimizer_shards(
     """Return the tensors of the optimizers' state, by name."""
     state_shards = {}
     for number, optimizer in enumerate(optimizers):
-        for parameter, state in optimizer.state.items():
-            check_known(optimizer, parameter, names)
+        for parameter in known_parameters(optimizer, names):
             name = names[parameter]
-            for key, tensor in state.items():
+            for key, tensor in optimizer.state.get(parameter, {}).items():
                 if isinstance(tensor, Tensor):
                     by_row = tensor.dim() > 0 and len(tensor) == len(parameter)
                     shard = shards[name].like(tensor, by_row)
@@ -115,15 +115,36 @@ def optimizer_shards(
     return state_shards
 
 
-def check_known(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, names: Mapping[Tensor, str]
-) -> None:
-    """Raise ValueError if an optimizer's parameter is not the model's."""
-    if parameter not in names:
-        raise InputError(
-            f"{type(optimizer).__name__} has a parameter of shape {tuple(parameter.shape)} that is"
-            " not the model's: give the model that holds all parameters of the optimizers"
-        )
+def known_parameters(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> list[Tensor]:
+    """Return an optimizer's parameters; ValueError if one is not the model's."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter not in names:
+            raise InputError(
+                f"{type(optimizer).__name__} has a parameter of shape {tuple(parameter.shape)} that"
+                " is not the model's: give the model that holds all parameters of the optimizers"
+            )
+    return parameters
+
+
+def vote(
+    stage: Callable[[], Any],
+    where: str,
+    wrapped: type[Exception] | tuple[type[Exception], ...],
+    group: Any = None,
+) -> list[Any]:
+    """Run a stage on all ranks and return its results; all raise if one fails. A collective.
+
+    ``where`` begins the message of a CheckpointError for ``wrapped`` exceptions.
+    """
+    value, failure = None, None
+    try:
+        value = stage()
+    except wrapped as error:
+        failure = CheckpointError(f"{where}: {type(error).__name__}: {error}")
+    except CheckpointError as error:
+        failure = error
+    return collectives.gather_or_raise(value, failure, group=group, operation="a checkpoint's vote")
 
 
 def rng_state() -> dict[str, Any]:

@@ -121,36 +121,30 @@ def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Ten
     """Return all ranks' rows ``(n, ...)``, in the order of ranks; ``n`` may differ."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tensor
-    sizes = gather(len(tensor), group=group, operation=operation)
-    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]), device=_device(group, tensor.device))
+    return torch.cat(_gather_rows(tensor, group, operation)).to(tensor.device)
+
+
+def _gather_rows(tensor: Tensor, group: Any, operation: str) -> list[Tensor]:
+    if dist.get_backend(group) == "nccl":
+        tensor = tensor.cuda()
+    size = torch.tensor([len(tensor)], device=tensor.device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+    all_gather(sizes, size, group=group, operation=operation)
+    counts = [int(size) for size in sizes]
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in sizes]
+    parts = [torch.empty_like(padded) for _ in counts]
     all_gather(parts, padded, group=group, operation=operation)
-    rows = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return rows.to(tensor.device)
-
-
-def _device(group: Any, device: torch.device) -> torch.device:
-    nccl = dist.get_backend(group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else device
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
     """Return each rank's JSON value, in the order of ranks; tuples become lists."""
     if not dist.is_initialized():
         return [value]
-    world_size = dist.get_world_size(group)
-    device = _device(group, torch.device("cpu"))
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    size = torch.tensor([len(text)], device=device)
-    sizes = [torch.empty_like(size) for _ in range(world_size)]
-    all_gather(sizes, size, group=group, operation=operation)
-    padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device=device)
-    padded[: len(text)] = text
-    texts = [torch.empty_like(padded) for _ in range(world_size)]
-    all_gather(texts, padded, group=group, operation=operation)
-    pairs = zip(texts, sizes, strict=True)
-    return [json.loads(text[: int(size)].cpu().numpy().tobytes()) for text, size in pairs]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    texts = _gather_rows(text, group, operation)
+    return [json.loads(text.cpu().numpy().tobytes()) for text in texts]
 
 
 def gather_or_raise(
