@@ -21,11 +21,11 @@ from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_init
 from shardemb.regularizers import resolve_regularizer
 from shardemb.sharding.exchange import Exchange
 from shardemb.sharding.fused_table import FusedTable
-from shardemb.sharding.lookup import ExchangeLookup, LocalLookup, Lookup, TorchRecLookup
+from shardemb.sharding.lookup import LocalLookup, Lookup
 from shardemb.sharding.options import Fused, Sharding, resolve_options
 from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.table import ParameterTable, RowOptions, Table
-from shardemb.sharding.torchrec_table import TorchRecTable, make_groups
+from shardemb.sharding.torchrec_table import TorchRecLookup, TorchRecTable, make_groups
 from shardemb.transforms import (
     is_plain_normalize,
     probe_constrainer,
@@ -290,7 +290,7 @@ class Embedding(Representation):
             return TorchRecLookup(self._embeddings)
         if self.plan.world_size == 1:
             return LocalLookup(self.plan, self._embeddings)
-        return ExchangeLookup(Exchange(self.plan, self._group, self.sharding), self._embeddings)
+        return Exchange(self.plan, self._group, self.sharding, self._embeddings)
 
     @classmethod
     def from_pretrained(cls, tensor: Any, *, trainable: bool = False, **kwargs: Any) -> Self:

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, Unpack, get_args
@@ -444,8 +445,8 @@ class AsyncSaver:
             # new_group returns before its peers have connected
             collectives.gather(None, group=self._group, operation=operation)
         self._buffers: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._threads = ThreadPoolExecutor(1, "shardemb-saver", _lower_priority)
+        self._saving: Future[Location] | None = None
 
     def save(
         self,
@@ -476,19 +477,18 @@ class AsyncSaver:
                 stacklevel=2,
             )
         if not (self._background and fits):
-            self._run(snapshot)
-            self.check()
+            _write(self._folder, snapshot, self._group)
             return
         snapshot.shards = {
             name: replace(shard, tensor=self._copy(name, shard.tensor))
             for name, shard in snapshot.shards.items()
         }
-        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="shardemb-saver")
-        self._thread.start()
+        self._saving = self._threads.submit(_write, self._folder, snapshot, self._group)
 
     def close(self) -> None:
         """Wait for the last save, ignore its failure, and free the memory."""
-        self._join()
+        self._threads.shutdown()
+        self._saving = None
         self._buffers.clear()
         if self._group is not None:
             watchdog.forget(self._group)
@@ -500,27 +500,18 @@ class AsyncSaver:
             self._buffers[name] = buffer
         return buffer.copy_(tensor)
 
-    def _run(self, snapshot: _Snapshot) -> None:
-        if threading.current_thread() is self._thread:
-            with suppress(OSError):  # training has priority; a Linux thread has its own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        try:
-            _write(self._folder, snapshot, self._group)
-        except BaseException as error:
-            self._failure = error
-
     def check(self) -> None:
         """Raise CheckpointError if the last save failed; cheap."""
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the last save; CheckpointError, on all ranks, if it failed."""
-        self._join()
-        self.check()
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+
+def _lower_priority() -> None:
+    with suppress(OSError):  # training has priority; a Linux thread has its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

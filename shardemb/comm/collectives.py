@@ -5,8 +5,8 @@
 
 import builtins
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,19 +21,6 @@ from shardemb.comm.watchdog import PeerWatchdog, watch
 from shardemb.exceptions import RanksDisagreeError
 
 MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A started collective."""
-
-    work: Any
-    watchdog: PeerWatchdog
-    operation: str
-
-    def wait(self) -> None:
-        """Wait; PeerFailureError on failure, as for all functions of this module."""
-        self.watchdog.wait(self.work, self.operation)
 
 
 _host_ranks: WeakKeyDictionary[PeerWatchdog, HostRanks | None] = WeakKeyDictionary()
@@ -70,10 +57,10 @@ def all_to_all(
     group: Any,
     operation: str,
     wait: bool = True,
-) -> Pending | None:
+) -> Callable[[], None]:
     """Send each rank its rows of ``tensor``, equally many or ``sent``; receive into ``out``.
 
-    Without ``wait``, returns the pending collective.
+    Without ``wait``, the returned function waits.
     """
     watchdog = watch(group)
     if wait:
@@ -81,20 +68,23 @@ def all_to_all(
         message = _through_memory(group, tensor, operation, sent or equal)
         if message is not None:
             message.scatter(out, received or equal)
-            return None
+            return already_done
     work = dist.all_to_all_single(out, tensor, received, sent, group=group, async_op=True)
-    pending = Pending(work, watchdog, operation)
     if not wait:
-        return pending
-    pending.wait()
-    return None
+        return partial(watchdog.wait, work, operation)
+    watchdog.wait(work, operation)
+    return already_done
+
+
+def already_done() -> None:
+    """Wait for nothing."""
 
 
 def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: str) -> None:
     """Reduce a tensor in place; does nothing on one rank."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
-    if shared_memory.reduces(op):
+    if op in shared_memory.REDUCE:
         message = _through_memory(group, tensor.contiguous(), operation)
         if message is not None:
             message.reduce(tensor, op)

@@ -24,8 +24,8 @@ from shardemb.comm import collectives, watchdog
 from shardemb.exceptions import InputError, OutOfMemoryError, ShardembError, UsageError
 from shardemb.kernels import Merged
 from shardemb.optim import FusedOptimizer
-from shardemb.sharding.exchange import id_error
 from shardemb.sharding.fused_table import FusedTable
+from shardemb.sharding.lookup import Lookup, id_error
 from shardemb.sharding.options import Sharding, TorchRec
 from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.table import RowOptions, RowSet
@@ -384,3 +384,18 @@ class _Reduce(torch.autograd.Function):
         divided = get_gradient_division() if ctx.divided is None else ctx.divided
         scale = ctx.scale * (ctx.world_size if divided else 1)
         return (grad if scale == 1 else grad * scale), None, None
+
+
+class TorchRecLookup(Lookup):
+    """Rows on several ranks, moved by TorchRec."""
+
+    def __init__(self, table: TorchRecTable) -> None:
+        self._table = table
+
+    def send(self, ids: Any, wait: bool = True) -> Sent:
+        """See :class:`Lookup`. A collective."""
+        return self._table.send_ids(ids)
+
+    def rows(self, request: Sent) -> Tensor:
+        """See :class:`Lookup`. A collective, also in backward."""
+        return self._table.fetch(request)

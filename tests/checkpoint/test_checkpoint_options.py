@@ -13,6 +13,7 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -381,7 +382,7 @@ def _fail_in_background(rank: int, world_size: int, folder: Path) -> list[str]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         saver.save(2, model)
         if surfaces == "check":
-            saver._thread.join()  # which a training loop does not wait for
+            futures.wait([saver._saving])  # which a training loop does not wait for
         with pytest.raises(CheckpointError) as caught:
             saver.save(3, model) if surfaces == "save" else saver.check()
         texts.append(str(caught.value))
