@@ -348,8 +348,8 @@ def _divided(shards: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]
 
 
 def _check_finite(name: str, shard: LocalShard, nonfinite: Nonfinite) -> None:
-    tensor = torch.view_as_real(shard.tensor) if shard.tensor.is_complex() else shard.tensor
-    if nonfinite == "ignore" or not tensor.is_floating_point():
+    tensor = shard.tensor
+    if nonfinite == "ignore" or not (tensor.is_floating_point() or tensor.is_complex()):
         return
     bad: list[int] = []
     start = 0

@@ -97,9 +97,9 @@ def all_gather(out: list[Tensor], tensor: Tensor, *, group: Any = None, operatio
     watch(group).wait(dist.all_gather(out, tensor, group=group, async_op=True), operation)
 
 
-def rank_and_size() -> tuple[int, int]:
+def rank_and_size(group: Any = None) -> tuple[int, int]:
     """Return rank and world size; 0 and 1 without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
 def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:

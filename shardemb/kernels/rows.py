@@ -387,13 +387,13 @@ def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
 
 
 def nonfinite_rows(values: Tensor) -> Tensor:
-    """Return the int64 rows of a real tensor ``(n, ...)`` that hold NaN or infinite values."""
+    """Return the int64 rows of ``(n, ...)`` with NaN or infinite values; a scalar is row 0."""
+    real = torch.view_as_real(values) if values.is_complex() else values
     # NaN is the minimum and the maximum
-    if not values.numel() or all(
-        math.isfinite(extreme.item()) for extreme in torch.aminmax(values)
-    ):
+    if not real.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(real)):
         return torch.empty(0, dtype=torch.int64, device=values.device)
-    return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)
+    rows = (~torch.isfinite(values)).reshape(len(values) if values.dim() else 1, -1)
+    return rows.any(1).nonzero().squeeze(1)
 
 
 class Flag:

@@ -227,8 +227,8 @@ def _rows_of(source: Any, key: str | None, scratch: Path) -> Iterator[_Imported]
         if path.suffix not in _READERS:
             raise InputError(
                 f"{path}: got a file of suffix {path.suffix!r}, expected one of"
-                f" {', '.join(_READERS)}; a pickle (torch's .pt, .pkl) can run code: load it"
-                " yourself, and give import_table the module or state dict"
+                f" {', '.join(_READERS)}; torch's .pt is a pickle, which can run code:"
+                " load it yourself, and give import_table the module or state dict"
             )
         with tempfile.TemporaryDirectory(dir=scratch, prefix="import-") as folder:
             yield _READERS[path.suffix](path, key, Path(folder))
