@@ -37,7 +37,17 @@ def _undecorated(method: Any) -> Any:
 class RowWiseOptimizer(torch.optim.Optimizer):
     """An update rule that uses only a row, its gradient and its state.
 
-    Subclasses define :attr:`state_per_row` and :meth:`update_rows`.
+    Subclasses define :attr:`state_per_row` and :meth:`update_rows`, and take some of these
+    hyper-parameters:
+
+    ``lr``
+        learning rate
+    ``eps``
+        added to the root
+    ``betas``
+        decay of the first and second moment
+    ``weight_decay``
+        decoupled (Loshchilov & Hutter 2019): first scales touched rows by ``1 - lr * weight_decay``
 
     Args:
         params: parameters ``(R, ...)``, or groups of them.
@@ -266,14 +276,7 @@ def check_hyperparameters(who: str, values: Mapping[str, Any]) -> None:
 
 
 class SparseSGD(RowWiseOptimizer):
-    """Touched rows: ``w -= lr * g``; no momentum, which would move other rows too.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): first scales touched rows by ``1 - lr *
-            weight_decay``.
-    """
+    """Touched rows: ``w -= lr * g``; no momentum, which would move other rows too."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -287,12 +290,6 @@ class SparseAdagrad(RowWiseOptimizer):
     """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as torch.optim.Adagrad on sparse gradients.
 
     Duchi et al. 2011.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        eps: added to the root.
-        weight_decay: decoupled, see :class:`SparseSGD`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": False}
@@ -312,13 +309,7 @@ class RowWiseAdagrad(RowWiseOptimizer):
     """Adagrad with one accumulator a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
 
     The rule of FBGEMM's EXACT_ROWWISE_ADAGRAD, and so of the fused kernel: gradients of duplicate
-    ids are summed, then each row is updated once.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        eps: added to the root; torch.optim.Adagrad's 1e-10.
-        weight_decay: decoupled, see :class:`SparseSGD`.
+    ids are summed, then each row is updated once. ``eps`` is torch.optim.Adagrad's.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": True}
@@ -343,13 +334,6 @@ class LazyAdam(RowWiseOptimizer):
     """Adam (Kingma & Ba 2015) on touched rows and their moments, by torch.optim.SparseAdam's rule.
 
     Bias correction counts the parameter's steps, not the row's.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        betas: decay of the first and second moment.
-        eps: added to the root.
-        weight_decay: decoupled, see :class:`SparseSGD`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": False}

@@ -39,14 +39,6 @@ class LocalShard:
         """Return the shard of rows ``[start, stop)``."""
         return replace(self, tensor=self.tensor[start:stop], first=self.first + start)
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """Return the rows ``(n,)`` of ids ``(n,)``, out of range for other ranks' ids."""
-        return self.order.slots(ids) - self.first
-
-    def ids(self, positions: Tensor) -> Tensor:
-        """Return the ids ``(n,)`` of rows ``(n,)``."""
-        return self.order.ids(positions + self.first)
-
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""

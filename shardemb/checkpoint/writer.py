@@ -354,7 +354,8 @@ def _check_finite(name: str, shard: LocalShard, nonfinite: Nonfinite) -> None:
     bad: list[int] = []
     start = 0
     for chunk in safetensors_io.row_chunks(tensor):
-        bad += shard.ids(kernels.nonfinite_rows(chunk) + start).tolist()
+        rows = kernels.nonfinite_rows(chunk) + start
+        bad += shard.order.ids(rows + shard.first).tolist()
         start += len(chunk)
     if bad:
         text = (

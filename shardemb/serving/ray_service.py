@@ -210,10 +210,9 @@ class Shard:
     ) -> tuple[np.ndarray, np.ndarray]:
         table = self._opened()[prefix]
         vectors = _tensor(*queries).reshape(-1, *table.shape)
-        first, last = self._info.rows(self._number)[prefix]
+        slots = self._info.rows(self._number)[prefix]
         excluded = None if exclude is None else torch.tensor(exclude)
-        to_score = scores_of(vectors, metric)
-        scores, ids = table.best_among(first, last, to_score, k, excluded, len(vectors))
+        scores, ids = table.best(scores_of(vectors, metric), k, excluded, len(vectors), slots)
         return scores.numpy(), ids.numpy()
 
     def _ids_of(self, prefix: str, labels: list[str]) -> np.ndarray:

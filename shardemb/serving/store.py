@@ -17,7 +17,7 @@ from shardemb.checkpoint.manifest import verify as verify_all
 from shardemb.checkpoint.safetensors_io import Layout
 from shardemb.checkpoint.storage import is_remote
 from shardemb.exceptions import CheckpointError, InputError
-from shardemb.serving.read_table import Metric, Nearest, Table, Tables, best_of, scores_of
+from shardemb.serving.read_table import Metric, Table, Tables, best_of, scores_of
 from shardemb.sharding.placement import RowOrder
 from shardemb.transforms import resolve_normalizer
 from shardemb.utils.progress import progress
@@ -232,28 +232,18 @@ class StoredTable(Table):
         k: int,
         exclude: Tensor | None = None,
         queries: int = 1,
-    ) -> Nearest:
-        """Return the rows with the highest scores, chunk by chunk.
+        slots: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the highest scores, and their ids, ``(q, k)``, chunk by chunk.
 
         Args:
             scores: maps rows ``(n, *shape)`` to ``(q, n)``.
             k: rows per query; fewer if the table has fewer.
-            exclude: ids ``(q,)`` to omit, -1 for none.
+            exclude: ids ``(q,)`` that score -inf, -1 for none.
             queries: ``q``.
+            slots: only ``[first, last)``; None for all.
         """
-        return self._named(*self.best_among(0, self.max_id, scores, k, exclude, queries))
-
-    @torch.no_grad()
-    def best_among(
-        self,
-        first: int,
-        last: int,
-        scores: Callable[[Tensor], Tensor],
-        k: int,
-        exclude: Tensor | None = None,
-        queries: int = 1,
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`best` for slots ``[first, last)``: scores (-inf: excluded), ids ``(q, k)``."""
+        first, last = slots or (0, self.max_id)
         best, best_ids = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
         step = max(1, _CHUNK // max(1, self._width, queries))
         for begin, rows in zip(self._firsts.tolist(), self._rows, strict=False):
@@ -272,7 +262,7 @@ class StoredTable(Table):
     def _search(
         self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self.best_among(0, self.max_id, scores_of(vectors, metric), k, exclude, len(vectors))
+        return self.best(scores_of(vectors, metric), k, exclude, len(vectors))
 
 
 def _mapped(manifest: Manifest, shard: SavedShard, tensor: str) -> Tensor:

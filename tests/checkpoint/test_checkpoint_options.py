@@ -146,11 +146,11 @@ def _load_one(rank: int, world_size: int, path: Path) -> dict[str, torch.Tensor]
     model.customer = Embedding(501, shape=6, name="customer", seed=9)
     model.other = Embedding(5, shape=2, name="other", seed=9)
     before = model.other(None).detach().clone()
-    with pytest.raises(CheckpointError, match="has no table 'customer'"):
+    with pytest.raises(CheckpointError, match="got table 'customer' to load from 'customer'"):
         checkpoint.load(path, model)
     with pytest.raises(
         CheckpointError,
-        match=r"got table 'customer' to load from 'usr', expected one of .* one of \['item', 'us",
+        match=r"'customer' to load from 'usr', expected one of .* one of \{'item': .*, 'us",
     ):
         checkpoint.load(path, model, tables={"customer": "usr"})
     optimizer = RowWiseAdagrad(model.parameters(), lr=0.1)
