@@ -66,9 +66,12 @@ def dotted(prefix: str, name: str) -> str:
 
 
 def local_shards(
-    model: nn.Module,
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()
 ) -> tuple[dict[str, LocalShard], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
-    """Return shards by name, names by parameter, and each table's stored tensors."""
+    """Return shards by name, names by parameter, and each table's stored tensors.
+
+    The shards are those of the model and of the optimizers' state.
+    """
     shards: dict[str, LocalShard] = {}
     names: dict[Tensor, str] = {}
     in_tables: set[Tensor] = set()
@@ -86,16 +89,6 @@ def local_shards(
         if tensor not in in_tables:
             shards[key] = whole(tensor.detach(), key)
             names[tensor] = key
-    return shards, names, stored
-
-
-def optimizer_shards(
-    optimizers: Iterable[torch.optim.Optimizer],
-    shards: Mapping[str, LocalShard],
-    names: Mapping[Tensor, str],
-) -> dict[str, LocalShard]:
-    """Return the tensors of the optimizers' state, by name."""
-    state_shards = {}
     for number, optimizer in enumerate(optimizers):
         for parameter in known_parameters(optimizer, names):
             name = names[parameter]
@@ -103,8 +96,8 @@ def optimizer_shards(
                 if isinstance(tensor, Tensor):
                     by_row = tensor.dim() > 0 and len(tensor) == len(parameter)
                     shard = shards[name].like(tensor, by_row)
-                    state_shards[f"optimizer.{number}.{name}.{key}"] = shard
-    return state_shards
+                    shards[f"optimizer.{number}.{name}.{key}"] = shard
+    return shards, names, stored
 
 
 def known_parameters(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> list[Tensor]:

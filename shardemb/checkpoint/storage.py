@@ -34,9 +34,8 @@ def child(location: Location, name: str) -> Location:
 
 def name_of(location: Location) -> str:
     """Return the last part of a location."""
-    if not is_remote(location):
-        return _local(location).name
-    return str(location).partition("?")[0].rstrip("/").rpartition("/")[2]
+    path = str(location)
+    return Path(path.partition("?")[0] if is_remote(path) else path).name
 
 
 def _local(location: Location) -> Path:

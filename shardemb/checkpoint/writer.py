@@ -27,7 +27,6 @@ from shardemb.checkpoint.shards import (
     known_parameters,
     length_of,
     local_shards,
-    optimizer_shards,
     rng_state,
     tables_of,
     vote,
@@ -132,8 +131,7 @@ def _snapshot(
     tables, optimizers = tables_of(model), list(optimizers)
     for table in tables.values():
         table._require_default_group("a checkpoint")
-    shards, names, stored = local_shards(model)
-    shards |= optimizer_shards(optimizers, shards, names)
+    shards, names, stored = local_shards(model, optimizers)
     manifest = _manifest(step, fingerprints or {}) | {
         "seed": seed,
         "state": dict(state or {}),
@@ -186,8 +184,6 @@ def _describe(table: Embedding) -> dict[str, Any]:
 
 
 def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    known_parameters(optimizer, names)
-
     def plain(key: str, value: Any) -> Any:
         if key == "params":
             return [names[parameter] for parameter in value]
@@ -276,8 +272,7 @@ def require_space(
         CheckpointError: on all ranks; names the folder, the needed and the free bytes.
     """
     optimizers = list(optimizers)
-    shards, names, _ = local_shards(model)
-    shards |= optimizer_shards(optimizers, shards, names)
+    shards, names, _ = local_shards(model, optimizers)
     size = sum(shard.nbytes for shard in _written_by_this_rank(shards).values())
     for optimizer in optimizers:
         state_per_row = getattr(optimizer, "state_per_row", {}).values()

@@ -34,12 +34,8 @@ def _through_memory(
     if tensor.device.type != "cpu" or not watchdog.slices:
         return None
     if watchdog not in _host_ranks:
-
-        def gather_all(value: Any) -> list[Any]:
-            return gather(value, group=group, operation="do ranks share memory?")
-
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        _host_ranks[watchdog] = meet(rank, world_size, gather_all)
+        ask = partial(gather, group=group, operation="do ranks share memory?")
+        _host_ranks[watchdog] = meet(*rank_and_size(group), ask)
     host_ranks = _host_ranks[watchdog]
     if host_ranks is None:
         return None

@@ -265,8 +265,7 @@ def _read_npy(path: Path, key: str | None, scratch: Path) -> _Imported:
             f"{path}: got {getattr(array, 'dtype', type(array))}, expected floating point or"
             " complex rows (V, *shape)"
         )
-    contiguous = array if array.flags.c_contiguous else np.ascontiguousarray(array)
-    return torch.from_numpy(contiguous), None
+    return torch.from_numpy(np.ascontiguousarray(array)), None
 
 
 def _read_safetensors(path: Path, key: str | None, scratch: Path) -> _Imported:

@@ -147,16 +147,8 @@ class Table(nn.Module):
         """Mark every row as changed."""
         self._changed.add_all()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, error_msgs = args
         plan, key, expected = self.plan, f"{prefix}rows", self._row_range()
         weight = state_dict.get(f"{prefix}weight")
         if key in state_dict:
@@ -179,9 +171,7 @@ class Table(nn.Module):
             state_dict[key] = self.rows
         if plan.world_size == 1:
             state_dict.pop(key, None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.touch_all()
 
     def _watch(self, out: Tensor, rows: Tensor) -> None:
