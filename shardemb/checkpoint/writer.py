@@ -50,15 +50,11 @@ _log = logs.logger(__name__)
 
 
 class SaveOptions(TypedDict, total=False):
-    """Further arguments of :func:`save`."""
+    """Options of :func:`save`."""
 
-    #: learning-rate schedulers, or anything whose ``state_dict`` is JSON
     schedulers: Iterable[Any]
-    #: the run's seed, for the manifest
     seed: int | None
-    #: hashes of the data, such as {"vocabulary": ...}; :func:`load` compares them
     fingerprints: Mapping[str, str] | None
-    #: what NaN or infinite rows do: "error", "warn" or "ignore"
     nonfinite: Nonfinite
 
 
@@ -100,7 +96,10 @@ def save(
         optimizers: their state and hyper-parameters are saved.
         state: JSON, such as the position in the data; :func:`load` returns it.
         keep: number of finished checkpoints to keep, up to this step; later steps stay.
-        options: see :class:`SaveOptions`.
+        options: ``schedulers``: learning-rate schedulers, or anything whose ``state_dict`` is JSON;
+            ``seed``: the run's, for the manifest; ``fingerprints``: hashes of the data, such as
+            {"vocabulary": ...}, which :func:`load` compares; ``nonfinite``: what NaN or infinite
+            rows do, "error" (the default), "warn" or "ignore".
 
     Returns:
         The checkpoint's location.
@@ -211,8 +210,7 @@ def _write(folder: Location, snapshot: _Snapshot, group: Any = None) -> Location
     def first_rank(stage: Callable[..., Any], *args: Any) -> Any:
         return all_ranks(lambda: stage(*args) if rank == 0 else None)[0]
 
-    all_ranks(_check_loadable, snapshot.manifest)
-    needed = sum(all_ranks(lambda: snapshot.nbytes))
+    needed = sum(all_ranks(_checked_bytes, snapshot))
     collectives.agree(
         "ranks save different steps", {"step": step}, group=group, raises=CheckpointError
     )
@@ -232,9 +230,10 @@ def _write(folder: Location, snapshot: _Snapshot, group: Any = None) -> Location
     return location
 
 
-def _check_loadable(manifest: Mapping[str, Any]) -> None:
-    """Raise what loading would raise, before writing."""
-    check_schema(json.loads(json.dumps({**manifest, "files": [], "rng": []})), "")
+def _checked_bytes(snapshot: _Snapshot) -> int:
+    """Raise what loading would raise, before writing; return this rank's bytes."""
+    check_schema(json.loads(json.dumps({**snapshot.manifest, "files": [], "rng": []})), "")
+    return snapshot.nbytes
 
 
 def _prepare(root: Folder, name: str, target: str, needed: int) -> str:
