@@ -143,12 +143,9 @@ class Coordinator:
         Raises:
             FloatingPointError: a rank's loss is bad, and ``nonfinite`` is "error".
         """
-        if self.nonfinite is not None:
-            fault = self._loss_fault(loss)
-            (bad,) = self._sum_flags([bool(fault)])
-            if bad and self._on_fault(fault):
-                self._end_step(skipped=True)
-                return False
+        if self.nonfinite is not None and self._must_skip(self._loss_fault(loss)):
+            self._end_step(skipped=True)
+            return False
         loss.backward()
         return True
 
@@ -191,6 +188,10 @@ class Coordinator:
             )
         return "; ".join(faults)
 
+    def _must_skip(self, fault: str) -> bool:
+        (faulty,) = self._sum_flags([bool(fault)])
+        return faulty > 0 and self._on_fault(fault)
+
     def _on_fault(self, fault: str) -> bool:
         """Raise or warn as ``nonfinite`` says; return whether to skip the step."""
         faults = collectives.gather(fault, operation="what is not finite?")
@@ -217,9 +218,7 @@ class Coordinator:
         if not self._reduced:
             self.reduce()
         if self.nonfinite is not None and not self._checked:
-            fault = self._gradient_fault()
-            (bad,) = self._sum_flags([bool(fault)])
-            self._skips = bool(bad) and self._on_fault(fault)
+            self._skips = self._must_skip(self._gradient_fault())
         if self._skips:
             self._end_step(skipped=True)
             return False
@@ -284,9 +283,8 @@ class Coordinator:
             return list(flags)
         if not self._replicated:
             return self._sum_flags(flags) if len(flags) else []
-        sums = torch.tensor(flags)
-        dtypes = sorted({p.dtype for p in self._replicated}, key=str)
-        for number, dtype in enumerate(dtypes):
+        sums, operation = torch.tensor(flags), "the coordinator: gradients of replicated parameters"
+        for dtype in sorted({p.dtype for p in self._replicated}, key=str):
             parameters = [p for p in self._replicated if p.dtype == dtype]
             # every rank sends all gradients (or zeros), whether it has them, and sparse ones' rows
             touched = [self._touched(p) for p in parameters]
@@ -294,16 +292,12 @@ class Coordinator:
                 torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters
             ]
             sent = [part.reshape(-1) for part in (*touched, *grads)]
-            if number == 0:
-                sent.append(sums.to(sent[0]))
+            sent.append(torch.tensor(flags).to(sent[0]))
             flat = torch.cat(sent)
-            operation = "the coordinator: gradients of replicated parameters"
             collectives.all_reduce(flat, operation=operation)
-            parts = flat.split([part.numel() for part in sent])
-            if number == 0:
-                sums = parts[-1]
-            masks, grads = parts[: len(parameters)], list(parts[len(parameters) :])
-            for parameter, mask, part in zip(parameters, masks, grads, strict=False):
+            *parts, sums = flat.split([part.numel() for part in sent])
+            masks, reduced = parts[: len(parameters)], parts[len(parameters) :]
+            for parameter, mask, part in zip(parameters, masks, reduced, strict=True):
                 if not mask[0]:
                     continue
                 grad = part.reshape(parameter.shape)
