@@ -130,13 +130,12 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             rows, values = _rows_and_values(parameter.grad)
             merged = kernels.merge(rows, parameter.shape[0])
             self.rows_updated[parameter] += merged.unique.shape[0]
-            rule = _RULES.get(type(self))
-            if rule is not None and kernels.can_update(tensors[0], values, merged, tensors[1:]):
-                numbers: dict[str, Any] = {k: group[k] for k in ("eps", "betas") if k in group}
-                numbers |= {"lr": self.rate(group), "decay": group["weight_decay"] * group["lr"]}
-                weight, *kept = tensors
-                kernels.update(rule, weight, values, merged, kept, constrain=constrain, **numbers)
-            else:
+            numbers: dict[str, Any] = {k: group[k] for k in ("eps", "betas") if k in group}
+            numbers |= {"lr": self.rate(group), "decay": group["weight_decay"] * group["lr"]}
+            rule, (weight, *kept) = _RULES.get(type(self)), tensors
+            if rule is None or not kernels.update(
+                rule, weight, values, merged, kept, constrain=constrain, **numbers
+            ):
                 self._update(tensors, merged.unique, merged.sum(values), group, constrain)
         else:
             self.rows_updated[parameter] += len(tensors[0])

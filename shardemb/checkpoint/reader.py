@@ -18,6 +18,7 @@ from shardemb.checkpoint.shards import (
     known_parameters,
     length_of,
     local_shards,
+    rng_state,
     set_rng_state,
     tables_of,
     vote,
@@ -161,10 +162,13 @@ class _Load:
         continues = bool(self.optimizers or self.schedulers) and world_size == values["world_size"]
         self.generators = values["rng"][rank] if continues else {}
         if self.generators:
+            own = rng_state()
             try:
-                set_rng_state(self.generators, try_out=True)
+                set_rng_state(self.generators)
             except Exception as error:
                 raise self._error(f"the random generators' state is invalid: {error}") from error
+            finally:
+                set_rng_state(own)
 
     def _plan_others(
         self, shards: Mapping[str, LocalShard], in_tables: set[str], tables: Mapping[str, Any]

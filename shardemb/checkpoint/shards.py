@@ -147,25 +147,17 @@ def rng_state() -> dict[str, Any]:
     return {"torch": text(torch.get_rng_state()), "cuda": cuda, "python": python, "numpy": words}
 
 
-def set_rng_state(saved: Mapping[str, Any], try_out: bool = False) -> None:
-    """Restore the random generators; ``try_out`` only validates the state."""
+def set_rng_state(saved: Mapping[str, Any]) -> None:
+    """Restore the random generators."""
 
     def state(text: str) -> Tensor:
         return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
 
-    cpu, cuda = state(saved["torch"]), [state(text) for text in saved["cuda"]]
-    same_gpus = len(cuda) == torch.cuda.device_count()
-    if try_out:
-        torch.Generator().set_state(cpu)
-        for gpu in cuda if same_gpus else ():
-            torch.Generator("cuda").set_state(gpu)
-    else:
-        torch.set_rng_state(cpu)
-        if same_gpus:
-            torch.cuda.set_rng_state_all(cuda)
+    torch.set_rng_state(state(saved["torch"]))
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state(text) for text in saved["cuda"]])
     version, internal, gauss = saved["python"]
-    (random.Random() if try_out else random).setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal), gauss))
     words = saved["numpy"]
     key = np.array(words["state"]["key"], dtype=np.uint32)
-    numpy = np.random.RandomState() if try_out else np.random
-    numpy.set_state({**words, "state": {**words["state"], "key": key}})
+    np.random.set_state({**words, "state": {**words["state"], "key": key}})

@@ -281,16 +281,6 @@ def merge(rows: Tensor, num_rows: int) -> Merged:
     return Merged(unique[:found], inverse, order, starts[: found + 1])
 
 
-def can_update(weight: Tensor, grad: Tensor, merged: Merged, state: list[Tensor]) -> bool:
-    """Whether :func:`update` takes these tensors."""
-    tensors = [weight, grad, *state]
-    return (
-        merged.starts.shape[0] > 0
-        and all(t.dtype == torch.float32 for t in tensors)
-        and _loops(*tensors) is not None
-    )
-
-
 def update(
     rule: str,
     weight: Tensor,
@@ -302,8 +292,10 @@ def update(
     eps: float = 0.0,
     betas: tuple[float, float] = (0.0, 0.0),
     constrain: RowFunction | None = None,
-) -> None:
-    """Sum each row's gradients and update the row, in one pass; requires :func:`can_update`.
+) -> bool:
+    """Sum each row's gradients and update the row, in one pass, in C.
+
+    Return False, without a change, if the C loops do not take these tensors.
 
     Args:
         rule: one of :data:`RULES`.
@@ -317,10 +309,12 @@ def update(
         betas: decay of Adam's moments.
         constrain: function of rows ``(m, D)``, applied in cache; :func:`unit_rows` in C.
     """
-    loops, dim = _library(), weight.shape[1]
-    assert not isinstance(loops, str)
+    tensors, dim = [weight, grad, *state], weight.shape[1]
+    loops = _loops(*tensors) if all(t.dtype == torch.float32 for t in tensors) else None
+    if loops is None or not merged.starts.shape[0]:
+        return False
     first, second = [*(tensor.data_ptr() for tensor in state), None, None][:2]
-    tensors = (weight.data_ptr(), first, second, dim, grad.data_ptr())
+    rows_of = (weight.data_ptr(), first, second, dim, grad.data_ptr())
     places = (merged.order.data_ptr(), merged.unique.data_ptr(), merged.starts.data_ptr())
     numbers = (lr, eps, 1 - decay, 1 - betas[0], 1 - betas[1])
 
@@ -329,18 +323,19 @@ def update(
     def part(start: int, rows: Tensor | None, a: int, b: int) -> None:
         sums, copy = torch.empty(dim), None if rows is None else rows[a:].data_ptr()
         span = (start + a, start + b)
-        loops.update(RULES[rule], *tensors, *places, *span, *numbers, unit, sums.data_ptr(), copy)
+        loops.update(RULES[rule], *rows_of, *places, *span, *numbers, unit, sums.data_ptr(), copy)
 
     total = merged.unique.shape[0]
     if constrain is None or unit:
         _in_parts(partial(part, 0, None), total)
-        return
+        return True
     chunk = CHUNK_ROWS * torch.get_num_threads()
     buffer = empty((min(chunk, total), dim), weight.dtype)
     for start in range(0, total, chunk):
         rows = buffer[: total - start]
         _in_parts(partial(part, start, rows), len(rows))
         put(weight, merged.unique[start : start + len(rows)], constrain(rows).contiguous())
+    return True
 
 
 def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
