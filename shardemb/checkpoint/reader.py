@@ -140,7 +140,7 @@ class _Load:
         chosen = {name: name for name in tables} if self.tables is None else self.tables
         for name, saved in chosen.items():
             if name not in tables or saved not in values["tables"]:
-                has = {key: entry["name"] for key, entry in values["tables"].items()}
+                has = {key: entry["name"] for key, entry in sorted(values["tables"].items())}
                 raise self._error(
                     f"got table {name!r} to load from {saved!r}, expected one of {sorted(tables)}"
                     f" from one of {has}"
