@@ -314,7 +314,7 @@ def update(
     if loops is None or not merged.starts.shape[0]:
         return False
     first, second = [*(tensor.data_ptr() for tensor in state), None, None][:2]
-    rows_of = (weight.data_ptr(), first, second, dim, grad.data_ptr())
+    matrices = (weight.data_ptr(), first, second, dim, grad.data_ptr())
     places = (merged.order.data_ptr(), merged.unique.data_ptr(), merged.starts.data_ptr())
     numbers = (lr, eps, 1 - decay, 1 - betas[0], 1 - betas[1])
 
@@ -323,7 +323,7 @@ def update(
     def part(start: int, rows: Tensor | None, a: int, b: int) -> None:
         sums, copy = torch.empty(dim), None if rows is None else rows[a:].data_ptr()
         span = (start + a, start + b)
-        loops.update(RULES[rule], *rows_of, *places, *span, *numbers, unit, sums.data_ptr(), copy)
+        loops.update(RULES[rule], *matrices, *places, *span, *numbers, unit, sums.data_ptr(), copy)
 
     total = merged.unique.shape[0]
     if constrain is None or unit:
