@@ -63,16 +63,16 @@ class TorchRec:
         one_of("TorchRec", self, _TORCHREC)
         factor = self.cache_load_factor
         if factor is not None and not 0 < factor <= 1:
-            raise InputError(f"TorchRec: got cache_load_factor={factor}, expected 0 < x <= 1")
+            raise InputError(f"TorchRec.cache_load_factor: got {factor}, expected 0 < x <= 1")
         if factor is not None and self.compute_kernel != "fused_uvm_caching":
             raise InputError(
-                f"TorchRec: got cache_load_factor={factor} with compute_kernel="
+                f"TorchRec.cache_load_factor: got {factor} with compute_kernel="
                 f"{self.compute_kernel!r}, which has no cache: use 'fused_uvm_caching'"
             )
         for name in ("memory_bytes", "sharding_group_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"TorchRec: got {name}={value}, expected at least 1")
+                raise InputError(f"TorchRec.{name}: got {value}, expected at least 1")
 
 
 @dataclass(frozen=True)
