@@ -147,7 +147,7 @@ def background(
             optimizer.zero_grad()
             saver.check()
             number, steps = number + 1, steps + 1
-            if saves and done is None and not saver._thread.is_alive():
+            if saves and done is None and saver._saving is None:
                 done = time.perf_counter() - start
         elapsed = time.perf_counter() - start
         saver.wait()

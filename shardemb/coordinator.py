@@ -72,8 +72,8 @@ class Coordinator:
     ) -> None:
         if nonfinite not in (None, *NONFINITE):
             raise InputError(f"got nonfinite={nonfinite!r}, expected one of {NONFINITE} or None")
-        self.tables = _tables_in(model)
-        self.model = model
+        self.model, self.tables = model, _tables_in(model)
+        self._table_of = {p: table for table in self.tables for p in table.parameters()}
         self.max_grad_norm = max_grad_norm
         self.nonfinite, self.steps, self.skipped = nonfinite, steps, 0
         one = isinstance(optimizers, torch.optim.Optimizer)
@@ -143,12 +143,9 @@ class Coordinator:
         Raises:
             FloatingPointError: a rank's loss is bad, and ``nonfinite`` is "error".
         """
-        if self.nonfinite is not None:
-            fault = self._loss_fault(loss)
-            (bad,) = self._sum_flags([bool(fault)])
-            if bad and self._on_fault(fault):
-                self._end_step(skipped=True)
-                return False
+        if self.nonfinite is not None and self._must_skip(self._loss_fault(loss)):
+            self._end_step(skipped=True)
+            return False
         loss.backward()
         return True
 
@@ -163,9 +160,8 @@ class Coordinator:
             return ""
         faults = [f"the loss is {loss.item()}"]
         for table in self.tables:
-            rows = table.local_rows()
-            rows = torch.view_as_real(rows) if rows.is_complex() else rows
-            ids = table.plan.local_ids()[kernels.nonfinite_rows(rows).cpu()].tolist()
+            rows = kernels.nonfinite_rows(table.local_rows())
+            ids = table.plan.local_ids()[rows.cpu()].tolist()
             if ids:
                 what = f"{len(ids)} rows with NaN or infinite values: {few(ids)}"
                 faults.append(f"table {table.name!r} has {what}")
@@ -173,26 +169,28 @@ class Coordinator:
 
     def _gradient_fault(self) -> str:
         faults = []
-        tables = {parameter: table for table in self.tables for parameter in table.parameters()}
         for name, parameter in self.model.named_parameters():
             grad = parameter.grad
             if grad is None:
                 continue
-            values = grad._values() if grad.is_sparse else grad
-            values = torch.view_as_real(values) if values.is_complex() else values
-            rows = kernels.nonfinite_rows(values if values.dim() else values.reshape(1))
+            rows = kernels.nonfinite_rows(grad._values() if grad.is_sparse else grad)
             if not len(rows):
                 continue
-            if parameter not in tables:
+            if parameter not in self._table_of:
                 faults.append(f"the gradient of {name!r} is NaN or infinite")
                 continue
+            table = self._table_of[parameter]
             rows = (grad._indices()[0, rows] if grad.is_sparse else rows).unique().cpu()
-            ids = tables[parameter].plan.local_ids()[rows].tolist()
+            ids = table.plan.local_ids()[rows].tolist()
             faults.append(
-                f"table {tables[parameter].name!r}: the gradient of {len(ids)} rows is NaN or"
-                f" infinite: {few(ids)}"
+                f"table {table.name!r}: the gradient of {len(ids)} rows is NaN or infinite:"
+                f" {few(ids)}"
             )
         return "; ".join(faults)
+
+    def _must_skip(self, fault: str) -> bool:
+        (faulty,) = self._sum_flags([bool(fault)])
+        return faulty > 0 and self._on_fault(fault)
 
     def _on_fault(self, fault: str) -> bool:
         """Raise or warn as ``nonfinite`` says; return whether to skip the step."""
@@ -220,9 +218,7 @@ class Coordinator:
         if not self._reduced:
             self.reduce()
         if self.nonfinite is not None and not self._checked:
-            fault = self._gradient_fault()
-            (bad,) = self._sum_flags([bool(fault)])
-            self._skips = bool(bad) and self._on_fault(fault)
+            self._skips = self._must_skip(self._gradient_fault())
         if self._skips:
             self._end_step(skipped=True)
             return False
@@ -287,9 +283,8 @@ class Coordinator:
             return list(flags)
         if not self._replicated:
             return self._sum_flags(flags) if len(flags) else []
-        sums = torch.tensor(flags)
-        dtypes = sorted({p.dtype for p in self._replicated}, key=str)
-        for number, dtype in enumerate(dtypes):
+        sums, operation = torch.tensor(flags), "the coordinator: gradients of replicated parameters"
+        for dtype in sorted({p.dtype for p in self._replicated}, key=str):
             parameters = [p for p in self._replicated if p.dtype == dtype]
             # every rank sends all gradients (or zeros), whether it has them, and sparse ones' rows
             touched = [self._touched(p) for p in parameters]
@@ -297,16 +292,12 @@ class Coordinator:
                 torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters
             ]
             sent = [part.reshape(-1) for part in (*touched, *grads)]
-            if number == 0:
-                sent.append(sums.to(sent[0]))
+            sent.append(torch.tensor(flags).to(sent[0]))
             flat = torch.cat(sent)
-            operation = "the coordinator: gradients of replicated parameters"
             collectives.all_reduce(flat, operation=operation)
-            parts = flat.split([part.numel() for part in sent])
-            if number == 0:
-                sums = parts[-1]
-            masks, grads = parts[: len(parameters)], list(parts[len(parameters) :])
-            for parameter, mask, part in zip(parameters, masks, grads, strict=False):
+            *parts, sums = flat.split([part.numel() for part in sent])
+            masks, reduced = parts[: len(parameters)], parts[len(parameters) :]
+            for parameter, mask, part in zip(parameters, masks, reduced, strict=True):
                 if not mask[0]:
                     continue
                 grad = part.reshape(parameter.shape)
@@ -357,7 +348,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     """
     tables = _tables_in(model)
     _check_clipping(tables, max_norm, norm_type)
-    row_wise = [table for table in tables if table.sharding.placement == "row_wise"]
+    row_wise = (table for table in tables if table.sharding.placement == "row_wise")
     sharded_parameters = {p for table in row_wise for p in table.parameters()}
     sharded: list[torch.Tensor] = []
     whole: list[torch.Tensor] = []
@@ -376,10 +367,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     infinite = norm_type == math.inf
 
     def power(grads: list[torch.Tensor]) -> torch.Tensor:
-        norms = [
-            torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads
-        ] or [torch.zeros((), dtype=torch.float64, device=device)]
-        stacked = torch.stack(norms)
+        norms = [torch.linalg.vector_norm(g.abs(), norm_type, dtype=torch.float64) for g in grads]
+        stacked = torch.stack([torch.zeros((), dtype=torch.float64, device=device), *norms])
         return stacked.max() if infinite else stacked.pow(norm_type).sum()
 
     of_shards, of_whole = power(sharded), power(whole)
@@ -396,8 +385,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
 
 
 def _description(coordinator: Coordinator) -> dict[str, object]:
-    tables = {p: table for table in coordinator.tables for p in table.parameters()}
-    shapes = {}
+    tables, shapes = coordinator._table_of, {}
     for name, p in coordinator.model.named_parameters():
         shape = [tables[p].max_id, *tables[p].shape] if p in tables else list(p.shape)
         shapes[name] = f"{shape} {p.dtype} {p.requires_grad}"

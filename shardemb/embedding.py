@@ -21,11 +21,11 @@ from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_init
 from shardemb.regularizers import resolve_regularizer
 from shardemb.sharding.exchange import Exchange
 from shardemb.sharding.fused_table import FusedTable
-from shardemb.sharding.lookup import ExchangeLookup, LocalLookup, Lookup, TorchRecLookup
+from shardemb.sharding.lookup import LocalLookup, Lookup
 from shardemb.sharding.options import Fused, Sharding, resolve_options
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import ParameterTable, Table
-from shardemb.sharding.torchrec_table import TorchRecTable, make_groups
+from shardemb.sharding.table import ParameterTable, RowOptions, Table
+from shardemb.sharding.torchrec_table import TorchRecLookup, TorchRecTable, make_groups
 from shardemb.transforms import (
     is_plain_normalize,
     probe_constrainer,
@@ -223,7 +223,7 @@ class Embedding(Representation):
         self._updates_deferred = False
         group = self.sharding.process_group if dist.is_initialized() else None
         self._group = None if group is dist.group.WORLD else group
-        self._world_size, rank = _size_and_rank(self._group)
+        rank, self._world_size = collectives.rank_and_size(self._group)
         self._warn_without_group()
         options = {
             **{"max_id": max_id, "shape": str(self.shape), "dtype": str(dtype), "seed": seed},
@@ -237,17 +237,16 @@ class Embedding(Representation):
         }
         drawn = self._shared_seed(options)
         device = torch.device(device)
-        ranks, self._groups = (self._world_size, rank), None
+        world_size, self._groups = self._world_size, None
         if fused is not None and fused.engine != "fbgemm":
             self._groups = make_groups(name, self._group, fused.engine, device)
-            ranks = _size_and_rank(self._groups.shard)
+            rank, world_size = collectives.rank_and_size(self._groups.shard)
         if self.sharding.placement == "replicated":
-            ranks = (1, 0)
-        self.plan = RowPlan(name, max_id, math.prod(self._shape), *ranks)
+            rank, world_size = 0, 1
+        self.plan = RowPlan(name, max_id, math.prod(self._shape), world_size, rank)
         stored = torch.empty(0, dtype=dtype).real.dtype if self.is_complex else dtype
-        common = {"trainable": trainable, "dtype": stored, "device": device}
-        common["track"] = self._constrains_changed_only
-        self._embeddings = self._make_table(fused, common)
+        rows = RowOptions(trainable, stored, device, track=self._constrains_changed_only)
+        self._embeddings = self._make_table(fused, rows)
         self._lookup = self._make_lookup()
         self._fill(self.initializer if initialize else nn.init.normal_, drawn)
 
@@ -277,23 +276,21 @@ class Embedding(Representation):
                 stacklevel=3,
             )
 
-    def _make_table(self, fused: Fused | None, common: dict[str, Any]) -> Table:
+    def _make_table(self, fused: Fused | None, rows: RowOptions) -> Table:
         if fused is None:
-            return ParameterTable(self.plan, sparse=self.kernel == "sparse", **common)
-        common["optimizer"] = fused.optimizer
+            return ParameterTable(self.plan, rows, sparse=self.kernel == "sparse")
         if fused.engine == "fbgemm":
-            return FusedTable(self.plan, **common)
+            return FusedTable(self.plan, rows, fused.optimizer)
         assert self._groups is not None
-        return TorchRecTable(
-            self.plan, groups=self._groups, options=fused.engine, sharding=self.sharding, **common
-        )
+        options = (fused.optimizer, fused.engine, self._groups, self.sharding)
+        return TorchRecTable(self.plan, rows, *options)
 
     def _make_lookup(self) -> Lookup:
         if isinstance(self._embeddings, TorchRecTable):
             return TorchRecLookup(self._embeddings)
         if self.plan.world_size == 1:
             return LocalLookup(self.plan, self._embeddings)
-        return ExchangeLookup(Exchange(self.plan, self._group, self.sharding), self._embeddings)
+        return Exchange(self.plan, self._group, self.sharding, self._embeddings)
 
     @classmethod
     def from_pretrained(cls, tensor: Any, *, trainable: bool = False, **kwargs: Any) -> Self:
@@ -438,14 +435,9 @@ class Embedding(Representation):
             )
         weight, plan = self._embeddings.weight.detach(), self.plan
         if plan.world_size > 1:
-            all_rows = weight.new_empty(plan.world_size * plan.block, plan.dim)
-            padded = weight.new_zeros(plan.block, plan.dim)
-            padded[: len(weight)] = weight
             group = self._group if self._groups is None else self._groups.shard
             operation = f"table {self.name!r}: all rows"
-            collectives.all_gather(
-                list(all_rows.split(plan.block)), padded, group=group, operation=operation
-            )
+            all_rows = collectives.all_gather_rows(weight, group=group, operation=operation)
             ids = torch.arange(self.max_id, device=all_rows.device)
             weight = kernels.take(all_rows, plan.order.slots(ids))
         if layout == "torch":
@@ -476,13 +468,12 @@ class Embedding(Representation):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        here = _size_and_rank(None)
-        saved = (self.plan.world_size, self.plan.rank)
-        if self.sharding.placement == "row_wise" and saved != here:
+        plan, here = self.plan, collectives.rank_and_size()
+        if self.sharding.placement == "row_wise" and here != (plan.rank, plan.world_size):
             raise UsageError(
-                f"table {self.name!r}: got the rows of rank {saved[1]} of {saved[0]}, this is rank"
-                f" {here[1]} of {here[0]}: a pickle holds one rank's rows; to load at another"
-                " number of ranks use shardemb.checkpoint or full_state_dict"
+                f"table {self.name!r}: got the rows of rank {plan.rank} of {plan.world_size}, this"
+                f" is rank {here[0]} of {here[1]}: a pickle holds one rank's rows; to load at"
+                " another number of ranks use shardemb.checkpoint or full_state_dict"
             )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -565,12 +556,6 @@ def deferred_updates(tables: Sequence[Embedding]) -> Iterator[None]:
     finally:
         for table in tables:
             table._updates_deferred = False
-
-
-def _size_and_rank(group: Any) -> tuple[int, int]:
-    if not dist.is_initialized():
-        return 1, 0
-    return dist.get_world_size(group), dist.get_rank(group)
 
 
 def _describe(function: Any) -> str:

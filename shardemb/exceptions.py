@@ -4,28 +4,29 @@ Each class is also the built-in class that Python, PyTorch or PyKEEN would raise
 ``except ShardembError`` and ``except ValueError`` work::
 
     ShardembError
-    ├── InputError (ValueError)              an argument, a setting or a file's content is unusable
-    │   └── RanksDisagreeError               ranks were given different arguments
-    ├── InputTypeError (TypeError)           an argument of a wrong type
-    │   └── IdTypeError (RuntimeError)       ids that are not integers
-    ├── NotATensorError (AttributeError)     ids that are a list or an array
-    ├── IdRangeError (IndexError)            an id out of range
-    ├── UnknownNameError (KeyError)          no function, table or label has this name
-    ├── UsageError (RuntimeError)            a call that this object cannot serve now
-    ├── OutOfMemoryError (MemoryError)       it would not fit; nothing was allocated
-    ├── NonfiniteError (FloatingPointError)  a loss or gradient is NaN or infinite
-    ├── MissingExtraError (ModuleNotFoundError)  an optional package is not installed
-    ├── CheckpointError (RuntimeError)       a checkpoint cannot be written, or is damaged
-    │   ├── OtherDataError                   it was saved with other data or settings
-    │   └── NoTableError (AttributeError)    it has no table: hasattr() is False
-    ├── PeerFailureError (RuntimeError)      another rank died, stopped, raised or ended early
-    ├── WorkerError (RuntimeError)           a launcher's rank failed; carries its traceback
-    ├── TerminatedError (RuntimeError)       SIGTERM came; the run saved what it had
-    ├── ShardUnavailableError (RuntimeError) a served shard does not answer
-    └── ShardBusyError (RuntimeError)        a served shard has too many requests waiting
+    ├── InputError (ValueError)
+    │   └── RanksDisagreeError
+    ├── InputTypeError (TypeError)
+    │   └── IdTypeError (RuntimeError)
+    ├── NotATensorError (AttributeError)
+    ├── IdRangeError (IndexError)
+    ├── UnknownNameError (KeyError)
+    ├── UsageError (RuntimeError)
+    ├── OutOfMemoryError (MemoryError)
+    ├── NonfiniteError (FloatingPointError)
+    ├── MissingExtraError (ModuleNotFoundError)
+    ├── CheckpointError (RuntimeError)
+    │   ├── OtherDataError
+    │   └── NoTableError (AttributeError)
+    ├── PeerFailureError (RuntimeError)
+    ├── WorkerError (RuntimeError)
+    ├── TerminatedError (RuntimeError)
+    ├── ShardUnavailableError (RuntimeError)
+    └── ShardBusyError (RuntimeError)
 """
 
 import traceback
+from dataclasses import dataclass
 
 
 class ShardembError(Exception):
@@ -99,53 +100,36 @@ class OtherDataError(CheckpointError):
     """A checkpoint that was saved with other entities, relations, triples or settings."""
 
 
+@dataclass(eq=False, repr=False)
 class PeerFailureError(ShardembError, RuntimeError):
-    """Another rank has died, stopped, raised, or ended before this one.
+    """Another rank has died, stopped, raised, or ended before this one."""
 
-    Attributes:
-        rank: the other rank, in the default group.
-        step: of this rank, when it waited.
-        operation: what this rank waited in.
-        seconds: that it waited.
-    """
+    message: str
+    #: the other rank, in the default group
+    rank: int = -1
+    #: of this rank, when it waited
+    step: int = 0
+    #: what this rank waited in
+    operation: str = ""
+    #: seconds that it waited
+    seconds: float = 0.0
 
     restart_may_help = True
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        rank: int = -1,
-        step: int = 0,
-        operation: str = "",
-        seconds: float = 0.0,
-    ) -> None:
-        super().__init__(message)
-        self.rank, self.step, self.operation, self.seconds = rank, step, operation, seconds
 
-
+@dataclass(eq=False, repr=False)
 class WorkerError(ShardembError, RuntimeError):
-    """A rank failed; the launcher has ended the others.
+    """A rank failed; the launcher has ended the others."""
 
-    Attributes:
-        rank: the first rank that failed.
-        error: name of its exception's class, or "died".
-        message: of its exception.
-        trace: its traceback, or "".
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        error: str,
-        message: str,
-        trace: str = "",
-        restart_may_help: bool = True,
-        for_user: bool = True,
-    ) -> None:
-        super().__init__(rank, error, message, trace, restart_may_help, for_user)
-        self.rank, self.error, self.message, self.trace = rank, error, message, trace
-        self.restart_may_help, self.for_user = restart_may_help, for_user
+    #: the first rank that failed
+    rank: int
+    #: name of its exception's class, or "died"
+    error: str
+    message: str
+    #: its traceback, or ""
+    trace: str = ""
+    restart_may_help: bool = True
+    for_user: bool = True
 
     def __str__(self) -> str:
         return f"rank {self.rank}: {self.error}: {self.message}"

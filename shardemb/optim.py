@@ -37,7 +37,17 @@ def _undecorated(method: Any) -> Any:
 class RowWiseOptimizer(torch.optim.Optimizer):
     """An update rule that uses only a row, its gradient and its state.
 
-    Subclasses define :attr:`state_per_row` and :meth:`update_rows`.
+    Subclasses define :attr:`state_per_row` and :meth:`update_rows`, and take some of these
+    hyper-parameters:
+
+    ``lr``
+        learning rate
+    ``eps``
+        added to the root
+    ``betas``
+        decay of the first and second moment
+    ``weight_decay``
+        decoupled (Loshchilov & Hutter 2019): first scales touched rows by ``1 - lr * weight_decay``
 
     Args:
         params: parameters ``(R, ...)``, or groups of them.
@@ -64,13 +74,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                 " torch.view_as_real"
             )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as torch.optim.Optimizer.zero_grad."""
-        _undecorated(torch.optim.Optimizer.zero_grad)(self, set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state, as torch.optim.Optimizer.state_dict."""
-        return _undecorated(torch.optim.Optimizer.state_dict)(self)
+    zero_grad = _undecorated(torch.optim.Optimizer.zero_grad)
+    state_dict = _undecorated(torch.optim.Optimizer.state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -125,15 +130,12 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             rows, values = _rows_and_values(parameter.grad)
             merged = kernels.merge(rows, parameter.shape[0])
             self.rows_updated[parameter] += merged.unique.shape[0]
-            rule = _RULES.get(type(self))
-            if rule is not None and kernels.can_update(tensors[0], values, merged, tensors[1:]):
-                numbers: dict[str, Any] = {k: group[k] for k in ("eps", "betas") if k in group}
-                numbers |= {"lr": self.rate(group), "decay": group["weight_decay"] * group["lr"]}
-                state_rows = tensors[1:]
-                kernels.update(
-                    rule, tensors[0], values, merged, state_rows, constrain=constrain, **numbers
-                )
-            else:
+            numbers: dict[str, Any] = {k: group[k] for k in ("eps", "betas") if k in group}
+            numbers |= {"lr": self.rate(group), "decay": group["weight_decay"] * group["lr"]}
+            rule, (weight, *kept) = _RULES.get(type(self)), tensors
+            if rule is None or not kernels.update(
+                rule, weight, values, merged, kept, constrain=constrain, **numbers
+            ):
                 self._update(tensors, merged.unique, merged.sum(values), group, constrain)
         else:
             self.rows_updated[parameter] += len(tensors[0])
@@ -178,9 +180,8 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         for name, per_row in self.state_per_row.items():
             shape = parameter.shape[:1] if per_row else parameter.shape
             if name not in state:
-                state[name] = kernels.empty(
-                    shape, _state_dtype(parameter), parameter.device
-                ).zero_()
+                dtype, device = _state_dtype(parameter), parameter.device
+                state[name] = kernels.empty(shape, dtype, device).zero_()
             if state[name].shape != shape:
                 raise InputError(
                     f"{type(self).__name__}: got {name!r} of shape {tuple(state[name].shape)} for a"
@@ -274,14 +275,7 @@ def check_hyperparameters(who: str, values: Mapping[str, Any]) -> None:
 
 
 class SparseSGD(RowWiseOptimizer):
-    """Touched rows: ``w -= lr * g``; no momentum, which would move other rows too.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        weight_decay: decoupled (Loshchilov & Hutter 2019): first scales touched rows by ``1 - lr *
-            weight_decay``.
-    """
+    """Touched rows: ``w -= lr * g``; no momentum, which would move other rows too."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -295,12 +289,6 @@ class SparseAdagrad(RowWiseOptimizer):
     """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as torch.optim.Adagrad on sparse gradients.
 
     Duchi et al. 2011.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        eps: added to the root.
-        weight_decay: decoupled, see :class:`SparseSGD`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": False}
@@ -320,13 +308,7 @@ class RowWiseAdagrad(RowWiseOptimizer):
     """Adagrad with one accumulator a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
 
     The rule of FBGEMM's EXACT_ROWWISE_ADAGRAD, and so of the fused kernel: gradients of duplicate
-    ids are summed, then each row is updated once.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        eps: added to the root; torch.optim.Adagrad's 1e-10.
-        weight_decay: decoupled, see :class:`SparseSGD`.
+    ids are summed, then each row is updated once. ``eps`` is torch.optim.Adagrad's.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"sum": True}
@@ -338,22 +320,19 @@ class RowWiseAdagrad(RowWiseOptimizer):
 
     def update_rows(self, weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         """See the class."""
-        if grad.shape[1]:  # the mean of no numbers is NaN
-            state["sum"].add_(grad.square().mean(1, keepdim=True))
-        weight.addcdiv_(grad, state["sum"].sqrt().add_(group["eps"]), value=-group["lr"])
+        root = state["sum"].add_(_mean_square(grad)).sqrt().add_(group["eps"])
+        weight.addcdiv_(grad, root, value=-group["lr"])
+
+
+def _mean_square(grad: Tensor) -> Tensor:
+    """Return ``(n, 1)``; 0 for rows without columns, whose mean would be NaN."""
+    return grad.square().sum(1, keepdim=True) / max(1, grad.shape[1])
 
 
 class LazyAdam(RowWiseOptimizer):
     """Adam (Kingma & Ba 2015) on touched rows and their moments, by torch.optim.SparseAdam's rule.
 
     Bias correction counts the parameter's steps, not the row's.
-
-    Args:
-        params: parameters ``(R, ...)``.
-        lr: learning rate.
-        betas: decay of the first and second moment.
-        eps: added to the root.
-        weight_decay: decoupled, see :class:`SparseSGD`.
     """
 
     state_per_row: ClassVar[dict[str, bool]] = {"exp_avg": False, "exp_avg_sq": False}
@@ -374,14 +353,7 @@ class LazyAdam(RowWiseOptimizer):
         """See the class."""
         beta1, beta2 = group["betas"]
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-        if self.state_per_row["exp_avg_sq"]:
-            square = (
-                grad.square().mean(1, keepdim=True)
-                if grad.shape[1]
-                else grad.new_zeros(len(grad), 1)
-            )
-        else:
-            square = grad.square()
+        square = _mean_square(grad) if self.state_per_row["exp_avg_sq"] else grad.square()
         # SparseAdam adds eps before the second bias correction, torch.optim.Adam after it
         root = state["exp_avg_sq"].lerp_(square, 1 - beta2).sqrt().add_(group["eps"])
         weight.addcdiv_(mean, root, value=-self.rate(group))
@@ -413,6 +385,9 @@ _RULES = {
 }
 
 
+_FUSED = ("sgd", "adagrad", "rowwise_adagrad")
+
+
 @dataclass(frozen=True)
 class FusedOptimizer:
     """The update of touched rows that FBGEMM makes in backward: ``Fused(optimizer=...)``."""
@@ -427,11 +402,10 @@ class FusedOptimizer:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in ("sgd", "adagrad", "rowwise_adagrad"):
+        if self.name not in _FUSED:
             raise InputError(
-                f"got fused optimizer {self.name!r}, expected 'sgd', 'adagrad' or"
-                " 'rowwise_adagrad'; for others use kernel='sparse' with one of shardemb.optim"
-                " or torch.optim"
+                f"got fused optimizer {self.name!r}, expected one of {_FUSED}; for"
+                " others use kernel='sparse' with one of shardemb.optim or torch.optim"
             )
         check_hyperparameters("FusedOptimizer", vars(self))
         if self.weight_decay:
@@ -441,7 +415,6 @@ class FusedOptimizer:
                 " shardemb.optim.RowWiseAdagrad(parameters, weight_decay=...)"
             )
 
-    @property
-    def state_columns(self) -> int | None:
-        """Columns of state a row: 0, 1, or None for all columns of a row."""
-        return {"sgd": 0, "rowwise_adagrad": 1, "adagrad": None}[self.name]
+    def state_columns(self, columns: int) -> int:
+        """Return the columns of state of a row with ``columns``."""
+        return {"sgd": 0, "rowwise_adagrad": 1, "adagrad": columns}[self.name]

@@ -14,11 +14,14 @@ from shardemb.checkpoint.manifest import Manifest, SavedShard, Verify, dtype_nam
 from shardemb.checkpoint.safetensors_io import DTYPES, Layout
 from shardemb.checkpoint.shards import (
     LocalShard,
-    check_known,
     dotted,
+    known_parameters,
+    length_of,
     local_shards,
+    rng_state,
     set_rng_state,
     tables_of,
+    vote,
 )
 from shardemb.checkpoint.storage import Location
 from shardemb.comm import collectives
@@ -77,30 +80,22 @@ def load(
     job = _Load(
         path, model, list(optimizers), list(schedulers), tables, optimizer_state, cast, grow
     )
-    _vote(path, lambda: job.plan(fingerprints or {}))
+
+    def run(stage: Callable[..., None], *args: Any) -> None:
+        vote(lambda: stage(*args), str(path), (OSError, EOFError))
+
+    run(job.plan, fingerprints or {})
     collectives.agree(
         f"{path}: ranks see different checkpoints",
         {"the manifest's sha256": job.manifest.digest},
         raises=CheckpointError,
     )
-    _vote(path, lambda: job.check(verify))
-    _vote(path, job.read)
+    run(job.check, verify)
+    run(job.read)
     state = job.finish()
     size = sum(shard.nbytes for _, shard in job.wanted)
     _log.info("loaded %s: %d bytes in %.2f s", path, size, time.monotonic() - start)
     return state
-
-
-def _vote(path: Location, stage: Callable[[], None]) -> None:
-    """Run a stage on all ranks; all raise if one fails."""
-    error: Exception | None = None
-    try:
-        stage()
-    except CheckpointError as failure:
-        error = failure
-    except (OSError, EOFError) as failure:
-        error = CheckpointError(f"{path}: {type(failure).__name__}: {failure}")
-    collectives.gather_or_raise(None, error, operation="a checkpoint's vote")
 
 
 @dataclass
@@ -144,12 +139,13 @@ class _Load:
         shards, names_of, stored = local_shards(self.model)
         chosen = {name: name for name in tables} if self.tables is None else self.tables
         for name, saved in chosen.items():
-            if self.tables is not None and (name not in tables or saved not in values["tables"]):
+            if name not in tables or saved not in values["tables"]:
+                has = {key: entry["name"] for key, entry in sorted(values["tables"].items())}
                 raise self._error(
                     f"got table {name!r} to load from {saved!r}, expected one of {sorted(tables)}"
-                    f" from one of {sorted(values['tables'])}"
+                    f" from one of {has}"
                 )
-            self._check_fused(tables[name], saved)
+            self._check_fused(tables[name], values["tables"][saved]["optimizer"])
             keys = stored[name] if self.optimizer_state else ["weight"]
             self.rows[name] = {key: stored[name][key] for key in keys}
             for key in keys:
@@ -162,18 +158,17 @@ class _Load:
             self._check_classes("schedulers", self.schedulers)
         for name in {name for name, _ in self.wanted}:
             self.manifest.check_covered(name)
-        self.generators = self._generators()
+        rank, world_size = collectives.rank_and_size()
+        continues = bool(self.optimizers or self.schedulers) and world_size == values["world_size"]
+        self.generators = values["rng"][rank] if continues else {}
         if self.generators:
+            own = rng_state()
             try:
-                set_rng_state(self.generators, try_out=True)
+                set_rng_state(self.generators)
             except Exception as error:
                 raise self._error(f"the random generators' state is invalid: {error}") from error
-
-    def _generators(self) -> dict[str, Any]:
-        rank, world_size = collectives.rank_and_size()
-        continues = bool(self.optimizers or self.schedulers)
-        same = world_size == self.manifest.values["world_size"]
-        return self.manifest.values["rng"][rank] if continues and same else {}
+            finally:
+                set_rng_state(own)
 
     def _plan_others(
         self, shards: Mapping[str, LocalShard], in_tables: set[str], tables: Mapping[str, Any]
@@ -195,14 +190,8 @@ class _Load:
                 f" tables={sorted(tables)}"
             )
 
-    def _check_fused(self, table: Embedding, saved: str) -> None:
-        tables = self.manifest.values["tables"]
-        if saved not in tables:
-            names = ", ".join(f"{name!r} ({entry['name']})" for name, entry in tables.items())
-            raise self._error(
-                f"has no table {saved!r}, expected by the model; it has {names or 'none'}"
-            )
-        got, expected = tables[saved]["optimizer"], table._fused_hyperparameters()
+    def _check_fused(self, table: Embedding, got: Mapping[str, Any] | None) -> None:
+        expected = table._fused_hyperparameters()
         if self.optimizer_state and (got and got["name"]) != (expected and expected["name"]):
             raise self._error(
                 f"table {table.name!r} was saved with the fused optimizer {got}, expected"
@@ -225,11 +214,10 @@ class _Load:
         saved_names = {dotted(a, "weight"): dotted(b, "weight") for a, b in chosen.items()}
         for number, optimizer in enumerate(self.optimizers):
             saved = self.manifest.values["optimizers"][number]
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                check_known(optimizer, parameter, names)
+            parameters = known_parameters(optimizer, names)
             if self.tables is None:
                 self._check_groups(number, optimizer.param_groups, saved["groups"], names)
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for parameter in parameters:
                 name = names[parameter]
                 if self.tables is not None and name not in saved_names:
                     continue
@@ -291,16 +279,15 @@ class _Load:
                 return
             raise self._error(f"has no {name!r}; is it a checkpoint of this model?")
         saved = saved_shards[0]
-        (rows, *columns), dtype = (saved.order.num_rows, *saved.shape[1:]), saved.dtype
-        own_columns, own_dtype = [*shard.tensor.shape[1:]], dtype_name(shard.tensor.dtype)
-        grows = rows < shard.order.num_rows and may_grow
-        fits = columns == own_columns and (rows == shard.order.num_rows or grows)
-        fits = fits and len(saved.shape) == shard.tensor.dim()
-        if not fits or (dtype != own_dtype and not self.cast):
+        got = (saved.order.num_rows, *saved.shape[1:], saved.dtype)
+        expected = (shard.order.num_rows, *shard.tensor.shape[1:], dtype_name(shard.tensor.dtype))
+        alike = got[1:-1] == expected[1:-1] and len(saved.shape) == shard.tensor.dim()
+        fewer = saved.order.num_rows < shard.order.num_rows
+        fits = alike and (got[0] == expected[0] or (fewer and may_grow))
+        if not fits or (got[-1] != expected[-1] and not self.cast):
             hint = "; cast=True converts" if fits else ""
-            if columns == own_columns and rows < shard.order.num_rows and not may_grow:
+            if alike and fewer and not may_grow:
                 hint = "; grow=True lets a table have more rows than were saved"
-            got, expected = (rows, *columns, dtype), (shard.order.num_rows, *own_columns, own_dtype)
             raise self._error(
                 f"table {shard.table!r}: {name!r} has rows, columns and dtype {got}, expected"
                 f" {expected}{hint}"
@@ -328,7 +315,7 @@ class _Load:
         tasks: dict[str, list[tuple[str, SavedShard, LocalShard]]] = {}
         for name, local in self.wanted:
             for saved_shard in self.manifest.shards[name]:
-                if not _are_disjoint(saved_shard, local):
+                if _common(saved_shard, local) != range(0):
                     tasks.setdefault(saved_shard.file, []).append((name, saved_shard, local))
 
         def read_file(file: str) -> None:
@@ -407,25 +394,22 @@ def _set_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> Non
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
-def _are_disjoint(saved: SavedShard, local: LocalShard) -> bool:
-    if not local.tensor.dim() or saved.order != local.order:
-        return False
-    return (
-        saved.first >= local.first + len(local.tensor) or saved.first + saved.length <= local.first
-    )
+def _common(saved: SavedShard, local: LocalShard) -> range | None:
+    """Return the slots of both; None if they hold different ids."""
+    if saved.order != local.order and (saved.order.permuted or local.order.permuted):
+        return None
+    ends = (saved.first + saved.length, local.first + length_of(local.tensor))
+    return range(max(saved.first, local.first), min(ends))
 
 
 def _read(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
-    if not local.tensor.dim():
-        safetensors_io.read_rows(file, layout, 0, local.tensor)
-    elif saved.order == local.order or not (saved.order.permuted or local.order.permuted):
-        low, high = local.first, local.first + len(local.tensor)
-        start, stop = max(low, saved.first), min(high, saved.first + saved.length)
-        if start < stop:
-            rows = local.tensor[start - low : stop - low]
-            safetensors_io.read_rows(file, layout, start - saved.first, rows)
-    else:
+    slots = _common(saved, local)
+    if slots is None:
         _read_permuted(file, layout, saved, local)
+    elif slots:
+        start, stop = slots.start - local.first, slots.stop - local.first
+        rows = local.tensor[start:stop] if local.tensor.dim() else local.tensor
+        safetensors_io.read_rows(file, layout, slots.start - saved.first, rows)
 
 
 def _read_permuted(file: BinaryIO, layout: Layout, saved: SavedShard, local: LocalShard) -> None:
@@ -433,7 +417,7 @@ def _read_permuted(file: BinaryIO, layout: Layout, saved: SavedShard, local: Loc
     for start in range(0, saved.length, _READ_ROWS):
         stop = min(start + _READ_ROWS, saved.length)
         ids = saved.order.ids(torch.arange(saved.first + start, saved.first + stop))
-        positions = local.positions(ids)
+        positions = local.order.slots(ids) - local.first
         own = ((positions >= 0) & (positions < len(local.tensor))).nonzero().squeeze(1)
         if len(own):
             rows = torch.empty(stop - start, *saved.shape[1:], dtype=layout.dtype)

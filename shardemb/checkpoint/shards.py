@@ -2,7 +2,7 @@
 
 import base64
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shardemb.comm import collectives
 from shardemb.embedding import Embedding
-from shardemb.exceptions import InputError
+from shardemb.exceptions import CheckpointError, InputError
 from shardemb.sharding.placement import RowOrder
 
 
@@ -37,14 +38,6 @@ class LocalShard:
     def rows(self, start: int, stop: int) -> "LocalShard":
         """Return the shard of rows ``[start, stop)``."""
         return replace(self, tensor=self.tensor[start:stop], first=self.first + start)
-
-    def positions(self, ids: Tensor) -> Tensor:
-        """Return the rows ``(n,)`` of ids ``(n,)``, out of range for other ranks' ids."""
-        return self.order.slots(ids) - self.first
-
-    def ids(self, positions: Tensor) -> Tensor:
-        """Return the ids ``(n,)`` of rows ``(n,)``."""
-        return self.order.ids(positions + self.first)
 
     @property
     def nbytes(self) -> int:
@@ -73,9 +66,12 @@ def dotted(prefix: str, name: str) -> str:
 
 
 def local_shards(
-    model: nn.Module,
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()
 ) -> tuple[dict[str, LocalShard], dict[Tensor, str], dict[str, dict[str, Tensor]]]:
-    """Return shards by name, names by parameter, and each table's stored tensors."""
+    """Return shards by name, names by parameter, and each table's stored tensors.
+
+    The shards are those of the model and of the optimizers' state.
+    """
     shards: dict[str, LocalShard] = {}
     names: dict[Tensor, str] = {}
     in_tables: set[Tensor] = set()
@@ -93,37 +89,47 @@ def local_shards(
         if tensor not in in_tables:
             shards[key] = whole(tensor.detach(), key)
             names[tensor] = key
-    return shards, names, stored
-
-
-def optimizer_shards(
-    optimizers: Iterable[torch.optim.Optimizer],
-    shards: Mapping[str, LocalShard],
-    names: Mapping[Tensor, str],
-) -> dict[str, LocalShard]:
-    """Return the tensors of the optimizers' state, by name."""
-    state_shards = {}
     for number, optimizer in enumerate(optimizers):
-        for parameter, state in optimizer.state.items():
-            check_known(optimizer, parameter, names)
+        for parameter in known_parameters(optimizer, names):
             name = names[parameter]
-            for key, tensor in state.items():
+            for key, tensor in optimizer.state.get(parameter, {}).items():
                 if isinstance(tensor, Tensor):
                     by_row = tensor.dim() > 0 and len(tensor) == len(parameter)
                     shard = shards[name].like(tensor, by_row)
-                    state_shards[f"optimizer.{number}.{name}.{key}"] = shard
-    return state_shards
+                    shards[f"optimizer.{number}.{name}.{key}"] = shard
+    return shards, names, stored
 
 
-def check_known(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, names: Mapping[Tensor, str]
-) -> None:
-    """Raise ValueError if an optimizer's parameter is not the model's."""
-    if parameter not in names:
-        raise InputError(
-            f"{type(optimizer).__name__} has a parameter of shape {tuple(parameter.shape)} that is"
-            " not the model's: give the model that holds all parameters of the optimizers"
-        )
+def known_parameters(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> list[Tensor]:
+    """Return an optimizer's parameters; ValueError if one is not the model's."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter not in names:
+            raise InputError(
+                f"{type(optimizer).__name__} has a parameter of shape {tuple(parameter.shape)} that"
+                " is not the model's: give the model that holds all parameters of the optimizers"
+            )
+    return parameters
+
+
+def vote(
+    stage: Callable[[], Any],
+    where: str,
+    wrapped: type[Exception] | tuple[type[Exception], ...],
+    group: Any = None,
+) -> list[Any]:
+    """Run a stage on all ranks and return its results; all raise if one fails. A collective.
+
+    ``where`` begins the message of a CheckpointError for ``wrapped`` exceptions.
+    """
+    value, failure = None, None
+    try:
+        value = stage()
+    except wrapped as error:
+        failure = CheckpointError(f"{where}: {type(error).__name__}: {error}")
+    except CheckpointError as error:
+        failure = error
+    return collectives.gather_or_raise(value, failure, group=group, operation="a checkpoint's vote")
 
 
 def rng_state() -> dict[str, Any]:
@@ -141,25 +147,17 @@ def rng_state() -> dict[str, Any]:
     return {"torch": text(torch.get_rng_state()), "cuda": cuda, "python": python, "numpy": words}
 
 
-def set_rng_state(saved: Mapping[str, Any], try_out: bool = False) -> None:
-    """Restore the random generators; ``try_out`` only validates the state."""
+def set_rng_state(saved: Mapping[str, Any]) -> None:
+    """Restore the random generators."""
 
     def state(text: str) -> Tensor:
         return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
 
-    cpu, cuda = state(saved["torch"]), [state(text) for text in saved["cuda"]]
-    same_gpus = len(cuda) == torch.cuda.device_count()
-    if try_out:
-        torch.Generator().set_state(cpu)
-        for gpu in cuda if same_gpus else ():
-            torch.Generator("cuda").set_state(gpu)
-    else:
-        torch.set_rng_state(cpu)
-        if same_gpus:
-            torch.cuda.set_rng_state_all(cuda)
+    torch.set_rng_state(state(saved["torch"]))
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state(text) for text in saved["cuda"]])
     version, internal, gauss = saved["python"]
-    (random.Random() if try_out else random).setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal), gauss))
     words = saved["numpy"]
     key = np.array(words["state"]["key"], dtype=np.uint32)
-    numpy = np.random.RandomState() if try_out else np.random
-    numpy.set_state({**words, "state": {**words["state"], "key": key}})
+    np.random.set_state({**words, "state": {**words["state"], "key": key}})

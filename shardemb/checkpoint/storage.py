@@ -7,14 +7,13 @@ fsspec's. Any other location is a local path.
 
 import os
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from shardemb.exceptions import InputError
-from shardemb.utils.files import fsync, move
+from shardemb.utils.files import fsync, move, remove
 
 #: a local path or a URI
 Location = str | Path
@@ -35,9 +34,8 @@ def child(location: Location, name: str) -> Location:
 
 def name_of(location: Location) -> str:
     """Return the last part of a location."""
-    if not is_remote(location):
-        return _local(location).name
-    return str(location).partition("?")[0].rstrip("/").rpartition("/")[2]
+    path = str(location)
+    return Path(path.partition("?")[0] if is_remote(path) else path).name
 
 
 def _local(location: Location) -> Path:
@@ -46,108 +44,73 @@ def _local(location: Location) -> Path:
 
 def folder_at(location: Location) -> "Folder":
     """Return the folder at a location, which need not exist; ValueError for an unknown URI."""
-    return _ObjectFolder(str(location)) if is_remote(location) else _LocalFolder(_local(location))
+    return _ObjectFolder(str(location)) if is_remote(location) else Folder(_local(location))
 
 
-class Folder(ABC):
-    """A folder whose files are written once, by one process."""
+class Folder:
+    """A local folder whose files are written once, by one process."""
 
     #: whether folders can be renamed atomically
-    renames: bool
-
-    @abstractmethod
-    def child(self, name: str) -> "Folder":
-        """Return a folder in this one; it need not exist."""
-
-    @abstractmethod
-    def names(self) -> list[str]:
-        """Return the sorted names of the entries; empty for a missing folder."""
-
-    @abstractmethod
-    def size(self, name: str) -> int | None:
-        """Return a file's bytes; None for a missing file."""
-
-    @abstractmethod
-    def create(self, name: str) -> Any:
-        """Open a new file as a context manager, which syncs it to disk."""
-
-    @abstractmethod
-    def open(self, name: str) -> BinaryIO:
-        """Open a file for random reads."""
-
-    @abstractmethod
-    def make(self) -> None:
-        """Make the folder."""
-
-    @abstractmethod
-    def remove(self, name: str) -> None:
-        """Remove an entry and its content, if it exists."""
-
-    def read(self, name: str) -> bytes:
-        """Return a file's content."""
-        with self.open(name) as file:
-            return file.read()
-
-    def rename(self, name: str, new: str) -> None:
-        """Rename an entry atomically and sync the change to disk."""
-        raise NotImplementedError
-
-    def free_bytes(self) -> int | None:
-        """Return the bytes that can be written; None if unknown."""
-        return None
-
-
-class _LocalFolder(Folder):
     renames = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Any) -> None:
         self._path = path
 
-    def child(self, name: str) -> Folder:
-        return _LocalFolder(self._path / name)
+    def child(self, name: str) -> "Folder":
+        """Return a folder in this one; it need not exist."""
+        return Folder(self._path / name)
 
     def names(self) -> list[str]:
+        """Return the sorted names of the entries; empty for a missing folder."""
         return sorted(os.listdir(self._path)) if self._path.is_dir() else []  # noqa: PTH208
 
     def size(self, name: str) -> int | None:
+        """Return a file's bytes; None for a missing file."""
         path = self._path / name
         return path.stat().st_size if path.is_file() else None
 
     @contextmanager
-    def create(self, name: str) -> Iterator[BinaryIO]:
+    def create(self, name: str) -> Iterator[Any]:
+        """Open a new file; the context syncs it to disk."""
         with (self._path / name).open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
 
     def open(self, name: str) -> BinaryIO:
+        """Open a file for random reads."""
         file = (self._path / name).open("rb", buffering=0)
         with suppress(OSError, AttributeError):  # read ahead while hashing
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return file
 
+    def read(self, name: str) -> bytes:
+        """Return a file's content."""
+        with self.open(name) as file:
+            return file.read()
+
     def make(self) -> None:
+        """Make the folder."""
         self._path.mkdir(parents=True, exist_ok=True)
 
     def remove(self, name: str) -> None:
-        path = self._path / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        """Remove an entry and its content, if it exists."""
+        remove(self._path / name)
 
     def rename(self, name: str, new: str) -> None:
+        """Rename an entry atomically and sync the change to disk."""
         move(self._path / name, self._path / new)
         fsync(self._path.parent)  # this folder may be new too
 
     def free_bytes(self) -> int | None:
-        existing = next(
-            path for path in (self._path, *self._path.absolute().parents) if path.exists()
-        )
-        return shutil.disk_usage(existing).free
+        """Return the bytes that can be written; None if unknown."""
+        folders = (self._path, *self._path.absolute().parents)
+        return shutil.disk_usage(next(path for path in folders if path.exists())).free
 
 
 class _ObjectFolder(Folder):
+    """A folder in an object store, which syncs each file and cannot rename."""
+
     renames = False
 
     def __init__(self, uri: str) -> None:
@@ -199,3 +162,6 @@ class _ObjectFolder(Folder):
             self._fs.delete_file(path)
         elif info.type.name == "Directory":
             self._fs.delete_dir(path)
+
+    def free_bytes(self) -> int | None:
+        return None

@@ -9,9 +9,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,13 @@ from shardemb.checkpoint import safetensors_io
 from shardemb.checkpoint.manifest import FORMAT, MANIFEST, check_schema, dtype_name, finished
 from shardemb.checkpoint.shards import (
     LocalShard,
-    check_known,
     dotted,
+    known_parameters,
     length_of,
     local_shards,
-    optimizer_shards,
     rng_state,
     tables_of,
+    vote,
     whole,
 )
 from shardemb.checkpoint.storage import Folder, Location, child, folder_at
@@ -48,23 +49,25 @@ Nonfinite = Literal["error", "warn", "ignore"]
 _log = logs.logger(__name__)
 
 
+class SaveOptions(TypedDict, total=False):
+    """Options of :func:`save`."""
+
+    schedulers: Iterable[Any]
+    seed: int | None
+    fingerprints: Mapping[str, str] | None
+    nonfinite: Nonfinite
+
+
 @dataclass
 class _Snapshot:
-    step: int
-    keep: int
     #: only the shards that this rank writes
     shards: dict[str, LocalShard]
     #: without files and random generators
     manifest: dict[str, Any]
+    keep: int = 1
+    nonfinite: Nonfinite = "ignore"
     #: state of this rank's random generators
-    rng: dict[str, Any]
-    nonfinite: Nonfinite
-    rank: int
-    world_size: int
-    #: process group of the votes
-    group: Any = None
-    #: file, size, sha256 and tensors of each written file
-    files: list[dict[str, Any]] = field(default_factory=list)
+    rng: dict[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -78,11 +81,7 @@ def save(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     state: Mapping[str, Any] | None = None,
     keep: int = 2,
-    *,
-    schedulers: Iterable[Any] = (),
-    seed: int | None = None,
-    fingerprints: Mapping[str, str] | None = None,
-    nonfinite: Nonfinite = "error",
+    **options: Unpack[SaveOptions],
 ) -> Location:
     """Write checkpoint ``folder/step-N``. A collective.
 
@@ -97,10 +96,10 @@ def save(
         optimizers: their state and hyper-parameters are saved.
         state: JSON, such as the position in the data; :func:`load` returns it.
         keep: number of finished checkpoints to keep, up to this step; later steps stay.
-        schedulers: learning-rate schedulers, or anything whose ``state_dict`` is JSON.
-        seed: the run's seed, for the manifest.
-        fingerprints: hashes of the data, such as {"vocabulary": ...}; :func:`load` compares them.
-        nonfinite: what NaN or infinite rows do: "error", "warn" or "ignore".
+        options: ``schedulers``: learning-rate schedulers, or anything whose ``state_dict`` is JSON;
+            ``seed``: the run's, for the manifest; ``fingerprints``: hashes of the data, such as
+            {"vocabulary": ...}, which :func:`load` compares; ``nonfinite``: what NaN or infinite
+            rows do, "error" (the default), "warn" or "ignore".
 
     Returns:
         The checkpoint's location.
@@ -109,10 +108,7 @@ def save(
         CheckpointError: a rank could not write, or a table is not finite; earlier checkpoints stay.
         ValueError: an argument is out of range, or a table has its own process group.
     """
-    snapshot = _snapshot(
-        step, model, optimizers, state, keep, schedulers, seed, fingerprints, nonfinite
-    )
-    return _write(folder, snapshot)
+    return _write(folder, _snapshot(step, model, optimizers, state, keep, **options))
 
 
 def _snapshot(
@@ -121,36 +117,35 @@ def _snapshot(
     optimizers: Iterable[torch.optim.Optimizer],
     state: Mapping[str, Any] | None,
     keep: int,
-    schedulers: Iterable[Any],
-    seed: int | None,
-    fingerprints: Mapping[str, str] | None,
-    nonfinite: Nonfinite,
+    schedulers: Iterable[Any] = (),
+    seed: int | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+    nonfinite: Nonfinite = "error",
 ) -> _Snapshot:
-    if step < 0 or keep < 1 or nonfinite not in ("error", "warn", "ignore"):
+    if step < 0 or keep < 1 or nonfinite not in get_args(Nonfinite):
         raise InputError(
             f"got step={step}, keep={keep}, nonfinite={nonfinite!r}, expected step at least 0, keep"
-            " at least 1 and nonfinite 'error', 'warn' or 'ignore'"
+            f" at least 1 and nonfinite one of {get_args(Nonfinite)}"
         )
-    rank, world_size = collectives.rank_and_size()
     tables, optimizers = tables_of(model), list(optimizers)
     for table in tables.values():
         table._require_default_group("a checkpoint")
-    shards, names, stored = local_shards(model)
-    shards |= optimizer_shards(optimizers, shards, names)
-    manifest = _manifest(step, world_size, seed, fingerprints or {}, state or {})
-    manifest["tables"] = {
-        prefix: _describe(table) | {"stored": sorted(stored[prefix])}
-        for prefix, table in tables.items()
+    shards, names, stored = local_shards(model, optimizers)
+    manifest = _manifest(step, fingerprints or {}) | {
+        "seed": seed,
+        "state": dict(state or {}),
+        "tables": {
+            prefix: _describe(table) | {"stored": sorted(stored[prefix])}
+            for prefix, table in tables.items()
+        },
+        "optimizers": [_scalars(optimizer, names) for optimizer in optimizers],
+        "schedulers": [{"class": type(s).__name__, "state": s.state_dict()} for s in schedulers],
     }
-    manifest["optimizers"] = [_scalars(optimizer, names) for optimizer in optimizers]
-    manifest["schedulers"] = [
-        {"class": type(s).__name__, "state": s.state_dict()} for s in schedulers
-    ]
-    own = _written_by(rank, shards)
-    return _Snapshot(step, keep, own, manifest, rng_state(), nonfinite, rank, world_size)
+    return _Snapshot(_written_by_this_rank(shards), manifest, keep, nonfinite, rng_state())
 
 
-def _written_by(rank: int, shards: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
+def _written_by_this_rank(shards: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
+    rank, _ = collectives.rank_and_size()
     return {
         name: shard
         for name, shard in shards.items()
@@ -158,21 +153,16 @@ def _written_by(rank: int, shards: Mapping[str, LocalShard]) -> dict[str, LocalS
     }
 
 
-def _manifest(
-    step: int,
-    world_size: int,
-    seed: int | None,
-    fingerprints: Mapping[str, str],
-    state: Mapping[str, Any],
-) -> dict[str, Any]:
+def _manifest(step: int, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Return the manifest of a checkpoint without model."""
     return {
         "format": FORMAT,
         "step": step,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "world_size": world_size,
-        "seed": seed,
+        "world_size": collectives.rank_and_size()[1],
+        "seed": None,
         "fingerprints": dict(fingerprints),
-        "state": dict(state),
+        "state": {},
         "tables": {},
         "optimizers": [],
         "schedulers": [],
@@ -193,9 +183,6 @@ def _describe(table: Embedding) -> dict[str, Any]:
 
 
 def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        check_known(optimizer, parameter, names)
-
     def plain(key: str, value: Any) -> Any:
         if key == "params":
             return [names[parameter] for parameter in value]
@@ -209,76 +196,55 @@ def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> d
     return {"class": type(optimizer).__name__, "groups": groups, "state": state}
 
 
-def _write(folder: Location, snapshot: _Snapshot) -> Location:
-    start, name = time.monotonic(), f"step-{snapshot.step:010d}"
-    root = folder_at(folder)
-    target, mark = name + ".tmp", ""
-    if not root.renames:
-        # an abandoned attempt may still be writing: use other file names
-        target, mark = name, f"-{secrets.token_hex(4)}"
+def _write(folder: Location, snapshot: _Snapshot, group: Any = None) -> Location:
+    """Write a checkpoint; ``group`` is the process group of the votes."""
+    start, step, root = time.monotonic(), snapshot.manifest["step"], folder_at(folder)
+    rank, _ = collectives.rank_and_size()
+    name = f"step-{step:010d}"
+    target = f"{name}.tmp" if root.renames else name
+    failed = f"checkpoint of step {step} was not saved, earlier ones are untouched: rank {rank}"
 
-    def commit() -> None:
-        files = [entry for files, _ in shares for entry in files]
-        manifest = snapshot.manifest | {"files": files, "rng": [rng for _, rng in shares]}
-        _commit(root, name, target, manifest, snapshot.keep)
+    def all_ranks(stage: Callable[..., Any], *args: Any) -> list[Any]:
+        return vote(lambda: stage(*args), failed, Exception, group)
 
-    def on_first(function: Callable[..., Any], *args: Any) -> str | None:
-        return _try(function, *args) if snapshot.rank == 0 else None
+    def first_rank(stage: Callable[..., Any], *args: Any) -> Any:
+        return all_ranks(lambda: stage(*args) if rank == 0 else None)[0]
 
-    error = _try(_check_loadable, snapshot.manifest)
-    needed = sum(_vote(snapshot, snapshot.nbytes, error))
+    needed = sum(all_ranks(_checked_bytes, snapshot))
     collectives.agree(
-        "ranks save different steps",
-        {"step": snapshot.step},
-        group=snapshot.group,
-        raises=CheckpointError,
+        "ranks save different steps", {"step": step}, group=group, raises=CheckpointError
     )
     try:
-        mark = _vote(snapshot, mark, on_first(_prepare, root, name, target, needed))[0]
-        error = _try(_write_files, root.child(target), mark, snapshot)
-        shares = _vote(snapshot, (snapshot.files, snapshot.rng), error)
-        _vote(snapshot, None, on_first(commit))
+        mark = first_rank(_prepare, root, name, target, needed)
+        shares = all_ranks(_write_files, root.child(target), mark, snapshot)
+        files = [entry for files, _ in shares for entry in files]
+        manifest = snapshot.manifest | {"files": files, "rng": [rng for _, rng in shares]}
+        first_rank(_commit, root, name, target, manifest, snapshot.keep)
     except CheckpointError:
-        if snapshot.rank == 0 and root.child(name).size(MANIFEST) is None:
-            _try(root.remove, target)  # free the space for the next checkpoint
+        if rank == 0 and root.child(name).size(MANIFEST) is None:
+            with suppress(Exception):
+                root.remove(target)  # free the space for the next checkpoint
         raise
     location, seconds = child(folder, name), time.monotonic() - start
     _log.info("saved %s: %d bytes in %.2f s", location, snapshot.nbytes, seconds)
     return location
 
 
-def _check_loadable(manifest: Mapping[str, Any]) -> None:
-    """Raise what loading would raise, before writing."""
-    check_schema(json.loads(json.dumps({**manifest, "files": [], "rng": []})), "")
+def _checked_bytes(snapshot: _Snapshot) -> int:
+    """Raise what loading would raise, before writing; return this rank's bytes."""
+    check_schema(json.loads(json.dumps({**snapshot.manifest, "files": [], "rng": []})), "")
+    return snapshot.nbytes
 
 
-def _try(function: Callable[..., Any], *args: Any) -> str | None:
-    """Return the error's text instead of raising: other ranks wait for it."""
-    try:
-        function(*args)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _vote(snapshot: _Snapshot, value: Any, error: str | None) -> list[Any]:
-    failure = None
-    if error is not None:
-        failure = CheckpointError(
-            f"checkpoint of step {snapshot.step} was not saved, earlier ones are untouched: rank"
-            f" {snapshot.rank}: {error}"
-        )
-    return collectives.gather_or_raise(
-        value, failure, group=snapshot.group, operation="a checkpoint's vote"
-    )
-
-
-def _prepare(root: Folder, name: str, target: str, needed: int) -> None:
+def _prepare(root: Folder, name: str, target: str, needed: int) -> str:
+    """Make the folder to write in; return a mark for the names of its files."""
     if root.child(name).size(MANIFEST) is not None:
         raise FileExistsError(f"{name} exists: a finished checkpoint is never written again")
     root.remove(target)
     root.child(target).make()
     check_space(root, needed)
+    # an abandoned attempt may still be writing to the same folder
+    return "" if root.renames else f"-{secrets.token_hex(4)}"
 
 
 def check_space(root: Folder, needed: int) -> None:
@@ -304,20 +270,20 @@ def require_space(
     Raises:
         CheckpointError: on all ranks; names the folder, the needed and the free bytes.
     """
-    rank, optimizers = collectives.rank_and_size()[0], list(optimizers)
-    shards, names, _ = local_shards(model)
-    shards |= optimizer_shards(optimizers, shards, names)
-    size = sum(shard.nbytes for shard in _written_by(rank, shards).values())
+    optimizers = list(optimizers)
+    shards, names, _ = local_shards(model, optimizers)
+    size = sum(shard.nbytes for shard in _written_by_this_rank(shards).values())
     for optimizer in optimizers:
         state_per_row = getattr(optimizer, "state_per_row", {}).values()
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        for parameter in known_parameters(optimizer, names):
             if parameter not in optimizer.state:
                 for per_row in state_per_row:
                     size += 4 * (len(parameter) if per_row else parameter.numel())
-    operation = "space for checkpoints"
-    total = sum(collectives.gather(size, operation=operation))
+    total = sum(collectives.gather(size, operation="space for checkpoints"))
 
     def check() -> None:
+        if collectives.rank_and_size()[0] > 0:
+            return
         root = folder_at(folder)
         root.make()
         root.remove(".probe")
@@ -326,17 +292,19 @@ def require_space(
         root.remove(".probe")
         check_space(root, total * max(1, keep + 1 - len(finished(root))))
 
-    error = _try(check) if rank == 0 else None
-    failure = error and CheckpointError(f"{folder}: cannot hold the checkpoints: {error}")
-    collectives.gather_or_raise(None, failure or None, operation=operation)
+    vote(check, f"{folder}: cannot hold the checkpoints", Exception)
 
 
-def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
-    rank_of = f"rank-{snapshot.rank:05d}-of-{snapshot.world_size:05d}"
+def _write_files(
+    inside: Folder, mark: str, snapshot: _Snapshot
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return file, size, sha256 and tensors of each written file, and the random generators."""
+    rank, world_size = collectives.rank_and_size()
+    files = []
     for number, shards in enumerate(_divided(snapshot.shards)):
         for name, shard in shards.items():
-            _check_finite(name, shard, snapshot)
-        file_name = f"{rank_of}-{number:05d}{mark}.safetensors"
+            _check_finite(name, shard, snapshot.nonfinite)
+        file_name = f"rank-{rank:05d}-of-{world_size:05d}-{number:05d}{mark}.safetensors"
         with inside.create(file_name) as file:
             tensors = {name: shard.tensor for name, shard in shards.items()}
             size, digest = safetensors_io.write(file, tensors)
@@ -350,8 +318,8 @@ def _write_files(inside: Folder, mark: str, snapshot: _Snapshot) -> None:
             }
             for name, shard in shards.items()
         }
-        entry = {"file": file_name, "size": size, "sha256": digest, "tensors": entries}
-        snapshot.files.append(entry)
+        files.append({"file": file_name, "size": size, "sha256": digest, "tensors": entries})
+    return files, snapshot.rng
 
 
 def _divided(shards: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]]:
@@ -373,22 +341,23 @@ def _divided(shards: Mapping[str, LocalShard]) -> Iterator[dict[str, LocalShard]
         yield file
 
 
-def _check_finite(name: str, shard: LocalShard, snapshot: _Snapshot) -> None:
-    tensor = torch.view_as_real(shard.tensor) if shard.tensor.is_complex() else shard.tensor
-    if snapshot.nonfinite == "ignore" or not tensor.is_floating_point():
+def _check_finite(name: str, shard: LocalShard, nonfinite: Nonfinite) -> None:
+    tensor = shard.tensor
+    if nonfinite == "ignore" or not (tensor.is_floating_point() or tensor.is_complex()):
         return
     bad: list[int] = []
     start = 0
     for chunk in safetensors_io.row_chunks(tensor):
-        bad += shard.ids(kernels.nonfinite_rows(chunk) + start).tolist()
+        rows = kernels.nonfinite_rows(chunk) + start
+        bad += shard.order.ids(rows + shard.first).tolist()
         start += len(chunk)
     if bad:
         text = (
-            f"table {shard.table!r}, rank {snapshot.rank}: {name!r} has NaN or infinite values in"
-            f" {len(bad)} rows: {few(bad)}: continue from an earlier checkpoint with a lower"
-            " learning rate, or save with nonfinite='ignore'"
+            f"table {shard.table!r}, rank {collectives.rank_and_size()[0]}: {name!r} has NaN or"
+            f" infinite values in {len(bad)} rows: {few(bad)}: continue from an earlier checkpoint"
+            " with a lower learning rate, or save with nonfinite='ignore'"
         )
-        if snapshot.nonfinite == "error":
+        if nonfinite == "error":
             raise NonfiniteError(text)
         warnings.warn(text, stacklevel=2)
 
@@ -432,7 +401,7 @@ def save_rows(
     Raises:
         CheckpointError: as :func:`save`.
     """
-    manifest = _manifest(step, 1, None, fingerprints, {})
+    manifest = _manifest(step, fingerprints)
     shards = {}
     for name, rows in tables.items():
         stored = torch.view_as_real(rows) if rows.is_complex() else rows
@@ -446,7 +415,7 @@ def save_rows(
             "stored": ["weight"],
             **dict.fromkeys(("normalizer", "constrainer", "gradient", "optimizer")),
         }
-    return _write(folder, _Snapshot(step, 1, shards, manifest, {}, "ignore", 0, 1))
+    return _write(folder, _Snapshot(shards, manifest))
 
 
 class AsyncSaver:
@@ -471,8 +440,8 @@ class AsyncSaver:
             # new_group returns before its peers have connected
             collectives.gather(None, group=self._group, operation=operation)
         self._buffers: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._threads = ThreadPoolExecutor(1, "shardemb-saver", _lower_priority)
+        self._saving: Future[Location] | None = None
 
     def save(
         self,
@@ -480,11 +449,7 @@ class AsyncSaver:
         model: nn.Module,
         optimizers: Iterable[torch.optim.Optimizer] = (),
         state: Mapping[str, Any] | None = None,
-        *,
-        schedulers: Iterable[Any] = (),
-        seed: int | None = None,
-        fingerprints: Mapping[str, str] | None = None,
-        nonfinite: Nonfinite = "error",
+        **options: Unpack[SaveOptions],
     ) -> None:
         """Wait for the previous save, copy the rows, and write them. A collective.
 
@@ -494,34 +459,31 @@ class AsyncSaver:
             CheckpointError: the previous save failed, on all ranks.
         """
         self.wait()
-        snapshot = _snapshot(
-            step, model, optimizers, state, self._keep, schedulers, seed, fingerprints, nonfinite
-        )
-        snapshot.group = self._group
+        snapshot = _snapshot(step, model, optimizers, state, self._keep, **options)
         free = free_bytes(torch.device("cpu"))
         copied = sum(buffer.numel() * buffer.itemsize for buffer in self._buffers.values())
         more = snapshot.nbytes - copied
         fits = free is None or more <= free
-        if not self._background or not fits:
-            if self._background:
-                warnings.warn(
-                    f"checkpoint of step {step}, rank {snapshot.rank}: a copy of this rank's rows"
-                    f" needs {more:,} bytes more, {free:,} are free: saving in the foreground",
-                    stacklevel=2,
-                )
-            self._run(snapshot)
-            self.wait()
+        if self._background and not fits:
+            rank, _ = collectives.rank_and_size()
+            warnings.warn(
+                f"checkpoint of step {step}, rank {rank}: a copy of this rank's rows needs"
+                f" {more:,} bytes more, {free:,} are free: saving in the foreground",
+                stacklevel=2,
+            )
+        if not (self._background and fits):
+            _write(self._folder, snapshot, self._group)
             return
         snapshot.shards = {
             name: replace(shard, tensor=self._copy(name, shard.tensor))
             for name, shard in snapshot.shards.items()
         }
-        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="shardemb-saver")
-        self._thread.start()
+        self._saving = self._threads.submit(_write, self._folder, snapshot, self._group)
 
     def close(self) -> None:
         """Wait for the last save, ignore its failure, and free the memory."""
-        self._join()
+        self._threads.shutdown()
+        self._saving = None
         self._buffers.clear()
         if self._group is not None:
             watchdog.forget(self._group)
@@ -529,34 +491,22 @@ class AsyncSaver:
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            shape = (1, 1)
-            if tensor.dim():
-                shape = (len(tensor), tensor[0].numel() if len(tensor) else 0)
-            buffer = kernels.empty(shape, tensor.dtype, torch.device("cpu")).reshape(tensor.shape)
+            buffer = kernels.empty(tensor.shape, tensor.dtype)
             self._buffers[name] = buffer
         return buffer.copy_(tensor)
 
-    def _run(self, snapshot: _Snapshot) -> None:
-        if threading.current_thread() is self._thread:
-            with suppress(OSError):  # training has priority; a Linux thread has its own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        try:
-            _write(self._folder, snapshot)
-        except BaseException as error:
-            self._failure = error
-
     def check(self) -> None:
         """Raise CheckpointError if the last save failed; cheap."""
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the last save; CheckpointError, on all ranks, if it failed."""
-        self._join()
-        self.check()
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+
+def _lower_priority() -> None:
+    with suppress(OSError):  # training has priority; a Linux thread has its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -5,8 +5,8 @@
 
 import builtins
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,19 +23,6 @@ from shardemb.exceptions import RanksDisagreeError
 MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A started collective."""
-
-    work: Any
-    watchdog: PeerWatchdog
-    operation: str
-
-    def wait(self) -> None:
-        """Wait; PeerFailureError on failure, as for all functions of this module."""
-        self.watchdog.wait(self.work, self.operation)
-
-
 _host_ranks: WeakKeyDictionary[PeerWatchdog, HostRanks | None] = WeakKeyDictionary()
 
 
@@ -47,12 +34,8 @@ def _through_memory(
     if tensor.device.type != "cpu" or not watchdog.slices:
         return None
     if watchdog not in _host_ranks:
-
-        def gather_all(value: Any) -> list[Any]:
-            return gather(value, group=group, operation="do ranks share memory?")
-
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        _host_ranks[watchdog] = meet(rank, world_size, gather_all)
+        ask = partial(gather, group=group, operation="do ranks share memory?")
+        _host_ranks[watchdog] = meet(*rank_and_size(group), ask)
     host_ranks = _host_ranks[watchdog]
     if host_ranks is None:
         return None
@@ -70,10 +53,10 @@ def all_to_all(
     group: Any,
     operation: str,
     wait: bool = True,
-) -> Pending | None:
+) -> Callable[[], None]:
     """Send each rank its rows of ``tensor``, equally many or ``sent``; receive into ``out``.
 
-    Without ``wait``, returns the pending collective.
+    Without ``wait``, the returned function waits.
     """
     watchdog = watch(group)
     if wait:
@@ -81,20 +64,23 @@ def all_to_all(
         message = _through_memory(group, tensor, operation, sent or equal)
         if message is not None:
             message.scatter(out, received or equal)
-            return None
+            return already_done
     work = dist.all_to_all_single(out, tensor, received, sent, group=group, async_op=True)
-    pending = Pending(work, watchdog, operation)
     if not wait:
-        return pending
-    pending.wait()
-    return None
+        return partial(watchdog.wait, work, operation)
+    watchdog.wait(work, operation)
+    return already_done
+
+
+def already_done() -> None:
+    """Wait for nothing."""
 
 
 def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: str) -> None:
     """Reduce a tensor in place; does nothing on one rank."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
-    if shared_memory.reduces(op):
+    if op in shared_memory.REDUCE:
         message = _through_memory(group, tensor.contiguous(), operation)
         if message is not None:
             message.reduce(tensor, op)
@@ -107,9 +93,9 @@ def all_gather(out: list[Tensor], tensor: Tensor, *, group: Any = None, operatio
     watch(group).wait(dist.all_gather(out, tensor, group=group, async_op=True), operation)
 
 
-def rank_and_size() -> tuple[int, int]:
+def rank_and_size(group: Any = None) -> tuple[int, int]:
     """Return rank and world size; 0 and 1 without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
 def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
@@ -121,36 +107,30 @@ def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Ten
     """Return all ranks' rows ``(n, ...)``, in the order of ranks; ``n`` may differ."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tensor
-    sizes = gather(len(tensor), group=group, operation=operation)
-    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]), device=_device(group, tensor.device))
+    return torch.cat(_gather_rows(tensor, group, operation)).to(tensor.device)
+
+
+def _gather_rows(tensor: Tensor, group: Any, operation: str) -> list[Tensor]:
+    if dist.get_backend(group) == "nccl":
+        tensor = tensor.cuda()
+    size = torch.tensor([len(tensor)], device=tensor.device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+    all_gather(sizes, size, group=group, operation=operation)
+    counts = [int(size) for size in sizes]
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in sizes]
+    parts = [torch.empty_like(padded) for _ in counts]
     all_gather(parts, padded, group=group, operation=operation)
-    rows = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return rows.to(tensor.device)
-
-
-def _device(group: Any, device: torch.device) -> torch.device:
-    nccl = dist.get_backend(group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else device
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
     """Return each rank's JSON value, in the order of ranks; tuples become lists."""
     if not dist.is_initialized():
         return [value]
-    world_size = dist.get_world_size(group)
-    device = _device(group, torch.device("cpu"))
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    size = torch.tensor([len(text)], device=device)
-    sizes = [torch.empty_like(size) for _ in range(world_size)]
-    all_gather(sizes, size, group=group, operation=operation)
-    padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device=device)
-    padded[: len(text)] = text
-    texts = [torch.empty_like(padded) for _ in range(world_size)]
-    all_gather(texts, padded, group=group, operation=operation)
-    pairs = zip(texts, sizes, strict=True)
-    return [json.loads(text[: int(size)].cpu().numpy().tobytes()) for text, size in pairs]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    texts = _gather_rows(text, group, operation)
+    return [json.loads(text.cpu().numpy().tobytes()) for text in texts]
 
 
 def gather_or_raise(

@@ -41,7 +41,8 @@ _FOLDER = Path("/dev/shm")
 #: seconds of one poll of the flags, with Python's lock released
 _AWAKE = 0.0001
 
-_REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+#: the operations of :meth:`Message.reduce`
+REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     dist.ReduceOp.SUM: torch.add,
     dist.ReduceOp.MAX: torch.maximum,
     dist.ReduceOp.MIN: torch.minimum,
@@ -184,16 +185,11 @@ class Message:
             if len(data) != size:
                 raise _other_size(other, len(data), size)
             tensors.append(data.view(tensor.dtype).view(tensor.shape))
-        tensor.copy_(reduce(_REDUCE[op], tensors))
+        tensor.copy_(reduce(REDUCE[op], tensors))
 
 
 def _other_size(rank: int, got: int, expected: int) -> RuntimeError:
     return RuntimeError(f"rank {rank} of this group sent {got} bytes, expected {expected}")
-
-
-def reduces(op: Any) -> bool:
-    """Whether :meth:`Message.reduce` supports an operation."""
-    return op in _REDUCE
 
 
 def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> HostRanks | None:

@@ -43,6 +43,20 @@ _MADV_HUGEPAGE = 14
 #: the update rules' numbers in rows.c
 RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "rowwise_adam": 4}
 
+#: result and arguments of the functions in rows.c: pointer, (64-bit) number, float, int
+_SIGNATURES = {
+    "gather": ("", "pnpnnp"),
+    "scatter": ("", "pnpnnp"),
+    "merge": ("n", "pnnpppp"),
+    "sum_rows": ("", "pnppnnp"),
+    "raise_flag": ("", "pn"),
+    "flags_raised": ("n", "pnnnn"),
+    "make_units": ("", "pnpnn"),
+    "count_better": ("", "pnnpnnnp"),
+    "distances": ("", "ppnninnp"),
+    "update": ("", "ipppnppppnnfffffipp"),
+}
+
 _log = logs.logger(__name__)
 
 
@@ -67,22 +81,17 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     if size >= _HUGE_BYTES and tensor.device.type == "cpu":
         page = os.sysconf("SC_PAGESIZE")
         start = -(-tensor.data_ptr() // page) * page
+        length = (tensor.data_ptr() + size - start) // page * page
         # only advice: small pages work too
-        _libc().madvise(
-            ctypes.c_void_p(start),
-            ctypes.c_size_t((tensor.data_ptr() + size - start) // page * page),
-            _MADV_HUGEPAGE,
-        )
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return tensor
 
 
 def contiguous(tensor: Tensor) -> Tensor:
     """Return the tensor, or a contiguous copy from :func:`empty`."""
-    return (
-        tensor
-        if tensor.is_contiguous()
-        else empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
-    )
+    if tensor.is_contiguous():
+        return tensor
+    return empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
 @cache
@@ -113,64 +122,21 @@ def _load_library() -> ctypes.CDLL | str:
             text,
         )
         return f"{compiler} did not compile rows.c: {text}"
-    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.gather.argtypes = library.scatter.argtypes = [
-        pointer,
-        number,
-        pointer,
-        number,
-        number,
-        pointer,
-    ]
-    library.merge.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer]
-    library.merge.restype = number
-    library.sum_rows.argtypes = [pointer, number, pointer, pointer, number, number, pointer]
-    library.raise_flag.argtypes = [pointer, number]
-    library.flags_raised.argtypes = [pointer, number, number, number, number]
-    library.flags_raised.restype = number
-    library.make_units.argtypes = [pointer, number, pointer, number, number]
-    library.count_better.argtypes = [
-        pointer,
-        number,
-        number,
-        pointer,
-        number,
-        number,
-        number,
-        pointer,
-    ]
-    library.distances.argtypes = [
-        pointer,
-        pointer,
-        number,
-        number,
-        ctypes.c_int,
-        number,
-        number,
-        pointer,
-    ]
-    tensors: list[Any] = [*[pointer] * 3, number, *[pointer] * 4]
-    library.update.argtypes = [
-        ctypes.c_int,
-        *tensors,
-        number,
-        number,
-        *[real] * 5,
-        ctypes.c_int,
-        pointer,
-        pointer,
-    ]
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype = kinds.get(result)
+        function.argtypes = [kinds[kind] for kind in arguments]
     return library
 
 
 def _compiled(compiler: str) -> Path:
     source = Path(__file__).with_name("rows.c")
-    flags = next(
-        (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), ""
-    )
-    key = hashlib.sha256(
-        "\0".join([source.read_text(), compiler, *_FLAGS, flags]).encode()
-    ).hexdigest()[:16]
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    text = "\0".join([source.read_text(), compiler, *_FLAGS, flags])
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -183,19 +149,10 @@ def _compiled(compiler: str) -> Path:
         # concurrent ranks each replace a whole file
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
-            subprocess.run(
-                [compiler, source, "-o", made, *_FLAGS],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
+            command = [compiler, str(source), "-o", str(made), *_FLAGS]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             made.replace(path)
     return path
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
 
 
 def why_not() -> str | None:
@@ -208,10 +165,8 @@ def _loops(*tensors: Tensor) -> ctypes.CDLL | None:
     library = _library()
     if isinstance(library, str):
         return None
-    for tensor in tensors:
-        if not (tensor.is_cpu and tensor.is_contiguous()):
-            return None
-    return library
+    fits = all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+    return library if fits else None
 
 
 @cache
@@ -313,35 +268,17 @@ def merge(rows: Tensor, num_rows: int) -> Merged:
     if loops is None:
         each_once, places = rows.unique(return_inverse=True)
         return Merged(each_once, places, rows[:0], rows[:0])
-    order, unique, starts, inverse = (
-        torch.empty(size, dtype=torch.int64) for size in (n, n, n + 1, n)
-    )
-    found = loops.merge(
-        rows.data_ptr(),
-        n,
-        num_rows,
-        order.data_ptr(),
-        unique.data_ptr(),
-        starts.data_ptr(),
-        inverse.data_ptr(),
-    )
+    results = [torch.empty(size, dtype=torch.int64) for size in (n, n, n + 1, n)]
+    pointers = (result.data_ptr() for result in results)
+    found = loops.merge(rows.data_ptr(), n, num_rows, *pointers)
     if found == -2:
         raise IdRangeError(
             f"got rows {int(rows.min())} to {int(rows.max())}, expected 0 <= row < {num_rows}"
         )
     if found < 0:
         raise OutOfMemoryError(f"no memory to merge {n} rows")
+    order, unique, starts, inverse = results
     return Merged(unique[:found], inverse, order, starts[: found + 1])
-
-
-def can_update(weight: Tensor, grad: Tensor, merged: Merged, state: list[Tensor]) -> bool:
-    """Whether :func:`update` takes these tensors."""
-    tensors = [weight, grad, *state]
-    return (
-        merged.starts.shape[0] > 0
-        and all(t.dtype == torch.float32 for t in tensors)
-        and _loops(*tensors) is not None
-    )
 
 
 def update(
@@ -355,8 +292,10 @@ def update(
     eps: float = 0.0,
     betas: tuple[float, float] = (0.0, 0.0),
     constrain: RowFunction | None = None,
-) -> None:
-    """Sum each row's gradients and update the row, in one pass; requires :func:`can_update`.
+) -> bool:
+    """Sum each row's gradients and update the row, in one pass, in C.
+
+    Return False, without a change, if the C loops do not take these tensors.
 
     Args:
         rule: one of :data:`RULES`.
@@ -370,34 +309,33 @@ def update(
         betas: decay of Adam's moments.
         constrain: function of rows ``(m, D)``, applied in cache; :func:`unit_rows` in C.
     """
-    loops, dim = _library(), weight.shape[1]
-    assert not isinstance(loops, str)
+    tensors, dim = [weight, grad, *state], weight.shape[1]
+    loops = _loops(*tensors) if all(t.dtype == torch.float32 for t in tensors) else None
+    if loops is None or not merged.starts.shape[0]:
+        return False
     first, second = [*(tensor.data_ptr() for tensor in state), None, None][:2]
-    tensors = (weight.data_ptr(), first, second, dim, grad.data_ptr())
+    matrices = (weight.data_ptr(), first, second, dim, grad.data_ptr())
     places = (merged.order.data_ptr(), merged.unique.data_ptr(), merged.starts.data_ptr())
     numbers = (lr, eps, 1 - decay, 1 - betas[0], 1 - betas[1])
 
     unit = constrain is unit_rows
 
-    def part(a: int, b: int, out: Tensor | None = None) -> None:
-        sums = torch.empty(dim)
-        copy = None if out is None else out.data_ptr()
-        loops.update(RULES[rule], *tensors, *places, a, b, *numbers, unit, sums.data_ptr(), copy)
+    def part(start: int, rows: Tensor | None, a: int, b: int) -> None:
+        sums, copy = torch.empty(dim), None if rows is None else rows[a:].data_ptr()
+        span = (start + a, start + b)
+        loops.update(RULES[rule], *matrices, *places, *span, *numbers, unit, sums.data_ptr(), copy)
 
     total = merged.unique.shape[0]
     if constrain is None or unit:
-        _in_parts(part, total)
-        return
+        _in_parts(partial(part, 0, None), total)
+        return True
     chunk = CHUNK_ROWS * torch.get_num_threads()
     buffer = empty((min(chunk, total), dim), weight.dtype)
     for start in range(0, total, chunk):
         rows = buffer[: total - start]
-        _in_parts(partial(_shifted, part, start, rows), len(rows))
+        _in_parts(partial(part, start, rows), len(rows))
         put(weight, merged.unique[start : start + len(rows)], constrain(rows).contiguous())
-
-
-def _shifted(part: Callable[..., None], start: int, rows: Tensor, a: int, b: int) -> None:
-    part(start + a, start + b, rows[a:])
+    return True
 
 
 def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
@@ -416,15 +354,11 @@ def count_better(scores: Tensor, truth: Tensor, n: int, out: Tensor) -> None:
         )
         return
     scores, truth = scores[:, :n], truth.unsqueeze(1)
-    for line, mask in zip(
-        out, (scores > truth, scores == truth, torch.isfinite(scores)), strict=True
-    ):
-        # on CPUs, numpy's count takes a fifth of torch's sum over bools
-        line += (
-            mask.sum(1)
-            if mask.is_cuda
-            else torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
-        )
+    for line, mask in enumerate((scores > truth, scores == truth, torch.isfinite(scores))):
+        if mask.is_cuda:
+            out[line] += mask.sum(1)
+        else:  # numpy's count takes a fifth of torch's sum over bools
+            out[line] += torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
 
 
 def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
@@ -432,12 +366,10 @@ def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
 
     Computed from differences; in C for p 1 or 2, two dimensions, float32 and no gradient.
     """
-    loops, flat = (
-        _loops(queries, rows),
-        queries.dim() == rows.dim() == 2 and queries.dtype == rows.dtype == torch.float32,
-    )
+    loops = _loops(queries, rows) if queries.dim() == rows.dim() == 2 and p in (1, 2) else None
+    fits = queries.dtype == rows.dtype == torch.float32
     graded = torch.is_grad_enabled() and (queries.requires_grad or rows.requires_grad)
-    if loops is None or not flat or graded or p not in (1, 2):
+    if loops is None or not fits or graded:
         return torch.cdist(queries, rows, p=p, compute_mode="donot_use_mm_for_euclid_dist")
     out = torch.empty(len(queries), len(rows))
     tensors = queries.data_ptr(), rows.data_ptr(), queries.shape[1], len(rows), p == 1
@@ -450,13 +382,13 @@ def distances(queries: Tensor, rows: Tensor, p: float) -> Tensor:
 
 
 def nonfinite_rows(values: Tensor) -> Tensor:
-    """Return the int64 rows of a real tensor ``(n, ...)`` that hold NaN or infinite values."""
+    """Return the int64 rows of ``(n, ...)`` with NaN or infinite values; a scalar is row 0."""
+    real = torch.view_as_real(values) if values.is_complex() else values
     # NaN is the minimum and the maximum
-    if not values.numel() or all(
-        math.isfinite(extreme.item()) for extreme in torch.aminmax(values)
-    ):
+    if not real.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(real)):
         return torch.empty(0, dtype=torch.int64, device=values.device)
-    return (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().squeeze(1)
+    rows = (~torch.isfinite(values)).reshape(len(values) if values.dim() else 1, -1)
+    return rows.any(1).nonzero().squeeze(1)
 
 
 class Flag:

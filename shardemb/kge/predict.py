@@ -50,4 +50,5 @@ def best_tails(
     by_head = inverse and not settings["reciprocal"]
     query = scorer.head_query if by_head else scorer.tail_query
     queries: Tensor = query(known, relations)
-    return entity.best(lambda rows: scorer.score_all(queries, rows), k, queries=len(h))
+    best = entity.best(lambda rows: scorer.score_all(queries, rows), k, queries=len(h))
+    return entity.named(*best)

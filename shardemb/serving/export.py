@@ -1,9 +1,11 @@
 """Tables to and from files of other programs, chunk by chunk."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,12 @@ def export_table(
     chosen = store.table if table is None else store[table]
     name = f"exporting {chosen.name}" if shown else ""
     with replacing(out) as partial:
-        _WRITERS[format](chosen, partial, lambda: (rows for _, rows in chosen.chunks(raw, name)))
+        _WRITERS[format](chosen, partial, (rows for _, rows in chosen.chunks(raw, name)))
     return out
 
 
-#: returns an iterator over rows ``(n, *shape)``
-_Rows = Callable[[], Iterator[Tensor]]
+#: chunks of rows ``(n, *shape)``
+_Rows = Iterator[Tensor]
 
 
 def _flat(rows: Tensor) -> Tensor:
@@ -76,36 +78,32 @@ def _flat(rows: Tensor) -> Tensor:
 
 
 def _columns(table: StoredTable) -> int:
-    return int(np.prod(table.shape, dtype=np.int64)) * (2 if table.is_complex else 1)
+    return math.prod(table.shape) * (2 if table.is_complex else 1)
+
+
+def _write_tensor(path: Path, name: str, table: StoredTable, length: int, rows: _Rows) -> None:
+    with path.open("wb") as file:
+        writer = safetensors_io.Writer(file)
+        writer.write([safetensors_io.header({name: (table.dtype, (length, *table.shape))})])
+        writer.write(safetensors_io.as_bytes(chunk.contiguous()) for chunk in rows)
 
 
 def _write_safetensors(table: StoredTable, out: Path, rows: _Rows) -> None:
-    with out.open("wb") as file:
-        writer = safetensors_io.Writer(file)
-        shape = (table.max_id, *table.shape)
-        writer.write([safetensors_io.header({"weight": (table.dtype, shape)})])
-        writer.write(safetensors_io.as_bytes(chunk.contiguous()) for chunk in rows())
+    _write_tensor(out, "weight", table, table.max_id, rows)
 
 
 def _write_sharded(table: StoredTable, out: Path, rows: _Rows) -> None:
     out.mkdir()
-    row_bytes = max(1, table.dtype.itemsize * int(np.prod(table.shape, dtype=np.int64)))
-    per_file = max(1, SHARD_BYTES // row_bytes)
-    count = max(1, -(-table.max_id // per_file))
-    chunks, left, index = rows(), None, {}
-    for number in range(count):
-        first, last = number * per_file, min((number + 1) * per_file, table.max_id)
-        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    row_bytes = max(1, table.dtype.itemsize * math.prod(table.shape))
+    chunks_per_file = max(1, SHARD_BYTES // (row_bytes * table.chunk_rows))
+    per_file = chunks_per_file * table.chunk_rows
+    firsts, index = range(0, max(1, table.max_id), per_file), {}
+    for number, first in enumerate(firsts, 1):
+        last = min(first + per_file, table.max_id)
+        name = f"model-{number:05d}-of-{len(firsts):05d}.safetensors"
         tensor = f"weight.rows-{first}-{last}"
         index[tensor] = name
-        with (out / name).open("wb") as file:
-            writer, missing = safetensors_io.Writer(file), last - first
-            writer.write([safetensors_io.header({tensor: (table.dtype, (missing, *table.shape))})])
-            while missing:
-                chunk = next(chunks) if left is None else left
-                part, left = chunk[:missing], chunk[missing:] if len(chunk) > missing else None
-                writer.write([safetensors_io.as_bytes(part.contiguous())])
-                missing -= len(part)
+        _write_tensor(out / name, tensor, table, last - first, islice(rows, chunks_per_file))
     document = {"metadata": {"total_size": table.max_id * row_bytes}, "weight_map": index}
     text = json.dumps(document, indent=1)
     (out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -118,7 +116,7 @@ def _write_parquet(table: StoredTable, out: Path, rows: _Rows) -> None:
         del fields["label"]
     schema, done = pa.schema(fields), 0
     with pq.ParquetWriter(out, schema) as writer:
-        for chunk in rows():
+        for chunk in rows:
             flat = _flat(chunk)
             ids = range(done, done + len(flat))
             columns: dict[str, Any] = {"id": pa.array(ids, pa.int64())}
@@ -140,7 +138,7 @@ def _write_npy(table: StoredTable, out: Path, rows: _Rows) -> None:
     }
     with out.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for chunk in rows():
+        for chunk in rows:
             file.write(safetensors_io.as_bytes((chunk if plain else chunk.float()).contiguous()))
 
 
@@ -148,7 +146,7 @@ def _write_word2vec(table: StoredTable, out: Path, rows: _Rows) -> None:
     done = 0
     with out.open("w", encoding="utf-8") as file:
         file.write(f"{table.max_id} {_columns(table)}\n")
-        for chunk in rows():
+        for chunk in rows:
             for row in _flat(chunk).numpy():
                 label = table.label(done)
                 if any(char.isspace() for char in label):
@@ -227,13 +225,11 @@ def _rows_of(source: Any, key: str | None, scratch: Path) -> Iterator[_Imported]
     if isinstance(source, str | Path):
         path = Path(source)
         if path.suffix not in _READERS:
-            pickled = ""
-            if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
-                pickled = (
-                    " (a pickle, which can run code: load it yourself, and give import_table the"
-                    " module or state dict)"
-                )
-            raise InputError(f"{path}: got a file{pickled}, expected one of {', '.join(_READERS)}")
+            raise InputError(
+                f"{path}: got a file of suffix {path.suffix!r}, expected one of"
+                f" {', '.join(_READERS)}; torch's .pt is a pickle, which can run code:"
+                " load it yourself, and give import_table the module or state dict"
+            )
         with tempfile.TemporaryDirectory(dir=scratch, prefix="import-") as folder:
             yield _READERS[path.suffix](path, key, Path(folder))
         return
@@ -269,8 +265,7 @@ def _read_npy(path: Path, key: str | None, scratch: Path) -> _Imported:
             f"{path}: got {getattr(array, 'dtype', type(array))}, expected floating point or"
             " complex rows (V, *shape)"
         )
-    contiguous = array if array.flags.c_contiguous else np.ascontiguousarray(array)
-    return torch.from_numpy(contiguous), None
+    return torch.from_numpy(np.ascontiguousarray(array)), None
 
 
 def _read_safetensors(path: Path, key: str | None, scratch: Path) -> _Imported:

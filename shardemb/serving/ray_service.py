@@ -10,12 +10,11 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -211,10 +210,9 @@ class Shard:
     ) -> tuple[np.ndarray, np.ndarray]:
         table = self._opened()[prefix]
         vectors = _tensor(*queries).reshape(-1, *table.shape)
-        first, last = self._info.rows(self._number)[prefix]
+        slots = self._info.rows(self._number)[prefix]
         excluded = None if exclude is None else torch.tensor(exclude)
-        to_score = scores_of(vectors, metric)
-        scores, ids = table.best_among(first, last, to_score, k, excluded, len(vectors))
+        scores, ids = table.best(scores_of(vectors, metric), k, excluded, len(vectors), slots)
         return scores.numpy(), ids.numpy()
 
     def _ids_of(self, prefix: str, labels: list[str]) -> np.ndarray:
@@ -332,24 +330,17 @@ class Client(Tables[ServedTable]):
 
     def health(self, timeout_s: float = 5.0) -> list[ShardHealth]:
         """Return all shards' states; a shard that does not answer in time is not ok."""
-        ray, end, states = _connected(), time.monotonic() + timeout_s, []
-        sent: dict[int, Any] = {}
-        for shard in range(self.info.shards):
-            with suppress(ShardUnavailableError):
-                sent[shard] = self._handle(shard).health.remote()
-        for shard in range(self.info.shards):
-            try:
-                if shard not in sent:
-                    raise self._unavailable(shard, "there is no such actor")
-                state = ray.get(sent[shard], timeout=max(0.0, end - time.monotonic()))
+        shards, start = range(self.info.shards), time.monotonic()
+        states = dict(
+            self._round(shards, lambda actor, shard: actor.health.remote(), start, timeout_s)
+        )
+        for shard, state in states.items():
+            if isinstance(state, ShardHealth):
                 self._nodes[shard] = state.node
-            except (ShardUnavailableError, ray.exceptions.RayError) as error:
-                self._handles.pop(shard, None)
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            else:
                 rows, node = self.info.rows(shard), self._nodes.get(shard)
-                state = ShardHealth(shard, False, rows, node, error=text)
-            states.append(state)
-        return states
+                states[shard] = ShardHealth(shard, False, rows, node, error=str(state))
+        return [states[shard] for shard in shards]
 
     def _handle(self, shard: int) -> Any:
         if shard not in self._handles:
@@ -372,12 +363,16 @@ class Client(Tables[ServedTable]):
         return answer
 
     def _ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        start, pause = time.monotonic(), 0.02
+        key, start, pause = (self.info.digest, self.info.shards), time.monotonic(), 0.02
+
+        def send(actor: Any, shard: int) -> Any:
+            return actor.ask.remote(key, *requests[shard])
+
         answers: dict[int, Any] = {}
         while True:
             failed: RuntimeError | None = None
-            left = {shard: requests[shard] for shard in requests.keys() - answers.keys()}
-            for shard, answer in self._round(left, start + self.timeout_s):
+            left = requests.keys() - answers.keys()
+            for shard, answer in self._round(left, send, start, self.timeout_s):
                 if isinstance(answer, ShardBusyError | ShardUnavailableError):
                     failed = answer
                 else:
@@ -390,21 +385,21 @@ class Client(Tables[ServedTable]):
             pause = min(2 * pause, 0.5)
 
     def _round(
-        self, requests: Mapping[int, tuple[Any, ...]], end: float
+        self, shards: Iterable[int], send: Callable[[Any, int], Any], start: float, seconds: float
     ) -> Iterator[tuple[int, Any]]:
+        """Call shards' actors; yield each shard's answer, or why it has none."""
         ray, sent = _connected(), {}
-        key = self.info.digest, self.info.shards
-        for shard, request in requests.items():
+        for shard in shards:
             try:
-                sent[shard] = self._handle(shard).ask.remote(key, *request)
+                sent[shard] = send(self._handle(shard), shard)
             except ShardUnavailableError as error:
                 yield shard, error
         for shard, reference in sent.items():
+            left = max(0.0, start + seconds - time.monotonic())
             try:
-                yield shard, ray.get(reference, timeout=max(0.0, end - time.monotonic()))
+                yield shard, ray.get(reference, timeout=left)
             except ray.exceptions.GetTimeoutError:
-                why = f"got no answer within {self.timeout_s:g} s"
-                raise self._unavailable(shard, why) from None
+                yield shard, self._unavailable(shard, f"got no answer within {seconds:g} s")
             except ray.exceptions.RayTaskError as error:
                 if not isinstance(error.cause, ShardBusyError | ShardUnavailableError):
                     raise error.cause from error
@@ -497,12 +492,7 @@ class Service:
     def __enter__(self) -> "Service":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 

@@ -155,10 +155,11 @@ class Table(ABC):
         else:
             ids = self.ids(query).reshape(-1)
             vectors, exclude = self.lookup(ids), ids if exclude_query else None
-        nearest = self._named(*self._search(vectors, k, metric, exclude))
+        nearest = self.named(*self._search(vectors, k, metric, exclude))
         return nearest if metric != "l2" else replace(nearest, scores=-nearest.scores)
 
-    def _named(self, scores: Tensor, ids: Tensor) -> Nearest:
+    def named(self, scores: Tensor, ids: Tensor) -> Nearest:
+        """Add the labels to scores and ids ``(q, k)``, without excluded rows."""
         # excluded rows come last if fewer than k others exist
         kept = int((scores > -torch.inf).sum(1).min()) if scores.numel() else 0
         scores, ids = scores[:, :kept], ids[:, :kept]

@@ -17,7 +17,7 @@ from shardemb.checkpoint.manifest import verify as verify_all
 from shardemb.checkpoint.safetensors_io import Layout
 from shardemb.checkpoint.storage import is_remote
 from shardemb.exceptions import CheckpointError, InputError
-from shardemb.serving.read_table import Metric, Nearest, Table, Tables, best_of, scores_of
+from shardemb.serving.read_table import Metric, Table, Tables, best_of, scores_of
 from shardemb.sharding.placement import RowOrder
 from shardemb.transforms import resolve_normalizer
 from shardemb.utils.progress import progress
@@ -88,31 +88,24 @@ class Store(Tables["StoredTable"]):
         values = self.manifest.values
         self.step = values["step"]
         self.state: dict[str, Any] = values["state"]
+        self.normalizers = normalizers
         unknown = normalizers.keys() - values["tables"].keys()
         if unknown:
             raise CheckpointError(
                 f"{path}: got a normalizer for {sorted(unknown)}, expected one of"
                 f" {sorted(values['tables'])}"
             )
-        self.tables = {
-            prefix: StoredTable(self, prefix, entry, normalizers.get(prefix, _SAVED))
-            for prefix, entry in values["tables"].items()
-        }
-
-
-_SAVED: Any = object()
+        self.tables = {prefix: StoredTable(self, prefix) for prefix in values["tables"]}
 
 
 class StoredTable(Table):
     """A table of a checkpoint, its files mapped into memory."""
 
-    def __init__(
-        self, store: Store, prefix: str, entry: Mapping[str, Any], normalizer: Any
-    ) -> None:
+    def __init__(self, store: Store, prefix: str) -> None:
+        entry = store.manifest.values["tables"][prefix]
         self.name, self.max_id, self.path = entry["name"], entry["max_id"], store.path
         self.shape, self.is_complex = tuple(entry["shape"]), entry["complex"]
-        self._store, self._prefix = store, prefix
-        self._saved_normalizer, self._normalizer = entry["normalizer"], normalizer
+        self._store, self._prefix, self._saved_normalizer = store, prefix, entry["normalizer"]
         manifest, tensor = store.manifest, f"{prefix}.weight" if prefix else "weight"
         if tensor in manifest.shards:
             manifest.check_covered(tensor)
@@ -125,13 +118,15 @@ class StoredTable(Table):
         stored = self._rows[0].dtype if self._rows else torch.float32
         self._width = self._rows[0].shape[1] if self._rows else 0
         self.dtype = torch.promote_types(stored, torch.complex32) if self.is_complex else stored
+        #: most rows of a chunk
+        self.chunk_rows = max(1, _CHUNK // max(1, self._width))
 
     @cached_property
     def normalizer(self) -> RowFunction | None:
         """The function that forward applies; raises CheckpointError if it is unknown."""
-        saved = self._saved_normalizer
-        if self._normalizer is not _SAVED or saved is None:
-            return None if self._normalizer is _SAVED else self._normalizer
+        given, saved = self._store.normalizers, self._saved_normalizer
+        if self._prefix in given or saved is None:
+            return given.get(self._prefix)
         where = f"{self.path}: table {self.name!r} was trained with the normalizer"
 
         def apply(x: Tensor) -> Tensor:
@@ -223,7 +218,7 @@ class StoredTable(Table):
             raw: omit the normalizer.
             shown: title of a progress bar; "" shows none.
         """
-        step = max(1, _CHUNK // max(1, self._width))
+        step = self.chunk_rows
         starts = range(0, self.max_id, step)
         for start in progress(starts, shown, self.max_id / max(1, len(starts)), bool(shown)):
             ids = torch.arange(start, min(start + step, self.max_id))
@@ -237,28 +232,18 @@ class StoredTable(Table):
         k: int,
         exclude: Tensor | None = None,
         queries: int = 1,
-    ) -> Nearest:
-        """Return the rows with the highest scores, chunk by chunk.
+        slots: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the highest scores, and their ids, ``(q, k)``, chunk by chunk.
 
         Args:
             scores: maps rows ``(n, *shape)`` to ``(q, n)``.
             k: rows per query; fewer if the table has fewer.
-            exclude: ids ``(q,)`` to omit, -1 for none.
+            exclude: ids ``(q,)`` that score -inf, -1 for none.
             queries: ``q``.
+            slots: only ``[first, last)``; None for all.
         """
-        return self._named(*self.best_among(0, self.max_id, scores, k, exclude, queries))
-
-    @torch.no_grad()
-    def best_among(
-        self,
-        first: int,
-        last: int,
-        scores: Callable[[Tensor], Tensor],
-        k: int,
-        exclude: Tensor | None = None,
-        queries: int = 1,
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`best` for slots ``[first, last)``: scores (-inf: excluded), ids ``(q, k)``."""
+        first, last = slots or (0, self.max_id)
         best, best_ids = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
         step = max(1, _CHUNK // max(1, self._width, queries))
         for begin, rows in zip(self._firsts.tolist(), self._rows, strict=False):
@@ -277,7 +262,7 @@ class StoredTable(Table):
     def _search(
         self, vectors: Tensor, k: int, metric: Metric, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self.best_among(0, self.max_id, scores_of(vectors, metric), k, exclude, len(vectors))
+        return self.best(scores_of(vectors, metric), k, exclude, len(vectors))
 
 
 def _mapped(manifest: Manifest, shard: SavedShard, tensor: str) -> Tensor:

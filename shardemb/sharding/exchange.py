@@ -14,7 +14,8 @@ Every rank takes part in every lookup and backward, with an empty batch if it ha
 
 import math
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,16 +25,12 @@ from torch.nn import functional as F
 
 from shardemb import kernels
 from shardemb.comm import collectives, watchdog
-from shardemb.exceptions import (
-    IdRangeError,
-    IdTypeError,
-    NotATensorError,
-    RanksDisagreeError,
-    ShardembError,
-)
+from shardemb.exceptions import RanksDisagreeError
 from shardemb.kernels import Merged
+from shardemb.sharding.lookup import Lookup, id_error
 from shardemb.sharding.options import Sharding
 from shardemb.sharding.placement import RowPlan
+from shardemb.sharding.table import Table
 
 #: fewest ids per rank in a header: a message of 512 bytes is as fast as one of 8
 _FEW = 61
@@ -74,66 +71,28 @@ class Route:
     received: list[int]
     #: the duplicates, if each id was sent once
     merged: Merged | None = None
-    #: the transfer of the ids, while in progress
-    pending: list[Any] = field(default_factory=list)
-
-    def wait(self) -> "Route":
-        """Wait until :attr:`rows` have arrived."""
-        if self.pending:
-            self.pending.pop().wait()
-        return self
+    #: waits until :attr:`rows` have arrived
+    wait: Callable[[], None] = collectives.already_done
 
 
 #: header lines, ids per rank, their row numbers ``(n,)``, the permutation, the duplicates
 _ToSend = tuple[Tensor, list[int], Tensor, Tensor, Merged | None]
 
 
-def id_error(plan: RowPlan, ids: Any) -> ShardembError | None:
-    """Return the error of bad ids; it names table, value, range and rank."""
-    if not isinstance(ids, Tensor):
-        return NotATensorError(
-            f"{plan.where}: got ids of type {type(ids).__name__}, expected a torch.Tensor of"
-            " integers"
-        )
-    if ids.dtype not in (torch.int32, torch.int64):
-        return IdTypeError(
-            f"{plan.where}: got ids of dtype {ids.dtype}, expected torch.int64 or torch.int32:"
-            " convert them"
-        )
-    if ids.numel():
-        least, most = torch.aminmax(ids)
-        low, high = least.item(), most.item()
-        if low < 0 or high >= plan.num_rows:
-            return IdRangeError(
-                f"{plan.where}: index out of range: got id {low if low < 0 else high} among"
-                f" {ids.numel()} ids, expected 0 <= id < {plan.num_rows}"
-            )
-    return None
-
-
-class Exchange:
+class Exchange(Lookup):
     """Routes the ids and rows of one table between the ranks of a group."""
 
-    def __init__(self, plan: RowPlan, group: Any, options: Sharding) -> None:
-        self.plan, self.group = plan, group
+    def __init__(self, plan: RowPlan, group: Any, options: Sharding, table: Table) -> None:
+        self.plan, self.group, self._table = plan, group, table
         self.deduplicate, self.wire_dtype = options.deduplicate, options.wire_dtype
         self._scale = 1.0 / plan.world_size if options.gradient_reduction == "mean" else 1.0
         self._bounds: Tensor | None = None
         self._table_mark, self._lookup = zlib.crc32(plan.table.encode()) << 30, 0
-        #: bytes of ids, rows and gradients sent to other ranks
-        self.sent_bytes = 0
 
-    def send_ids(self, ids: Any, device: torch.device, wait: bool = True) -> Route:
-        """Check flat ids ``(n,)`` and send them to their rows' owners. A collective.
-
-        Without ``wait``, :meth:`Route.wait` waits for arrival.
-
-        Raises:
-            IndexError, IdTypeError, AttributeError: bad ids of any rank, on all ranks.
-            RanksDisagreeError: ranks are in different lookups.
-        """
+    def send(self, ids: Any, wait: bool = True) -> Route:
+        """See :class:`Lookup`. A collective; RanksDisagreeError for ranks in different lookups."""
         error = id_error(self.plan, ids)
-        world_size = self.plan.world_size
+        world_size, device = self.plan.world_size, self._table.device
         watch = watchdog.watch(self.group)
         size = _header_sizes.setdefault(watch, _HeaderSize())
         capacity = size.ids
@@ -171,18 +130,8 @@ class Exchange:
                 parts = zip(answer, received, strict=True)
                 rows = torch.cat([line[_HEAD : _HEAD + count] for line, count in parts])
             return Route(rows, permutation, sent, received, merged)
-        rows = local.new_empty(sum(received))
-        self.sent_bytes += (len(local) - sent[self.plan.rank]) * local.itemsize
-        work = collectives.all_to_all(
-            rows,
-            local,
-            received,
-            sent,
-            group=self.group,
-            operation=self._operation("ids"),
-            wait=wait,
-        )
-        return Route(rows, permutation, sent, received, merged, [] if wait else [work])
+        rows, finish = self._transfer(local, received, sent, "ids", wait)
+        return Route(rows, permutation, sent, received, merged, finish)
 
     def _operation(self, what: str) -> str:
         return f"lookup {self._lookup} of table {self.plan.table!r}: {what}"
@@ -257,31 +206,34 @@ class Exchange:
         )
         return lengths, local, permutation, None
 
-    def return_rows(self, looked_up: Tensor, route: Route) -> Tensor:
-        """Send the owners' rows ``(M, D)`` to the requesting ranks: ``(n, D)`` in the order of ids.
+    def rows(self, request: Route) -> Tensor:
+        """See :class:`Lookup`. A collective, also in backward."""
+        request.wait()
+        return _ReturnRows.apply(self._table.lookup(request.rows), request, self)
 
-        A collective, also in backward.
-        """
-        return _ReturnRows.apply(looked_up, route, self)
+    def _transfer(
+        self, values: Tensor, received: list[int], sent: list[int], what: str, wait: bool = True
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """Send each rank its rows; return those received, and a function that waits for them."""
+        arriving = kernels.empty((sum(received), *values.shape[1:]), values.dtype, values.device)
+        row_bytes = values.itemsize * math.prod(values.shape[1:])
+        if not row_bytes:
+            return arriving, collectives.already_done
+        self.sent_bytes += (len(values) - sent[self.plan.rank]) * row_bytes
+        operation = self._operation(what)
+        finish = collectives.all_to_all(
+            arriving, values, received, sent, group=self.group, operation=operation, wait=wait
+        )
+        return arriving, finish
 
-    def _transfer(self, rows: Tensor, received: list[int], sent: list[int], what: str) -> Tensor:
+    def _transfer_rows(
+        self, rows: Tensor, received: list[int], sent: list[int], what: str
+    ) -> Tensor:
         dtype, wire = rows.dtype, self.wire_dtype
         if wire is None or wire.itemsize >= dtype.itemsize:
-            wire = None
-        else:
-            rows = rows.to(wire).view(torch.uint8)  # every backend can send bytes
-        arriving = kernels.empty((sum(received), rows.shape[1]), rows.dtype, rows.device)
-        if rows.shape[1]:
-            self.sent_bytes += (len(rows) - sent[self.plan.rank]) * rows.shape[1] * rows.itemsize
-            collectives.all_to_all(
-                arriving,
-                rows.contiguous(),
-                received,
-                sent,
-                group=self.group,
-                operation=self._operation(what),
-            )
-        return arriving if wire is None else arriving.view(wire).to(dtype)
+            return self._transfer(rows.contiguous(), received, sent, what)[0]
+        as_bytes = rows.to(wire).view(torch.uint8).contiguous()  # every backend can send bytes
+        return self._transfer(as_bytes, received, sent, what)[0].view(wire).to(dtype)
 
 
 def message_bytes(world_size: int, ids: float) -> float:
@@ -296,7 +248,7 @@ class _ReturnRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, looked_up: Tensor, route: Route, exchange: Exchange) -> Tensor:
         ctx.route, ctx.exchange = route, exchange
-        rows = exchange._transfer(looked_up, route.sent, route.received, "rows")
+        rows = exchange._transfer_rows(looked_up, route.sent, route.received, "rows")
         return kernels.take(rows, route.permutation)
 
     @staticmethod
@@ -308,5 +260,5 @@ class _ReturnRows(torch.autograd.Function):
         else:
             by_owner = kernels.empty(grad.shape, grad.dtype, grad.device)
             kernels.put(by_owner, route.permutation, grad)
-        rows = exchange._transfer(by_owner, route.received, route.sent, "gradients")
+        rows = exchange._transfer_rows(by_owner, route.received, route.sent, "gradients")
         return (rows if exchange._scale == 1 else rows.mul_(exchange._scale)), None, None

@@ -12,7 +12,7 @@ from shardemb import kernels
 from shardemb.exceptions import InputError, UsageError
 from shardemb.optim import FusedOptimizer
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import Table
+from shardemb.sharding.table import RowOptions, Table
 
 
 class _Pending:
@@ -31,28 +31,19 @@ class FusedTable(Table):
 
     _tbe: Any
 
-    def __init__(
-        self,
-        plan: RowPlan,
-        *,
-        optimizer: FusedOptimizer,
-        trainable: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        track: bool,
-    ) -> None:
-        super().__init__(plan, track)
-        if dtype not in (torch.float32, torch.float16):
+    def __init__(self, plan: RowPlan, options: RowOptions, optimizer: FusedOptimizer) -> None:
+        super().__init__(plan, options)
+        if options.dtype not in (torch.float32, torch.float16):
             raise InputError(
-                f"table {plan.table!r}: got dtype {dtype} with kernel='fused', FBGEMM trains"
-                " float32 and float16: use one of these, or kernel='sparse'"
+                f"table {plan.table!r}: got dtype {options.dtype} with kernel='fused', FBGEMM"
+                " trains float32 and float16: use one of these, or kernel='sparse'"
             )
-        self.optimizer, self.trainable = optimizer, trainable
+        self.optimizer, self.trainable = optimizer, options.trainable
         #: of the next backward
         self.learning_rate = optimizer.lr
         #: two lookups before a backward would not sum their gradients
         self._one_lookup = optimizer.name != "sgd"
-        self._build(dtype, device)
+        self._build(options.dtype, options.device)
 
     def _build(self, dtype: torch.dtype, device: torch.device) -> None:
         plan = self.plan
@@ -82,26 +73,19 @@ class FusedTable(Table):
         }
 
     def _make_tbe(self, columns: int, dtype: torch.dtype, device: torch.device) -> Any:
+        from fbgemm_gpu import split_table_batched_embeddings_ops_common as common
+        from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
         from fbgemm_gpu.split_embedding_configs import SparseType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
-            EmbeddingLocation,
-            PoolingMode,
-        )
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
 
-        state = self.optimizer.state_columns
-        self.plan.check_fits(dtype.itemsize, device, 4 * (columns if state is None else state))
+        self.plan.check_fits(dtype.itemsize, device, 4 * self.optimizer.state_columns(columns))
         cuda = device.type == "cuda"
-        place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
-        compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
+        place = common.EmbeddingLocation.DEVICE if cuda else common.EmbeddingLocation.HOST
+        compute = training.ComputeDevice.CUDA if cuda else training.ComputeDevice.CPU
         num_rows = max(self.plan.num_local, 1)  # FBGEMM's forward needs a row
-        tbe = SplitTableBatchedEmbeddingBagsCodegen(
+        tbe = training.SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[(num_rows, columns, place, compute)],
             weights_precision=SparseType.from_dtype(dtype),
-            pooling_mode=PoolingMode.NONE if cuda else PoolingMode.SUM,
+            pooling_mode=common.PoolingMode.NONE if cuda else common.PoolingMode.SUM,
             device=device,
             **self._engine_options(dtype),
         )
@@ -186,30 +170,32 @@ class FusedTable(Table):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return Adagrad's ``sum``: ``(R,)`` row-wise, else ``(R, D)``; nothing for SGD."""
-        if self.optimizer.name == "sgd":
-            return {}
         total = self._accumulator()
+        if total is None:
+            return {}
         return {"sum": total / self._mean_share if total.dim() == 1 else total[:, : self.plan.dim]}
 
     @torch.no_grad()
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Load what :meth:`optimizer_state` returned."""
-        if self.optimizer.name != "sgd":
-            total = self._accumulator()
-            if total.dim() == 1:
-                torch.mul(state["sum"], self._mean_share, out=total)
-            else:
-                sums = total[:, : self.plan.dim]
-                if sums.data_ptr() != state["sum"].data_ptr():  # otherwise filled in place
-                    sums.copy_(state["sum"])
+        total = self._accumulator()
+        if total is None:
+            return
+        if total.dim() == 1:
+            torch.mul(state["sum"], self._mean_share, out=total)
+        elif total.data_ptr() != state["sum"].data_ptr():  # otherwise filled in place
+            total[:, : self.plan.dim] = state["sum"]
 
     @torch.no_grad()
     def reset_optimizer_state(self) -> None:
         """Zero Adagrad's sums, in place."""
-        if self.optimizer.name != "sgd":
-            self._accumulator().zero_()
+        total = self._accumulator()
+        if total is not None:
+            total.zero_()
 
-    def _accumulator(self) -> Tensor:
+    def _accumulator(self) -> Tensor | None:
+        if self.optimizer.name == "sgd":
+            return None
         return self._tbe.split_optimizer_states()[0][0][: self.plan.num_local]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedTable":

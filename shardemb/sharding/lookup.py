@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardemb.sharding.exchange import Exchange, Route, id_error
+from shardemb.exceptions import IdRangeError, IdTypeError, NotATensorError, ShardembError
 from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.table import Table
-from shardemb.sharding.torchrec_table import Sent, TorchRecTable
 
 
 class Lookup(ABC):
     """A lookup in two parts, so that ids can travel during other computation."""
+
+    #: bytes of ids, rows and gradients sent to other ranks; TorchRec's are not counted
+    sent_bytes = 0
 
     @abstractmethod
     def send(self, ids: Any, wait: bool = True) -> Any:
@@ -27,10 +29,28 @@ class Lookup(ABC):
     def rows(self, request: Any) -> Tensor:
         """Return a request's rows ``(n, D)`` in the order of ids, with a gradient."""
 
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes sent to other ranks."""
-        return 0
+
+def id_error(plan: RowPlan, ids: Any) -> ShardembError | None:
+    """Return the error of bad ids; it names table, value, range and rank."""
+    if not isinstance(ids, Tensor):
+        return NotATensorError(
+            f"{plan.where}: got ids of type {type(ids).__name__}, expected a torch.Tensor of"
+            " integers"
+        )
+    if ids.dtype not in (torch.int32, torch.int64):
+        return IdTypeError(
+            f"{plan.where}: got ids of dtype {ids.dtype}, expected torch.int64 or torch.int32:"
+            " convert them"
+        )
+    if ids.numel():
+        least, most = torch.aminmax(ids)
+        low, high = least.item(), most.item()
+        if low < 0 or high >= plan.num_rows:
+            return IdRangeError(
+                f"{plan.where}: index out of range: got id {low if low < 0 else high} among"
+                f" {ids.numel()} ids, expected 0 <= id < {plan.num_rows}"
+            )
+    return None
 
 
 class LocalLookup(Lookup):
@@ -52,38 +72,3 @@ class LocalLookup(Lookup):
     def rows(self, request: Tensor) -> Tensor:
         """See :class:`Lookup`."""
         return self._table.lookup(request)
-
-
-class ExchangeLookup(Lookup):
-    """Rows on several ranks, moved by this package's exchange."""
-
-    def __init__(self, exchange: Exchange, table: Table) -> None:
-        self._exchange, self._table = exchange, table
-
-    def send(self, ids: Any, wait: bool = True) -> Route:
-        """See :class:`Lookup`. A collective."""
-        return self._exchange.send_ids(ids, self._table.device, wait)
-
-    def rows(self, request: Route) -> Tensor:
-        """See :class:`Lookup`. A collective, also in backward."""
-        return self._exchange.return_rows(self._table.lookup(request.wait().rows), request)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes of ids, rows and gradients sent to other ranks."""
-        return self._exchange.sent_bytes
-
-
-class TorchRecLookup(Lookup):
-    """Rows on several ranks, moved by TorchRec; its bytes are not counted."""
-
-    def __init__(self, table: TorchRecTable) -> None:
-        self._table = table
-
-    def send(self, ids: Any, wait: bool = True) -> Sent:
-        """See :class:`Lookup`. A collective."""
-        return self._table.send_ids(ids)
-
-    def rows(self, request: Sent) -> Tensor:
-        """See :class:`Lookup`. A collective, also in backward."""
-        return self._table.fetch(request)

@@ -1,20 +1,23 @@
 """The options of a table; each class checks its values."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from shardemb.exceptions import InputError, InputTypeError
 from shardemb.optim import FusedOptimizer
 from shardemb.utils.types import GradientReduction, Placement
+from shardemb.utils.validation import one_of
 
-_COMPUTE_KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
-
-
-def _one_of(where: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{where}={value!r}, expected one of {allowed}")
+#: allowed values
+_SHARDING = {
+    "placement": get_args(Placement),
+    "gradient_reduction": get_args(GradientReduction),
+    "wire_dtype": (None, torch.float16, torch.bfloat16),
+}
+_TORCHREC = {"compute_kernel": ("fused", "fused_uvm", "fused_uvm_caching")}
+_KERNELS = ("dense", "sparse", "fused")
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,7 @@ class Sharding:
     wire_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _one_of("got placement", self.placement, ("row_wise", "replicated"))
-        _one_of("got gradient_reduction", self.gradient_reduction, ("mean", "sum"))
-        _one_of("got wire_dtype", self.wire_dtype, (None, torch.float16, torch.bfloat16))
+        one_of("Sharding", self, _SHARDING)
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,19 @@ class TorchRec:
     sharding_group_size: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("TorchRec: got compute_kernel", self.compute_kernel, _COMPUTE_KERNELS)
+        one_of("TorchRec", self, _TORCHREC)
         factor = self.cache_load_factor
         if factor is not None and not 0 < factor <= 1:
-            raise InputError(f"TorchRec: got cache_load_factor={factor}, expected 0 < x <= 1")
+            raise InputError(f"TorchRec.cache_load_factor: got {factor}, expected 0 < x <= 1")
         if factor is not None and self.compute_kernel != "fused_uvm_caching":
             raise InputError(
-                f"TorchRec: got cache_load_factor={factor} with compute_kernel="
+                f"TorchRec.cache_load_factor: got {factor} with compute_kernel="
                 f"{self.compute_kernel!r}, which has no cache: use 'fused_uvm_caching'"
             )
         for name in ("memory_bytes", "sharding_group_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"TorchRec: got {name}={value}, expected at least 1")
+                raise InputError(f"TorchRec.{name}: got {value}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,14 @@ def resolve_options(table: str, kernel: Any, sharding: Any) -> tuple[str, Fused 
 
     ValueError for options that would train incorrectly together, TypeError for other types.
     """
-    if isinstance(kernel, str):
-        _one_of(f"table {table!r}: got kernel", kernel, ("dense", "sparse", "fused"))
-        fused = Fused() if kernel == "fused" else None
-    elif isinstance(kernel, Fused):
+    if isinstance(kernel, Fused):
         kernel, fused = "fused", kernel
+    elif kernel in _KERNELS:
+        fused = Fused() if kernel == "fused" else None
     else:
-        raise InputTypeError(
-            f"table {table!r}: got kernel={kernel!r}, expected 'dense', 'sparse', 'fused' or"
-            " Fused(...)"
+        error = InputError if isinstance(kernel, str) else InputTypeError
+        raise error(
+            f"table {table!r}: got kernel={kernel!r}, expected one of {_KERNELS} or Fused(...)"
         )
     if isinstance(sharding, str):
         sharding = Sharding(placement=sharding)  # type: ignore[arg-type]

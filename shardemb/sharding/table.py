@@ -5,7 +5,8 @@ Lookups take row numbers of this shard; other modules handle other ranks.
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,22 +77,30 @@ class RowSet:
         return kernels.merge(rows, self._num_rows).unique
 
 
-class Table(nn.Module):
-    """A shard: ``weight`` ``(R, D)``, a differentiable lookup, and the changed rows.
+@dataclass(frozen=True)
+class RowOptions:
+    """How a shard holds its rows."""
 
-    ``track`` remembers rows with a gradient, for :meth:`constrain_`.
-    """
+    trainable: bool
+    dtype: torch.dtype
+    device: torch.device
+    #: remember rows with a gradient, for :meth:`Table.constrain_`
+    track: bool
+
+
+class Table(nn.Module):
+    """A shard: ``weight`` ``(R, D)``, a differentiable lookup, and the changed rows."""
 
     weight: Tensor
 
-    def __init__(self, plan: RowPlan, track: bool) -> None:
+    def __init__(self, plan: RowPlan, options: RowOptions) -> None:
         super().__init__()
         kernels.keep_freed_blocks()
         self.plan = plan
         if plan.world_size > 1:
             #: :meth:`_row_range`, for the state dict
             self.register_buffer("rows", torch.tensor(self._row_range()))
-        self._track = track
+        self._track = options.track
         self._changed = RowSet(plan.num_local)
         self._passes_over_all = 0
         self.touch_all()
@@ -138,16 +147,8 @@ class Table(nn.Module):
         """Mark every row as changed."""
         self._changed.add_all()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, error_msgs = args
         plan, key, expected = self.plan, f"{prefix}rows", self._row_range()
         weight = state_dict.get(f"{prefix}weight")
         if key in state_dict:
@@ -170,9 +171,7 @@ class Table(nn.Module):
             state_dict[key] = self.rows
         if plan.world_size == 1:
             state_dict.pop(key, None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.touch_all()
 
     def _watch(self, out: Tensor, rows: Tensor) -> None:
@@ -206,28 +205,19 @@ class Table(nn.Module):
 class ParameterTable(Table):
     """A shard whose ``weight`` is an ordinary Parameter with a dense or sparse (COO) gradient."""
 
-    def __init__(
-        self,
-        plan: RowPlan,
-        *,
-        sparse: bool,
-        trainable: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        track: bool,
-    ) -> None:
-        super().__init__(plan, track)
-        plan.check_fits(dtype.itemsize, device)
+    def __init__(self, plan: RowPlan, options: RowOptions, sparse: bool) -> None:
+        super().__init__(plan, options)
+        plan.check_fits(options.dtype.itemsize, options.device)
         self.sparse = sparse
-        weight = kernels.empty((plan.num_local, plan.dim), dtype, device)
-        self.weight = nn.Parameter(weight, requires_grad=trainable)
+        weight = kernels.empty((plan.num_local, plan.dim), options.dtype, options.device)
+        self.weight = nn.Parameter(weight, requires_grad=options.trainable)
         #: rows with a gradient that no optimizer is known to have applied
         self._waiting = RowSet(plan.num_local)
-        _OptimizerHooks.add(self)
+        _hook_into_optimizers(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _OptimizerHooks.add(self)
+        _hook_into_optimizers(self)
 
     def _got_gradient(self, rows: Tensor) -> None:
         self._waiting.add(rows)
@@ -254,11 +244,10 @@ class ParameterTable(Table):
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Return ``(n, D)``; gradients accumulate in ``weight.grad``."""
-        out = (
-            _SparseLookup.apply(self.weight, rows)
-            if self.sparse
-            else F.embedding(rows, self.weight)
-        )
+        if self.sparse:
+            out = _SparseLookup.apply(self.weight, rows)
+        else:
+            out = F.embedding(rows, self.weight)
         self._watch(out, rows)
         return out
 
@@ -280,52 +269,44 @@ class _SparseLookup(torch.autograd.Function):
         return torch.sparse_coo_tensor(rows[None], values, ctx.shape, check_invariants=False), None
 
 
-class _OptimizerHooks:
-    """Rejects optimizers that cannot take a table's gradient, and marks the updated rows."""
+_tables: weakref.WeakSet[ParameterTable] = weakref.WeakSet()
+#: handles of the hooks, while there are tables
+_hooks: list[Any] = []
 
-    _tables: ClassVar[weakref.WeakSet[ParameterTable]] = weakref.WeakSet()
-    _handles: ClassVar[tuple[Any, ...]] = ()
 
-    @classmethod
-    def add(cls, table: ParameterTable) -> None:
-        if not cls._handles:
-            cls._handles = (
-                register_optimizer_step_pre_hook(cls._before_step),
-                register_optimizer_step_post_hook(cls._after_step),
-            )
-        # callbacks run newest first: this one runs after the set has dropped the table
-        weakref.finalize(table, cls._remove_if_unused).atexit = False
-        cls._tables.add(table)
+def _hook_into_optimizers(table: ParameterTable) -> None:
+    """Reject optimizers that cannot take the table's gradient, and mark the updated rows."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    # callbacks run newest first: this one runs after the set has dropped the table
+    weakref.finalize(table, _remove_unused_hooks).atexit = False
+    _tables.add(table)
 
-    @classmethod
-    def _remove_if_unused(cls) -> None:
-        if not cls._tables:
-            for handle in cls._handles:
-                handle.remove()
-            cls._handles = ()
 
-    @classmethod
-    def _of(
-        cls, optimizer: torch.optim.Optimizer
-    ) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
-        by_id = {id(table._parameters["weight"]): table for table in cls._tables}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                table = by_id.get(id(parameter))
-                if table is not None:
-                    yield table, group
+def _remove_unused_hooks() -> None:
+    while _hooks and not _tables:
+        _hooks.pop().remove()
 
-    @classmethod
-    def _before_step(cls, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for table, group in cls._of(optimizer):
-            grad = table.weight.grad
-            why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
-            if why is not None:
-                raise UsageError(f"table {table.plan.table!r}: {why}")
 
-    @classmethod
-    def _after_step(cls, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        constrained = kwargs.get("constrain") or {}
-        for table, group in cls._of(optimizer):
-            moved_others = not moves_touched_rows_only(optimizer, group)
-            table.after_step(moved_others, table.weight in constrained)
+def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
+    by_id = {id(table._parameters["weight"]): table for table in _tables}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in by_id:
+                yield by_id[id(parameter)], group
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for table, group in _tables_of(optimizer):
+        grad = table.weight.grad
+        why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
+        if why is not None:
+            raise UsageError(f"table {table.plan.table!r}: {why}")
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    constrained = kwargs.get("constrain") or {}
+    for table, group in _tables_of(optimizer):
+        moved_others = not moves_touched_rows_only(optimizer, group)
+        table.after_step(moved_others, table.weight in constrained)

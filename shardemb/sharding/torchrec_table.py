@@ -23,11 +23,12 @@ from shardemb import kernels
 from shardemb.comm import collectives, watchdog
 from shardemb.exceptions import InputError, OutOfMemoryError, ShardembError, UsageError
 from shardemb.kernels import Merged
-from shardemb.sharding.exchange import id_error
+from shardemb.optim import FusedOptimizer
 from shardemb.sharding.fused_table import FusedTable
+from shardemb.sharding.lookup import Lookup, id_error
 from shardemb.sharding.options import Sharding, TorchRec
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import RowSet
+from shardemb.sharding.table import RowOptions, RowSet
 from shardemb.utils.memory import free_bytes
 
 #: name of the table's only feature
@@ -60,7 +61,7 @@ class Groups:
         return self.replica is None or dist.get_rank(self.replica) == 0
 
 
-def make_groups(table: str, group: Any, options: TorchRec, device: torch.device) -> Groups:
+def make_groups(table: str, group: Any, engine: TorchRec, device: torch.device) -> Groups:
     """Make a table's process groups over ``group``; None is the default one. A collective.
 
     Raises:
@@ -74,7 +75,7 @@ def make_groups(table: str, group: Any, options: TorchRec, device: torch.device)
             " engine='fbgemm'"
         )
     everyone: Any = dist.group.WORLD if group is None else group
-    size, world_size = options.sharding_group_size, dist.get_world_size(everyone)
+    size, world_size = engine.sharding_group_size, dist.get_world_size(everyone)
     if size is None or size == world_size:
         return Groups(everyone, everyone)
     if group is not None or world_size % size:
@@ -117,16 +118,22 @@ class TorchRecTable(FusedTable):
     torchrec_plan: Any
 
     def __init__(
-        self, plan: RowPlan, *, groups: Groups, options: TorchRec, sharding: Sharding, **kwargs: Any
+        self,
+        plan: RowPlan,
+        options: RowOptions,
+        optimizer: FusedOptimizer,
+        engine: TorchRec,
+        groups: Groups,
+        sharding: Sharding,
     ) -> None:
-        device = kwargs["device"]
-        if options.compute_kernel != "fused" and device.type != "cuda":
+        device, kernel = options.device, engine.compute_kernel
+        if kernel != "fused" and device.type != "cuda":
             raise InputError(
-                f"table {plan.table!r}: got compute_kernel={options.compute_kernel!r} on {device},"
+                f"table {plan.table!r}: got compute_kernel={kernel!r} on {device},"
                 " where TorchRec would silently use 'fused': use a CUDA device, or"
                 " compute_kernel='fused'"
             )
-        self._groups, self._options, self._device = groups, options, device
+        self._groups, self._engine, self._device = groups, engine, device
         # TorchRec's deduplication has no CPU kernel
         self._deduplicate = sharding.deduplicate and plan.world_size > 1
         world_size = dist.get_world_size(groups.everyone)
@@ -136,8 +143,8 @@ class TorchRecTable(FusedTable):
         mean = sharding.gradient_reduction == "mean"
         self._scale = 1.0 / plan.world_size if mean else float(groups.num_replicas)
         self._moved = RowSet(plan.num_local)
-        self._cached, self._stale = options.compute_kernel == "fused_uvm_caching", False
-        super().__init__(plan, **kwargs)
+        self._cached, self._stale = kernel == "fused_uvm_caching", False
+        super().__init__(plan, options, optimizer)
         self._one_lookup |= self._cached  # a second lookup may evict rows that backward writes
         self._constrained = self._track
         self._track |= groups.num_replicas > 1
@@ -178,17 +185,26 @@ class TorchRecTable(FusedTable):
     def _planned(self, collection: Any, sharder: Any, columns: int, dtype: torch.dtype) -> Any:
         """MemoryError, on all ranks, if the plan exceeds any rank's free memory. A collective."""
         from torch.distributed.remote_device import _remote_device
-        from torchrec.distributed.planner import ParameterConstraints
-        from torchrec.distributed.planner.types import PlannerError, TrainerConfig
+        from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+        from torchrec.distributed.planner.storage_reservations import (
+            FixedPercentageStorageReservation,
+        )
+        from torchrec.distributed.planner.types import (
+            KernelConfig,
+            PlannerError,
+            TopologyFactory,
+            TrainerConfig,
+        )
         from torchrec.distributed.types import CacheParams
+        from torchrec.optim import RowWiseAdagrad
 
-        plan, options = self.plan, self._options
-        on_host = self.device.type == "cpu" or options.compute_kernel != "fused"
+        plan, engine = self.plan, self._engine
+        on_host = self.device.type == "cpu" or engine.compute_kernel != "fused"
         device_bytes = self._least_free(self.device)
         host_bytes = self._least_free(torch.device("cpu"))
-        allowed = options.memory_bytes or (host_bytes if on_host else device_bytes)
-        state = self.optimizer.state_columns
-        need = plan.block * (columns * dtype.itemsize + 4 * (columns if state is None else state))
+        allowed = engine.memory_bytes or (host_bytes if on_host else device_bytes)
+        row_bytes = columns * dtype.itemsize + 4 * self.optimizer.state_columns(columns)
+        need = plan.block * row_bytes
         refusal = OutOfMemoryError(
             f"{plan.where}: TorchRec's planner needs {need:,} bytes a rank for {plan.block:,} rows"
             f" x {columns} columns and their optimizer state, {allowed:,} are allowed: use more"
@@ -199,12 +215,13 @@ class TorchRecTable(FusedTable):
             raise refusal
         (parameter,) = collection.parameters()
         # makes the planner count the state
-        parameter._optimizer_classes = [_optimizer_class(self.optimizer.name)]
+        classes: dict[str, Any] = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+        parameter._optimizer_classes = [classes.get(self.optimizer.name, RowWiseAdagrad)]
         local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
-        factor = options.cache_load_factor
+        factor = engine.cache_load_factor
         constraints = ParameterConstraints(
             sharding_types=["row_wise"],
-            compute_kernels=[options.compute_kernel],
+            compute_kernels=[engine.compute_kernel],
             cache_params=CacheParams(load_factor=factor) if factor else None,
         )
         trainer = TrainerConfig(
@@ -213,7 +230,16 @@ class TorchRecTable(FusedTable):
             hbm_cap_bytes=device_bytes if on_host else allowed,
             ddr_cap_bytes=allowed if on_host else host_bytes,
         )
-        planner = _planner(self.device.type, trainer, {plan.table: constraints})
+        planner = EmbeddingShardingPlanner(
+            topology=TopologyFactory.create_topology(
+                trainer, None, KernelConfig(compute_device=self.device.type)
+            ),
+            batch_size=1,  # unknown; rows and state dominate
+            storage_reservation=FixedPercentageStorageReservation(0.0),
+            constraints={plan.table: constraints},
+            stats=[],
+            debug=False,
+        )
         try:
             sharding = planner.plan(collection, [sharder]).plan[""][plan.table]
         except PlannerError as error:
@@ -320,15 +346,13 @@ class TorchRecTable(FusedTable):
             return
         operation = self._operation("averaging replicas")
         moved = self._moved.take()
-        sizes = collectives.gather(
-            -1 if moved is None else len(moved), group=group, operation=operation
+        rows = torch.tensor([-1]) if moved is None else moved  # -1: all rows
+        gathered = collectives.all_gather_rows(
+            rows.to(self.device), group=group, operation=operation
         )
-        if moved is None or min(sizes) < 0:
+        rows = gathered.unique()
+        if len(rows) and rows[0] < 0:
             rows = torch.arange(self.plan.num_local, device=self.device)
-        else:
-            rows = collectives.all_gather_rows(
-                moved.to(self.device), group=group, operation=operation
-            ).unique()
         state = [] if self.optimizer.name == "sgd" else self._tbe.split_optimizer_states()[0]
         for tensor in (self.weight, *state):
             for chunk in rows.split(_SYNC_ROWS) if len(rows) else ():
@@ -362,24 +386,16 @@ class _Reduce(torch.autograd.Function):
         return (grad if scale == 1 else grad * scale), None, None
 
 
-def _optimizer_class(name: str) -> Any:
-    import torchrec
+class TorchRecLookup(Lookup):
+    """Rows on several ranks, moved by TorchRec."""
 
-    classes: dict[str, Any] = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
-    return classes.get(name, torchrec.optim.RowWiseAdagrad)
+    def __init__(self, table: TorchRecTable) -> None:
+        self._table = table
 
+    def send(self, ids: Any, wait: bool = True) -> Sent:
+        """See :class:`Lookup`. A collective."""
+        return self._table.send_ids(ids)
 
-def _planner(device: str, trainer: Any, constraints: dict[str, Any]) -> Any:
-    from torchrec.distributed.planner import EmbeddingShardingPlanner
-    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-    from torchrec.distributed.planner.types import KernelConfig, TopologyFactory
-
-    kernel = KernelConfig(compute_device=device)
-    return EmbeddingShardingPlanner(
-        topology=TopologyFactory.create_topology(trainer, None, kernel),
-        batch_size=1,  # unknown; rows and state dominate
-        storage_reservation=FixedPercentageStorageReservation(0.0),
-        constraints=constraints,
-        stats=[],
-        debug=False,
-    )
+    def rows(self, request: Sent) -> Tensor:
+        """See :class:`Lookup`. A collective, also in backward."""
+        return self._table.fetch(request)

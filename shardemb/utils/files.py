@@ -15,14 +15,14 @@ from shardemb.exceptions import InputError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder; it replaces ``path`` if the block succeeds."""
     partial = path.with_name(path.name + ".tmp")
-    _remove(partial)
+    remove(partial)
     try:
         yield partial
         for written in partial.rglob("*"):
             fsync(written)
         move(partial, path)
     except BaseException:  # Ctrl-C too
-        _remove(partial)
+        remove(partial)
         raise
 
 
@@ -33,7 +33,8 @@ def move(source: Path, target: Path) -> None:
     fsync(target.parent)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 from shardemb.exceptions import InputError
 
 
-def one_of(section: str, settings: Any, allowed: Mapping[str, Iterable[str]]) -> None:
+def one_of(section: str, settings: Any, allowed: Mapping[str, Iterable[Any]]) -> None:
     """Raise ValueError unless each named setting is one of its allowed values."""
     for name, values in allowed.items():
         value = getattr(settings, name)

@@ -178,15 +178,14 @@ def test_update(threads: int, rule: str, constrained: str | None) -> None:
     merged = kernels.merge(rows, 9001)
     function = {None: None, "unit_rows": kernels.unit_rows, "callable": constrain}[constrained]
     options = {"eps": 1e-3, "betas": (0.9, 0.8), "decay": 0.01, "constrain": function}
-    assert kernels.can_update(weight, grad, merged, state)
-    kernels.update(rule, weight, grad, merged, state, 0.1, **options)
+    assert kernels.update(rule, weight, grad, merged, state, 0.1, **options)
     torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-5)
     for got, right in zip(state, (a, b), strict=False):
         torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
     assert sum(seen) == (len(merged.unique) if constrained == "callable" else 0)
-    assert not kernels.can_update(weight.double(), grad, merged, state)
+    assert not kernels.update(rule, weight.double(), grad, merged, state, 0.1)
     with without_c_loops():
-        assert not kernels.can_update(weight, grad, kernels.merge(rows, 9001), state)
+        assert not kernels.update(rule, weight, grad, kernels.merge(rows, 9001), state, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])

@@ -309,7 +309,7 @@ MALFORMED = {
     "cut off": ("x.vec", b"3 1\na 1\nb 2\n", "got 2 rows, expected 3, as the first line says"),
     "latin-1": ("x.vec", b"1 1\n\xe9 1\n", "line 2: got a byte that is not UTF-8"),
     "no rows": ("x.vec", b"0 0\n", "got 0 rows"),
-    "another kind": ("x.csv", b"", "got a file, expected one of .npy"),
+    "another kind": ("x.csv", b"", "got a file of suffix '.csv', expected one of .npy"),
 }
 
 

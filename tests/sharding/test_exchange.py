@@ -285,7 +285,7 @@ def test_half_precision_on_the_wire(run_ranks, wire_dtype: torch.dtype, digits: 
     assert inside.all() == (wire_dtype == torch.bfloat16)
     with pytest.raises(
         ValueError,
-        match=r"wire_dtype=torch.float32, expected one of \(None, torch.float16, torch.bfloat16\)",
+        match=r"wire_dtype: got torch.float32, expected one of None, torch.float16, torch.bfloat16",
     ):
         shardemb.Embedding(3, shape=2, sharding=Sharding(wire_dtype=torch.float32))
 

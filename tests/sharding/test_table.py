@@ -4,7 +4,7 @@ import torch
 from shardemb.optim import FusedOptimizer, RowWiseAdagrad
 from shardemb.sharding.fused_table import FusedTable
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import ParameterTable
+from shardemb.sharding.table import ParameterTable, RowOptions
 
 CPU = torch.device("cpu")
 
@@ -16,14 +16,8 @@ def fused(
     dtype: torch.dtype = torch.float32,
     track: bool = False,
 ) -> FusedTable:
-    table = FusedTable(
-        RowPlan("t", rows, dim),
-        optimizer=optimizer,
-        trainable=True,
-        dtype=dtype,
-        device=CPU,
-        track=track,
-    )
+    options = RowOptions(trainable=True, dtype=dtype, device=CPU, track=track)
+    table = FusedTable(RowPlan("t", rows, dim), options, optimizer)
     with torch.no_grad():
         table.weight.normal_(generator=torch.Generator().manual_seed(0))
     return table
@@ -102,9 +96,7 @@ def test_half_precision_and_what_fbgemm_cannot_do() -> None:
 def test_only_rows_that_got_a_gradient_are_constrained(kind: str) -> None:
     plan = RowPlan("t", 101, 6)
     if kind == "sparse":
-        table = ParameterTable(
-            plan, sparse=True, trainable=True, dtype=torch.float32, device=CPU, track=True
-        )
+        table = ParameterTable(plan, RowOptions(True, torch.float32, CPU, track=True), sparse=True)
         torch.nn.init.normal_(table.weight)
     else:
         table = fused(101, 6, FusedOptimizer(), track=True)
@@ -140,9 +132,7 @@ def test_fused_updates_on_cuda(name: str, dim: int) -> None:
     cuda = torch.device("cuda")
     plan = RowPlan("t", 501, dim)
     optimizer = FusedOptimizer(name, lr=0.2)
-    table = FusedTable(
-        plan, optimizer=optimizer, trainable=True, dtype=torch.float32, device=cuda, track=True
-    )
+    table = FusedTable(plan, RowOptions(True, torch.float32, cuda, track=True), optimizer)
     other = fused(501, dim, FusedOptimizer(name, lr=0.2), track=True)
     table.weight.copy_(other.weight)
     for _ in range(3):

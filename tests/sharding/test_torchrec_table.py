@@ -527,9 +527,8 @@ def test_only_an_engine_is_an_engine() -> None:
     ],
 )
 def test_nonsense_options_are_refused(kwargs: dict) -> None:
-    with pytest.raises(
-        ValueError, match=f"TorchRec: got {list(kwargs)[-1]}={list(kwargs.values())[-1]!r}"
-    ):
+    name, value = list(kwargs.items())[-1]
+    with pytest.raises(ValueError, match=f"TorchRec.{name}: got {value!r}"):
         TorchRec(**kwargs)
 
 
