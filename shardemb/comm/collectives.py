@@ -1,12 +1,21 @@
-"""torch.distributed's collectives, with a timeout and an error that names the missing rank.
+"""Collectives of torch.distributed that say what they are for.
 
-``operation`` describes a collective in that error.
+Every message starts with a mark of its ``operation``. Ranks that are in different operations all
+get :class:`~shardemb.exceptions.RanksDisagreeError`, which names them, instead of each other's
+data. Ranks of one machine exchange through shared memory. Others first exchange frames of equal
+size, which carry the marks and small messages; larger messages follow by the backend's collective.
+A rank that dies, stops or raises is named by the watchdog.
+
+NCCL's all-reduces and broadcasts carry no marks: reading one would wait for the device.
 """
 
 import builtins
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,83 +23,253 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardemb import exceptions
-from shardemb.comm import shared_memory
+from shardemb import exceptions, kernels
 from shardemb.comm.shared_memory import HostRanks, Message, meet
-from shardemb.comm.watchdog import PeerWatchdog, watch
+from shardemb.comm.watchdog import PeerWatchdog, step, watch
 from shardemb.exceptions import RanksDisagreeError
 
 MAX, MIN, SUM = dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.SUM
+_REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    SUM: torch.add,
+    MAX: torch.maximum,
+    MIN: torch.minimum,
+}
+#: fewest and most bytes after a frame's head: 512 bytes are as fast as 8, and padding costs bytes
+_FEWEST_BYTES, _MOST_BYTES = 488, 32768
+#: 64-bit numbers of a frame's head: mark, bytes for this rank, most bytes for any rank
+_HEAD = 3
 
 
+class _Capacity:
+    """Bytes of a group's frames. Changes only by values that all ranks have received."""
+
+    def __init__(self) -> None:
+        self.bytes, self._small = _FEWEST_BYTES, 0
+
+    def adapt(self, most: int) -> None:
+        """Grow to 9/8 of a lookup's ids; shrink after 16 lookups of less than half."""
+        self._small = self._small + 1 if most < self.bytes // 2 else 0
+        if self.bytes < most <= _MOST_BYTES or self._small > 16:
+            self.bytes, self._small = max(_FEWEST_BYTES, (most + most // 8) // 8 * 8), 0
+
+
+_capacities: WeakKeyDictionary[PeerWatchdog, _Capacity] = WeakKeyDictionary()
 _host_ranks: WeakKeyDictionary[PeerWatchdog, HostRanks | None] = WeakKeyDictionary()
 
 
-def _through_memory(
-    group: Any, tensor: Tensor, operation: str, sent: Sequence[int] | None = None
-) -> Message | None:
-    """Exchange contiguous tensors through shared memory; None on all ranks if impossible."""
+class Frame:
+    """The messages of all ranks in one collective of the backend; used as :class:`Message`."""
+
+    def __init__(
+        self, group: Any, tensor: Tensor, sent: Sequence[int] | None, mark: int, operation: str
+    ) -> None:
+        watchdog = watch(group)
+        self._capacity = _capacities.setdefault(watchdog, _Capacity())
+        data = tensor.reshape(-1).view(torch.uint8)
+        data = data if _is_nccl(group) else data.cpu()
+        if sent is None:
+            sizes = [len(data) for _ in watchdog.ranks]
+        else:
+            row_bytes = len(data) // max(1, len(tensor))
+            sizes = [count * row_bytes for count in sent]
+        most, head_bytes = max(sizes), 8 * _HEAD
+        frames = data.new_zeros(len(sizes), head_bytes + self._capacity.bytes)
+        heads = torch.tensor([[mark, size, most] for size in sizes])
+        frames[:, :head_bytes] = heads.view(torch.uint8).to(data.device)
+        if most <= self._capacity.bytes:
+            begin = 0
+            for frame, size in zip(frames, sizes, strict=True):
+                frame[head_bytes : head_bytes + size] = data[begin : begin + size]
+                begin += size if sent else 0
+        arrived = torch.empty_like(frames)
+        work = dist.all_to_all_single(arrived, frames, group=group, async_op=True)
+        watchdog.wait(work, operation)
+        heads = arrived[:, :head_bytes].contiguous().view(torch.int64)
+        #: of each rank
+        self.marks, self.sizes, largest = zip(*heads.tolist(), strict=True)
+        self._most = max(largest)
+        self.fits = self._most <= self._capacity.bytes
+        self._payload = arrived[:, head_bytes:]
+
+    def part(self, rank: int) -> Tensor:
+        """Return the bytes from a rank for this one."""
+        return self._payload[rank, : self.sizes[rank]]
+
+    def adapt(self) -> None:
+        """Let the next frames carry as much as this one should have."""
+        self._capacity.adapt(self._most)
+
+
+def _is_nccl(group: Any) -> bool:
+    return dist.get_backend(group) == "nccl"
+
+
+def _memory(group: Any, tensor: Tensor) -> HostRanks | None:
+    """Return the ranks of this machine if they can exchange the tensor through its memory."""
     watchdog = watch(group)
     if tensor.device.type != "cpu" or not watchdog.slices:
         return None
     if watchdog not in _host_ranks:
-        ask = partial(gather, group=group, operation="do ranks share memory?")
-        _host_ranks[watchdog] = meet(*rank_and_size(group), ask)
-    host_ranks = _host_ranks[watchdog]
+
+        def gather_by_frames(value: Any) -> list[Any]:
+            text, operation = _as_bytes(json.dumps(value)), "do ranks share memory?"
+            return _values(
+                _gathered(Frame(group, text, None, 0, operation), text, group, operation)
+            )
+
+        _host_ranks[watchdog] = meet(*rank_and_size(group), gather_by_frames)
+    return _host_ranks[watchdog]
+
+
+def _send(
+    group: Any, tensor: Tensor, operation: str, sent: Sequence[int] | None = None, mark: int = 0
+) -> Message | Frame:
+    """Send all ranks a tensor, or ``sent`` of its rows to each; return their messages."""
+    tensor, host_ranks = tensor.contiguous(), _memory(group, tensor)
     if host_ranks is None:
-        return None
-    message = host_ranks.send(tensor, sent)
-    watchdog.wait(message, operation)
-    return message if message.fits() else None
+        return Frame(group, tensor, sent, mark, operation)
+    message = host_ranks.send(tensor, sent, mark)
+    watch(group).wait(message, operation)
+    return message.read()
+
+
+def _exchange(
+    group: Any,
+    tensor: Tensor,
+    operation: str,
+    sent: Sequence[int] | None = None,
+    failed: bool = False,
+) -> Message | Frame:
+    """Send marked messages; RanksDisagreeError unless all ranks are in the same operation.
+
+    ``failed`` is the lowest bit of the mark.
+    """
+    mark = zlib.crc32(operation.encode()) << 1
+    message = _send(group, tensor, operation, sent, mark | failed)
+    if any(other >> 1 != mark >> 1 for other in message.marks):
+        text = _as_bytes(f"in step {step()}, {operation}"[: _FEWEST_BYTES // 4])
+        texts = _send(group, text, operation)
+        places = [f"rank {rank} {_text(texts.part(rank))}" for rank in range(len(message.marks))]
+        raise RanksDisagreeError(
+            f"ranks are in different operations: {'; '.join(places)}: every rank must make the same"
+            " lookups, backward passes, steps and saves in the same order"
+        )
+    return message
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _text(data: Tensor) -> str:
+    return data.cpu().numpy().tobytes().decode(errors="replace")
+
+
+def _values(texts: Sequence[Tensor]) -> list[Any]:
+    return [json.loads(_text(text)) for text in texts]
+
+
+def _other_size(rank: int, got: int, expected: int) -> RuntimeError:
+    return RuntimeError(f"rank {rank} of this group sent {got} bytes, expected {expected}")
+
+
+def check(group: Any, operation: str) -> None:
+    """Raise RanksDisagreeError unless all ranks call this with the same ``operation``."""
+    if not _is_nccl(group):
+        _exchange(group, torch.empty(0), operation)
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """The rows that an all-to-all brings."""
+
+    #: (M, ...), in the order of ranks
+    rows: Tensor
+    #: rows from each rank
+    counts: list[int]
+    #: whether a rank has failed
+    failed: bool = False
+    #: waits until :attr:`rows` are there
+    wait: Callable[[], None] = lambda: None
 
 
 def all_to_all(
-    out: Tensor,
     tensor: Tensor,
+    sent: Sequence[int],
     received: Sequence[int] | None = None,
-    sent: Sequence[int] | None = None,
     *,
     group: Any,
     operation: str,
+    failed: bool = False,
+    continues: bool = False,
     wait: bool = True,
-) -> Callable[[], None]:
-    """Send each rank its rows of ``tensor``, equally many or ``sent``; receive into ``out``.
+) -> Arrived:
+    """Send each rank ``sent`` rows of ``tensor`` ``(n, ...)``.
 
-    Without ``wait``, the returned function waits.
+    Args:
+        tensor: rows in the order of ranks.
+        sent: rows for each rank.
+        received: rows from each rank; None if unknown.
+        group: None for the default one.
+        operation: for errors; the same on all ranks.
+        failed: tell all ranks that this one has an error; nothing else is sent.
+        continues: ranks are in the same operation for sure, as another all-to-all of it has ended.
+        wait: until all rows are there.
+
+    Raises:
+        RanksDisagreeError: on all ranks, if they are in different operations.
+        RuntimeError: a rank sent another number of rows than ``received``.
     """
-    watchdog = watch(group)
-    if wait:
-        equal = [len(tensor) // len(watchdog.ranks)] * len(watchdog.ranks)
-        message = _through_memory(group, tensor, operation, sent or equal)
-        if message is not None:
-            message.scatter(out, received or equal)
-            return already_done
-    work = dist.all_to_all_single(out, tensor, received, sent, group=group, async_op=True)
+    row_bytes = tensor.itemsize * prod(tensor.shape[1:])
+    known = received is not None and (continues or _is_nccl(group))
+    if not known or _memory(group, tensor) is not None:
+        message = _exchange(group, tensor, operation, sent, failed)
+        for rank, count in enumerate(received or ()):
+            if message.sizes[rank] != count * row_bytes:
+                raise _other_size(rank, message.sizes[rank], count * row_bytes)
+        if received is None:
+            message.adapt()
+            received = [size // row_bytes for size in message.sizes]
+        if failed := any(mark & 1 for mark in message.marks):
+            return Arrived(tensor[:0], list(received), failed)
+    else:
+        message = None
+    assert received is not None
+    rows = kernels.empty((sum(received), *tensor.shape[1:]), tensor.dtype, tensor.device)
+    arrived = Arrived(rows, list(received))
+    if message is not None and message.fits:
+        begin, data = 0, rows.view(-1).view(torch.uint8)
+        for rank, size in enumerate(message.sizes):
+            if size:
+                data[begin : begin + size] = message.part(rank)
+                begin += size
+        return arrived
+    work = dist.all_to_all_single(rows, tensor, received, sent, group=group, async_op=True)
+    arrives = partial(watch(group).wait, work, operation)
     if not wait:
-        return partial(watchdog.wait, work, operation)
-    watchdog.wait(work, operation)
-    return already_done
-
-
-def already_done() -> None:
-    """Wait for nothing."""
+        return replace(arrived, wait=arrives)
+    arrives()
+    return arrived
 
 
 def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: str) -> None:
-    """Reduce a tensor in place; does nothing on one rank."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    """Reduce a tensor in place, in the order of ranks; does nothing on one rank."""
+    if rank_and_size(group)[1] == 1:
         return
-    if op in shared_memory.REDUCE:
-        message = _through_memory(group, tensor.contiguous(), operation)
-        if message is not None:
-            message.reduce(tensor, op)
+    whole = tensor.contiguous()
+    if not _is_nccl(group):
+        message = _exchange(group, whole, operation)
+        size = whole.numel() * whole.itemsize
+        for rank, other in enumerate(message.sizes):
+            if other != size:
+                raise _other_size(rank, other, size)
+        if message.fits and op in _REDUCE:
+            parts = [message.part(rank).view(whole.dtype) for rank in range(len(message.sizes))]
+            tensor.copy_(reduce(_REDUCE[op], parts).view(whole.shape))
             return
-    watch(group).wait(dist.all_reduce(tensor, op, group=group, async_op=True), operation)
-
-
-def all_gather(out: list[Tensor], tensor: Tensor, *, group: Any = None, operation: str) -> None:
-    """Gather each rank's tensor into ``out``."""
-    watch(group).wait(dist.all_gather(out, tensor, group=group, async_op=True), operation)
+    watch(group).wait(dist.all_reduce(whole, op, group=group, async_op=True), operation)
+    if whole is not tensor:
+        tensor.copy_(whole)
 
 
 def rank_and_size(group: Any = None) -> tuple[int, int]:
@@ -100,27 +279,42 @@ def rank_and_size(group: Any = None) -> tuple[int, int]:
 
 def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
     """Copy rank 0's tensor to all ranks, in place."""
+    if not _is_nccl(group):
+        rank, size = dist.get_rank(group), tensor.numel() * tensor.itemsize
+        message = _exchange(group, tensor if rank == 0 else tensor.new_empty(0), operation)
+        if message.sizes[0] != size:
+            raise _other_size(0, message.sizes[0], size)
+        if message.fits:
+            if rank:
+                tensor.copy_(message.part(0).view(tensor.dtype).view(tensor.shape))
+            return
     watch(group).wait(dist.broadcast(tensor, 0, group=group, async_op=True), operation)
 
 
 def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Tensor:
     """Return all ranks' rows ``(n, ...)``, in the order of ranks; ``n`` may differ."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if rank_and_size(group)[1] == 1:
         return tensor
-    return torch.cat(_gather_rows(tensor, group, operation)).to(tensor.device)
+    if not tensor[:1].numel() and prod(tensor.shape[1:]) == 0:
+        rows = sum(gather(len(tensor), group=group, operation=operation))
+        return tensor.new_empty(rows, *tensor.shape[1:])
+    sent = tensor.cuda() if _is_nccl(group) else tensor
+    return torch.cat(_gathered(_exchange(group, sent, operation), sent, group, operation)).to(
+        tensor.device
+    )
 
 
-def _gather_rows(tensor: Tensor, group: Any, operation: str) -> list[Tensor]:
-    if dist.get_backend(group) == "nccl":
-        tensor = tensor.cuda()
-    size = torch.tensor([len(tensor)], device=tensor.device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
-    all_gather(sizes, size, group=group, operation=operation)
-    counts = [int(size) for size in sizes]
-    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+def _gathered(message: Message | Frame, tensor: Tensor, group: Any, operation: str) -> list[Tensor]:
+    """Return the rows of all ranks, until the next message."""
+    shape = tensor.shape[1:]
+    if message.fits:
+        parts = [message.part(rank) for rank in range(len(message.sizes))]
+        return [part.view(tensor.dtype).view(-1, *shape) for part in parts]
+    counts = [size // (tensor.itemsize * prod(shape)) for size in message.sizes]
+    padded = tensor.new_zeros((max(counts), *shape))
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in counts]
-    all_gather(parts, padded, group=group, operation=operation)
+    watch(group).wait(dist.all_gather(parts, padded, group=group, async_op=True), operation)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
@@ -128,9 +322,9 @@ def gather(value: Any, *, group: Any = None, operation: str) -> list[Any]:
     """Return each rank's JSON value, in the order of ranks; tuples become lists."""
     if not dist.is_initialized():
         return [value]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    texts = _gather_rows(text, group, operation)
-    return [json.loads(text.cpu().numpy().tobytes()) for text in texts]
+    text = _as_bytes(json.dumps(value))
+    text = text.cuda() if _is_nccl(group) else text
+    return _values(_gathered(_exchange(group, text, operation), text, group, operation))
 
 
 def gather_or_raise(

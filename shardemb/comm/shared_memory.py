@@ -17,12 +17,10 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import reduce
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardemb import kernels
@@ -33,20 +31,14 @@ FIRST_BYTES, MOST_BYTES = 1 << 20, 64 << 20
 _HEAD_BYTES = 8192
 #: 64-bit numbers before the headers: two flags, one per cache line
 _FLAGS = 16
-#: 64-bit numbers of a header before the ends: the message's bytes (-1: too large) and offset
-_HEAD = 2
+#: 64-bit numbers of a header before the ends: the message's bytes (-1: too large), offset and mark
+_HEAD = 3
 #: ranks whose ends fit two headers
 MOST_RANKS = (_HEAD_BYTES // 8 - _FLAGS) // 2 - _HEAD - 1
 _FOLDER = Path("/dev/shm")
 #: seconds of one poll of the flags, with Python's lock released
 _AWAKE = 0.0001
 
-#: the operations of :meth:`Message.reduce`
-REDUCE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
-    dist.ReduceOp.SUM: torch.add,
-    dist.ReduceOp.MAX: torch.maximum,
-    dist.ReduceOp.MIN: torch.minimum,
-}
 _log = logs.logger(__name__)
 
 
@@ -70,20 +62,20 @@ class _Memory:
     def reserve(self, half: int, size: int) -> Tensor | None:
         """Return a buffer ``(size,)`` and fill its header; None if too large."""
         if self._capacity < size <= MOST_BYTES:
-            capacity, end = max(2 * self._capacity, size), len(self._bytes)
+            capacity, end = max(2 * self._capacity, -(-size // 64) * 64), len(self._bytes)
             with suppress(OSError):
                 _reserve(self._file, end + 2 * capacity)
                 self._map()
                 self._begins, self._capacity = [end, end + capacity], capacity
-        fits, begin, head = size <= self._capacity, self._begins[half], self.heads[half]
-        head[0], head[1] = size if fits else -1, begin
+        fits, begin = size <= self._capacity, self._begins[half]
+        self.heads[half, :2] = size if fits else -1, begin
         return self._bytes[begin : begin + size] if fits else None
 
-    def message(self, half: int) -> Tensor:
-        size, begin = self.heads[half, :_HEAD].tolist()
-        if begin + size > len(self._bytes):  # its owner has enlarged the file
+    def read(self, begin: int, end: int) -> Tensor:
+        """Return bytes of the file, which its owner may have enlarged."""
+        if end > len(self._bytes):
             self._map()
-        return self._bytes[begin : begin + size]
+        return self._bytes[begin:end]
 
     def is_alive(self) -> bool:
         """Whether the owner, another process, still holds its lock."""
@@ -108,33 +100,43 @@ class HostRanks:
         ]
         self._number = 0
 
-    def send(self, tensor: Tensor, sent: Sequence[int] | None = None) -> "Message":
+    def send(self, tensor: Tensor, sent: Sequence[int] | None, mark: int) -> "Message":
         """Send all ranks a contiguous CPU tensor, or ``sent`` of its rows to each."""
         self._number += 1
         half, memory = self._number % 2, self.memories[self.rank]
-        size = tensor.numel() * tensor.itemsize
+        data = tensor.reshape(-1).view(torch.uint8)
+        size, ends = len(data), [0]
+        if sent is None:
+            ends.append(size)
+        else:
+            row_bytes = size // max(1, len(tensor))
+            for count in sent:
+                ends.append(ends[-1] + count * row_bytes)
         buffer = memory.reserve(half, size)
-        if buffer is not None:
-            data, ends = tensor.reshape(-1).view(torch.uint8), [0]
-            row_bytes = size // max(1, len(tensor)) if sent is not None else 0
-            for rank, count in enumerate(sent or ()):
-                begin, end = ends[-1], ends[-1] + count * row_bytes
-                if rank != self.rank and end > begin:
+        if buffer is not None and sent is None:
+            buffer.copy_(data)
+        elif buffer is not None:
+            for other in self.others:
+                begin, end = ends[other], ends[other + 1]
+                if end > begin:
                     buffer[begin:end].copy_(data[begin:end])
-                ends.append(end)
-            if sent is None:
-                buffer.copy_(data)
-                ends = [0, size]
-            memory.heads[half, _HEAD : _HEAD + len(ends)] = ends
+        memory.heads[half, 2 : _HEAD + len(ends)] = [mark, *ends]
         memory.flags[half].raise_to(self._number)
-        return Message(self, self._number, tensor)
+        return Message(self, self._number, data, sent is None)
 
 
 class Message:
     """The messages of all ranks in one collective, with the interface of torch's Work."""
 
-    def __init__(self, host_ranks: HostRanks, number: int, tensor: Tensor) -> None:
-        self._ranks, self._number, self._half, self._own = host_ranks, number, number % 2, tensor
+    #: of each rank; set by :meth:`read`, as ``sizes``, bytes for this rank
+    marks: list[int]
+    sizes: list[int]
+    #: whether all messages fitted their buffers
+    fits: bool
+
+    def __init__(self, host_ranks: HostRanks, number: int, data: Tensor, whole: bool) -> None:
+        self._ranks, self._number, self._half, self._own = host_ranks, number, number % 2, data
+        self._first = _HEAD if whole else _HEAD + host_ranks.rank
         self._failed = False
 
     def is_completed(self) -> bool:
@@ -157,39 +159,26 @@ class Message:
             self._failed = True
             raise RuntimeError(f"the process of rank {other} of this group has ended")
 
-    def fits(self) -> bool:
-        """Whether all messages fitted their buffers."""
-        return all(memory.heads[self._half, 0] >= 0 for memory in self._ranks.memories)
+    def read(self) -> "Message":
+        """Read the headers, once all messages have arrived."""
+        heads = [memory.heads[self._half].tolist() for memory in self._ranks.memories]
+        self.fits = all(head[0] >= 0 for head in heads)
+        self.marks = [head[2] for head in heads]
+        self._begins = [head[self._first] for head in heads]
+        self._offsets = [head[1] for head in heads]
+        self.sizes = [head[self._first + 1] - head[self._first] for head in heads]
+        return self
 
-    def scatter(self, out: Tensor, received: Sequence[int]) -> None:
-        """Copy the rows for this rank into ``out``; RuntimeError for another number of rows."""
-        row_bytes = out.numel() * out.itemsize // max(1, len(out))
-        arriving, place, rank = out.view(-1).view(torch.uint8), 0, self._ranks.rank
-        for other, (memory, count) in enumerate(zip(self._ranks.memories, received, strict=True)):
-            begin, end = memory.heads[self._half, _HEAD + rank : _HEAD + rank + 2].tolist()
-            size = count * row_bytes
-            if not count:
-                continue
-            if end - begin != size:
-                raise _other_size(other, end - begin, size)
-            own = other == rank
-            data = self._own.reshape(-1).view(torch.uint8) if own else memory.message(self._half)
-            arriving[place : place + size].copy_(data[begin:end])
-            place += size
+    def part(self, rank: int) -> Tensor:
+        """Return the bytes from a rank for this one, until the next message."""
+        begin, end = self._begins[rank], self._begins[rank] + self.sizes[rank]
+        if rank == self._ranks.rank:
+            return self._own[begin:end]
+        offset = self._offsets[rank]
+        return self._ranks.memories[rank].read(offset + begin, offset + end)
 
-    def reduce(self, tensor: Tensor, op: Any) -> None:
-        """Reduce the tensors in the order of ranks; RuntimeError for different sizes."""
-        size, tensors = tensor.numel() * tensor.itemsize, []
-        for other, memory in enumerate(self._ranks.memories):
-            data = memory.message(self._half)
-            if len(data) != size:
-                raise _other_size(other, len(data), size)
-            tensors.append(data.view(tensor.dtype).view(tensor.shape))
-        tensor.copy_(reduce(REDUCE[op], tensors))
-
-
-def _other_size(rank: int, got: int, expected: int) -> RuntimeError:
-    return RuntimeError(f"rank {rank} of this group sent {got} bytes, expected {expected}")
+    def adapt(self) -> None:
+        """See Frame; buffers grow by themselves."""
 
 
 def meet(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> HostRanks | None:

@@ -28,14 +28,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, total: int, rank: int, world_size: int) -> Tensor:
         ctx.share = share_of(total, rank, world_size)
-        block = -(-total // world_size)
-        padded = query.new_zeros(block, query.shape[1])
-        padded[: len(query)] = query
-        gathered = query.new_empty(world_size * block, query.shape[1])
-        collectives.all_gather(
-            list(gathered.split(block)), padded, operation="queries of all ranks"
-        )
-        return gathered[:total]
+        return collectives.all_gather_rows(query, operation="queries of all ranks")
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -107,6 +107,8 @@ class Sent:
     features: Any
     #: the duplicates, if each id was sent once
     merged: Merged | None
+    #: of the lookup
+    number: int
 
 
 class TorchRecTable(FusedTable):
@@ -142,7 +144,7 @@ class TorchRecTable(FusedTable):
         # averaging replicas divides a sum by their number, and a group's mean becomes a global one
         mean = sharding.gradient_reduction == "mean"
         self._scale = 1.0 / plan.world_size if mean else float(groups.num_replicas)
-        self._moved = RowSet(plan.num_local)
+        self._moved, self._lookups = RowSet(plan.num_local), 0
         self._cached, self._stale = kernel == "fused_uvm_caching", False
         super().__init__(plan, options, optimizer)
         self._one_lookup |= self._cached  # a second lookup may evict rows that backward writes
@@ -295,11 +297,14 @@ class TorchRecTable(FusedTable):
         features = KeyedJaggedTensor(keys=[_IDS], values=values, lengths=lengths)
         context = self.torchrec_module.create_context()
         with watchdog.guarded(self._groups.shard, self._operation("ids")):
-            return Sent(context, self.torchrec_module.input_dist(context, features), merged)
+            features = self.torchrec_module.input_dist(context, features)
+        return Sent(context, features, merged, self._lookups)
 
     def _check(self, error: ShardembError | None) -> None:
         """Raise an error of any rank's ids on all ranks. A collective."""
-        group, operation = self._groups.everyone, self._operation("are all ids valid?")
+        self._lookups += 1
+        group = self._groups.everyone
+        operation = self._operation(f"lookup {self._lookups}: are all ids valid?")
         bad = torch.tensor(int(error is not None), device=self.device)
         collectives.all_reduce(bad, collectives.MAX, group=group, operation=operation)
         if bad:
@@ -329,8 +334,12 @@ class TorchRecTable(FusedTable):
         back = back[:, : self.plan.dim].contiguous()
         if sent.merged is not None:
             back = back.index_select(0, sent.merged.inverse)
+        if not trained:
+            return back
+        operation = self._operation(f"lookup {sent.number}: gradients")
+        back.register_hook(lambda grad: collectives.check(self._groups.everyone, operation))
         # not the owner's lookup: TorchRec keeps an abandoned graph until gc runs
-        return self._await_backward(back) if trained else back
+        return self._await_backward(back)
 
     def _got_gradient(self, rows: Tensor) -> None:
         if self._constrained:

@@ -30,10 +30,11 @@ from shardemb import (
     FusedOptimizer,
     RowWiseAdagrad,
     checkpoint,
+    clip_grad_norm_,
     exceptions,
 )
-from shardemb.comm import collectives, watchdog
-from shardemb.exceptions import CheckpointError, PeerFailureError
+from shardemb.comm import collectives, shared_memory, watchdog
+from shardemb.exceptions import CheckpointError, PeerFailureError, RanksDisagreeError
 
 _context = multiprocessing.get_context("forkserver")
 #: seconds
@@ -69,7 +70,6 @@ def in_lookup(
 def in_lookup_by_gloo(
     rank: int, model: Model, coordinator: Coordinator, step: int, fail: Callable, folder: Path
 ) -> None:
-    os.environ["SHARDEMB_SHARED_MEMORY"] = "0"  # as between machines
     in_lookup(rank, model, coordinator, step, fail, folder)
     assert not any(collectives._host_ranks.values())
 
@@ -147,6 +147,8 @@ def _rank_main(
         timeout=half_an_hour,
     )
     watchdog.set_timeout(TIMEOUT)
+    if scenario is in_lookup_by_gloo:
+        os.environ["SHARDEMB_SHARED_MEMORY"] = "0"  # as between machines
     model = Model()
     coordinator = Coordinator(model, RowWiseAdagrad(model.parameters(), lr=0.1))
 
@@ -231,30 +233,24 @@ def run(
 
 
 CASES = [
-    (in_lookup, "die", 3, "lookup 3 of table 'user': counts", "has died: it does not answer"),
-    (in_lookup, "stop", 2, "lookup 3 of table 'user': counts", "has stopped or died"),
+    (in_lookup, "die", 3, "lookup 3 of table 'user': ids", "has died: it does not answer"),
+    (in_lookup, "stop", 2, "lookup 3 of table 'user': ids", "has stopped or died"),
     (
         in_lookup,
         "raise",
         3,
-        "lookup 3 of table 'user': counts",
+        "lookup 3 of table 'user': ids",
         "raised ValueError: bad luck (step 3)",
     ),
     (
         in_lookup,
         "end",
         3,
-        "lookup 3 of table 'user': counts",
+        "lookup 3 of table 'user': ids",
         "has ended after step 2, while others go on",
     ),
-    (
-        in_lookup_by_gloo,
-        "die",
-        3,
-        "lookup 3 of table 'user': counts",
-        "has died: it does not answer",
-    ),
-    (in_lookup_by_gloo, "stop", 2, "lookup 3 of table 'user': counts", "has stopped or died"),
+    (in_lookup_by_gloo, "die", 3, "lookup 3 of table 'user': ids", "has died: it does not answer"),
+    (in_lookup_by_gloo, "stop", 2, "lookup 3 of table 'user': ids", "has stopped or died"),
     (in_backward, "die", 2, "lookup 3 of table 'user': gradients", "has died"),
     (in_backward, "raise", 3, "lookup 3 of table 'user': gradients", "raised ValueError: bad luck"),
     (in_step, "die", 3, "gradients of replicated parameters", "has died"),
@@ -263,7 +259,7 @@ CASES = [
     (in_construction, "end", 2, "table 'new': do all ranks agree?", "has ended"),
     (in_save, "die", 3, "a checkpoint's vote", "has died"),
     (in_save, "stop", 2, "a checkpoint's vote", "has stopped or died"),
-    (in_different_places, "die", 3, "lookup 3 of table 'user': counts", "has died"),
+    (in_different_places, "die", 3, "lookup 3 of table 'user': ids", "has died"),
 ]
 
 
@@ -461,12 +457,12 @@ DISAGREEMENTS = {
     "layer": r"ranks disagree in parameters: .*\[1, 2\].* on rank 0 and .*\[1, 3\].* on rank {odd}",
     "step": r"ranks disagree in steps: got steps 0 on rank 0 and 7 on rank {odd}",
     "order of lookups": (
-        r"rank 0 lookup 1 of table 'user' in step 0; .*rank {odd} lookup 1 of table 'item' in"
-        r" step 0"
+        r"rank 0 in step 0, lookup 1 of table 'user': ids; .*rank {odd} in step 0, lookup 1 of"
+        r" table 'item': ids"
     ),
     "number of lookups": (
-        r"rank 0 lookup 1 of table 'item' in step 0; .*rank {odd} lookup 2 of table 'user' in"
-        r" step 0"
+        r"rank 0 in step 0, lookup 1 of table 'item': ids; .*rank {odd} in step 0, lookup 2 of"
+        r" table 'user': ids"
     ),
 }
 
@@ -476,6 +472,109 @@ DISAGREEMENTS = {
 def test_ranks_that_disagree_are_told(run_ranks, what: str, ranks: int) -> None:
     for text in run_ranks(_disagree, ranks, what):
         assert re.search(DISAGREEMENTS[what].format(odd=ranks - 1), text), text
+
+
+def _leaves_a_table_out(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    user, item = model.user(torch.arange(9)), model.item(torch.arange(9))
+    (item if odd else user).sum().backward()
+
+
+def _skips_backward(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    loss = model.user(torch.arange(9)).sum()
+    if not odd:
+        loss.backward()
+    coordinator.step()
+
+
+def _skips_a_batch(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    if not odd:
+        model.user(torch.arange(9)).sum().backward()
+    coordinator.step()
+
+
+def _evaluates_alone(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    loss = model.user(torch.arange(9)).sum()
+    if odd:
+        with torch.no_grad():
+            model.user(torch.arange(9))
+    loss.backward()
+
+
+def _saves_alone(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    if odd:
+        checkpoint.save(path, 1, model)
+    model.user(torch.arange(9)).sum().backward()
+
+
+def _gathers_alone(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    model.user(torch.arange(9)).sum().backward()
+    if odd:
+        model.user.full_state_dict()
+    coordinator.step()
+
+
+def _clips_alone(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    model.user(torch.arange(9)).sum().backward()
+    if odd:
+        clip_grad_norm_(model, 1.0)
+    coordinator.step()
+
+
+def _reduces_alone(model: nn.Module, coordinator: Coordinator, odd: bool, path: Path) -> None:
+    loss = model.user(torch.arange(9)).sum()
+    if odd:
+        coordinator.reduce([1.0])
+    loss.backward()
+
+
+#: what each does alone, and what the ranks are said to be in
+ALONE_IN = [
+    (_leaves_a_table_out, "lookup 2 of table 'user': gradients", "lookup 2 of table 'item': grad"),
+    (_skips_backward, "lookup 2 of table 'user': gradients", "the coordinator: gradients"),
+    (_skips_a_batch, "lookup 2 of table 'user': ids", "the coordinator: gradients"),
+    (_evaluates_alone, "lookup 2 of table 'user': gradients", "lookup 3 of table 'user': ids"),
+    (_saves_alone, "lookup 2 of table 'user': ids", "a checkpoint"),
+    (_gathers_alone, "the coordinator: gradients", "table 'user': all rows"),
+    (_clips_alone, "the coordinator: gradients", "norm of the gradients"),
+    (_reduces_alone, "lookup 2 of table 'user': gradients", "the coordinator: gradients"),
+]
+
+
+def _in_different_operations(
+    rank: int, world_size: int, run: Callable, kernel: str, by_gloo: bool, path: Path
+) -> str:
+    if by_gloo:
+        os.environ["SHARDEMB_SHARED_MEMORY"] = "0"  # as between machines
+    shared_memory._FOLDER = path / "shared"
+    model = nn.Module()
+    # of one shape, so that gradients could be swapped without an error
+    model.user = Embedding(101, shape=4, seed=1, name="user", kernel=kernel)
+    model.item = Embedding(101, shape=4, seed=2, name="item", kernel=kernel)
+    model.layer = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    coordinator = Coordinator(model, optimizer)
+    (model.user(torch.arange(9)).sum() + model.item(torch.arange(9)).sum()).backward()
+    coordinator.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RanksDisagreeError) as caught:
+        run(model, coordinator, rank == world_size - 1, path)
+    for parameter, rows in zip(model.parameters(), before, strict=True):
+        assert parameter.equal(rows)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("by_gloo", [False, True], ids=["memory", "gloo"])
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("run", "usual", "alone"), ALONE_IN)
+def test_different_operations_are_an_error(
+    run_ranks, tmp_path: Path, run: Callable, usual: str, alone: str, ranks: int, by_gloo: bool
+) -> None:
+    (tmp_path / "shared").mkdir()
+    kernel = "dense" if ranks == 3 else "sparse"
+    for text in run_ranks(_in_different_operations, ranks, run, kernel, by_gloo, tmp_path):
+        assert re.search(rf"rank 0 in step \d, {usual}", text), text
+        assert re.search(rf"rank {ranks - 1} in step \d, {alone}", text), text
+    assert not list((tmp_path / "shared").iterdir())
 
 
 # --------------------

@@ -1,4 +1,5 @@
 import functools
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -161,21 +162,17 @@ def _collectives(rank: int, world_size: int, gradient: str, number: int) -> tupl
 
 
 @pytest.mark.parametrize("gradient", ["sparse", "fused"])
-@pytest.mark.parametrize(("number", "forward"), [(0, 2), (20, 2), (2000, 3)])
-def test_collectives_of_a_step(
-    run_ranks, world_size: int, gradient: str, number: int, forward: int
-) -> None:
-    """A few ids travel with their counts, and as many as before.
-
-    Updates and constrainers need no other rank.
-    """
-    expected = (forward, 1, 0, 1, 1) if world_size > 1 else (0, 0, 0, 0, 0)
+@pytest.mark.parametrize("number", [0, 20, 2000])
+def test_collectives_of_a_step(run_ranks, world_size: int, gradient: str, number: int) -> None:
+    """Ids travel with their counts; updates and constrainers need no other rank."""
+    expected = (2, 1, 0, 1, 1) if world_size > 1 else (0, 0, 0, 0, 0)
     for counts in run_ranks(_collectives, world_size, gradient, number):
         assert counts == expected
 
 
 def _steady(rank: int, world_size: int) -> list[int]:
-    """Collectives of lookups forward, one after the other, of as many ids a rank."""
+    """Collectives of lookups forward, one after the other, of as many ids a rank, by gloo."""
+    os.environ["SHARDEMB_SHARED_MEMORY"] = "0"
     tables = [
         shardemb.Embedding(50_001, shape=2, seed=1, initialize=True, name=name) for name in "ab"
     ]
