@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -91,20 +91,33 @@ def _cleaning_up_after_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _add_overrides(command: Any, metavar: str = "KEY=VALUE", example: str = "") -> None:
+#: adds an argument to a command
+_Add = Callable[..., Any]
+
+
+def _command(commands: Any, name: str, run: Any, text: str, **options: Any) -> _Add:
+    command = commands.add_parser(name, help=text, **options)
+    command.set_defaults(run=run)
+    return command.add_argument
+
+
+def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _add_overrides(add: _Add, metavar: str = "KEY=VALUE", example: str = "") -> None:
     text = f"override a setting{example}; repeatable"
-    command.add_argument("--set", action="append", default=[], metavar=metavar, help=text)
+    add("--set", action="append", default=[], dest="overrides", metavar=metavar, help=text)
 
 
-def _add_timeout(command: Any) -> None:
+def _add_timeout(add: _Add) -> None:
     text = "of a collective (default: 300)"
-    command.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help=text)
+    add("--timeout", type=float, default=300, dest="timeout_s", metavar="SECONDS", help=text)
 
 
 def _add_train(commands: Any) -> None:
     text = "train and rank a knowledge-graph model on sharded tables"
-    command = commands.add_parser("train", help=text)
-    add = command.add_argument
+    add = _command(commands, "train", _train, text)
     text = "settings; without it the defaults"
     add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
     text = (
@@ -126,9 +139,8 @@ def _add_train(commands: Any) -> None:
     add("--use-gpu", action="store_true", help=text)
     add("--output", required=True, help="run folder, made anew", **_RUN)
     add("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
-    _add_overrides(command, example=", e.g. training.epochs=3")
-    _add_timeout(command)
-    command.set_defaults(run=_train)
+    _add_overrides(add, example=", e.g. training.epochs=3")
+    _add_timeout(add)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -138,7 +150,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run = RunFolder(arguments.output)
     least, separator, most = (arguments.workers or "").partition(":")
-    options = {
+    settings = {
         "launch.launcher": arguments.launcher,
         "launch.workers": least or None,
         "launch.max_workers": most if separator else None,
@@ -146,18 +158,13 @@ def _train(arguments: argparse.Namespace) -> int:
         "launch.max_failures": arguments.max_failures,
         "training.device": "cuda" if arguments.use_gpu else None,
     }
-    overrides = [f"{key}={value}" for key, value in options.items() if value is not None]
+    overrides = [f"{key}={value}" for key, value in settings.items() if value is not None]
     # --resume alone keeps the run's settings
     base = arguments.config or (run.resumable_config if arguments.resume else None)
-    config = JobConfig.load(base, [*arguments.set, *overrides], arguments.dataset)
-    result = train_run(
-        config,
-        arguments.output,
-        resume=arguments.resume,
-        timeout_s=arguments.timeout,
-        command=shlex.join(["shardemb", *arguments.argv]),
-        notify=_say,
-    )
+    config = JobConfig.load(base, [*arguments.overrides, *overrides], arguments.dataset)
+    command = shlex.join(["shardemb", *arguments.argv])
+    options = _options(arguments, "output", "resume", "timeout_s")
+    result = train_run(config, **options, command=command, notify=_say)
     if result is None:  # torchrun's other ranks
         return 0
     for name, value in result.items():
@@ -168,74 +175,53 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _add_evaluate(commands: Any) -> None:
     text = "rank a split's triples with a run's newest, or best, checkpoint"
-    command = commands.add_parser("evaluate", help=text)
-    add = command.add_argument
-    add("path", help="run folder", **_RUN)
+    add = _command(commands, "evaluate", _evaluate, text)
+    add("output", help="run folder", **_RUN)
     splits = ("train", "valid", "test")
     add("--split", choices=splits, default="test", help="default: test")
     add("--dataset", metavar="PATH", help="the run's dataset, if it is not where it was")
     add("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
     add("--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's")
-    _add_overrides(command, "evaluation.KEY=VALUE")
+    _add_overrides(add, "evaluation.KEY=VALUE")
     add("--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)")
     add("--json", help="write the figures there too", **_JSON)
-    _add_timeout(command)
-    command.set_defaults(run=_evaluate)
+    _add_timeout(add)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from shardemb.kge.job import evaluate_run
-    from shardemb.utils.files import replacing
+    from shardemb.utils.files import write_json
 
-    result = evaluate_run(
-        arguments.path,
-        split=arguments.split,
-        workers=arguments.workers,
-        overrides=arguments.set,
-        dataset=arguments.dataset,
-        checkpoint=arguments.checkpoint,
-        device=arguments.device,
-        timeout_s=arguments.timeout,
-        notify=_say,
+    names = "output", "split", "workers", "overrides", "dataset", "checkpoint", "device"
+    result = evaluate_run(**_options(arguments, *names, "timeout_s"), notify=_say)
+    triples, relations = result["triples"], result["relations"]
+    _print_figures(
+        [(s, triples * (1 + (s == "both")), row) for s, row in result["sides"].items()],
+        [(f"{row['side']} of {row['label']}", row["count"], row) for row in relations],
     )
-    names = list(result["sides"]["both"])
-    queries = {"both": 2 * result["triples"]}
-    rows = [
-        (side, queries.get(side, result["triples"]), figures)
-        for side, figures in result["sides"].items()
-    ]
-    _print_figures(names, rows)
-    if result["relations"]:
-        relations = result["relations"]
-        rows = [(f"{row['side']} of {row['label']}", row["count"], row) for row in relations]
-        _print_figures(names, rows)
     if arguments.json is not None:
-        with replacing(arguments.json) as partial:
-            text = json.dumps(result, indent=1, ensure_ascii=False)
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
     return 0
 
 
-def _print_figures(names: list[str], rows: list[tuple[str, int, Any]]) -> None:
-    print(" ".join([*(f"{name:>11}" for name in names), f"{'queries':>9}"]))
-    for title, queries, figures in rows:
-        print(
-            " ".join([*(f"{figures[name]:11.4f}" for name in names), f"{queries:9,}", f" {title}"])
-        )
+def _print_figures(*tables: list[tuple[str, int, Any]]) -> None:
+    names = list(tables[0][0][2])
+    for rows in filter(None, tables):
+        print(" ".join(f"{name:>11}" for name in names), f"{'queries':>9}")
+        for title, queries, row in rows:
+            print(" ".join(f"{row[name]:11.4f}" for name in names), f"{queries:9,}  {title}")
 
 
 def _add_watching(commands: Any) -> None:
-    plot = commands.add_parser("plot", help="draw a run's loss, MRR and throughput")
-    plot.add_argument("path", help="run folder", **_RUN)
-    plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
-    plot.set_defaults(run=_plot)
+    add = _command(commands, "plot", _plot, "draw a run's loss, MRR and throughput")
+    add("path", help="run folder", **_RUN)
+    add("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
     text = "show a run's progress, speed and memory by rank while it goes"
-    top = commands.add_parser("top", help=text)
-    top.add_argument("path", help="run folder", **_RUN)
+    add = _command(commands, "top", _top, text)
+    add("path", help="run folder", **_RUN)
     text = "between two looks (default: 2)"
-    top.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help=text)
-    top.add_argument("--once", action="store_true", help="look once, and end")
-    top.set_defaults(run=_top)
+    add("--every", type=float, default=2.0, metavar="SECONDS", help=text)
+    add("--once", action="store_true", help="look once, and end")
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -271,8 +257,7 @@ def _top(arguments: argparse.Namespace) -> int:
 def _add_ingest(commands: Any) -> None:
     text = "make a dataset folder of files of triples of any size"
     usage = "%(prog)s [options] SOURCE... OUT"
-    command = commands.add_parser("ingest", help=text, usage=usage)
-    add = command.add_argument
+    add = _command(commands, "ingest", _ingest, text, usage=usage)
     text = (
         "a folder with train/valid/test files or folders of part files; or files, or folders of"
         " part files, of one graph to be split; then the dataset folder, made anew. Files are .tsv,"
@@ -291,7 +276,6 @@ def _add_ingest(commands: Any) -> None:
     add("--literals", choices=("error", "drop", "keep"), default="error", help=text)
     text = "check the hashes of a dataset folder, the only path, instead"
     add("--verify", action="store_true", help=text)
-    command.set_defaults(run=_ingest)
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
@@ -310,9 +294,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
         print(f"{out}: {len(files)} files, {size:,} bytes: undamaged")
         return 0
     start, names = time.perf_counter(), ("memory", "threads", "valid", "test", "unseen", "literals")
-    options = {name: getattr(arguments, name) for name in names}
     with _cleaning_up_after_sigterm():
-        ingest(sources, out, **options, progress=True)
+        ingest(sources, out, **_options(arguments, *names), progress=True)
     made = dataset.read(out)[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"{out}: {made['entities']:,} entities, {made['relations']:,} relations")
@@ -326,8 +309,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 def _add_query(commands: Any) -> None:
     text = "print an entity's nearest neighbours, or the best tails of (head, relation)"
-    command = commands.add_parser("query", help=text)
-    add = command.add_argument
+    add = _command(commands, "query", _query, text)
     add("path", help="run folder or checkpoint", **_RUN)
     add("entity", help="label, or id if there are no labels")
     add("relation", nargs="?", help="with it: the best tails of (entity, relation, ?)")
@@ -337,23 +319,20 @@ def _add_query(commands: Any) -> None:
     text = "the best heads of (?, relation, entity) instead"
     add("--inverse", action="store_true", help=text)
     add("--table", help="the table to search for neighbours (default: the largest)")
-    command.set_defaults(run=_query)
 
 
 def _query(arguments: argparse.Namespace) -> int:
     from shardemb.kge.job import query_run
 
-    names = ("k", "metric", "inverse", "table")
-    options = {name: getattr(arguments, name) for name in names}
-    for label, score in query_run(arguments.path, arguments.entity, arguments.relation, **options):
+    names = "path", "entity", "relation", "k", "metric", "inverse", "table"
+    for label, score in query_run(**_options(arguments, *names)):
         print(f"{score:12.6g}  {label}")
     return 0
 
 
 def _add_serve(commands: Any) -> None:
     text = "serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM"
-    command = commands.add_parser("serve", help=text)
-    add = command.add_argument
+    add = _command(commands, "serve", _serve, text)
     add("path", help="run folder or checkpoint, which every node must see", **_RUN)
     add("--shards", default=1, help="processes that share the rows (default: 1)", **_NUMBER)
     add("--name", default="shardemb", help="by which clients find it (default: shardemb)")
@@ -364,7 +343,6 @@ def _add_serve(commands: Any) -> None:
     add("--address", default="local", metavar="local|auto|HOST:PORT", help=text)
     text = "requests that may wait at a shard; more are refused, and asked again (default: 64)"
     add("--max-pending", type=int, default=64, metavar="K", help=text)
-    command.set_defaults(run=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -415,13 +393,10 @@ def _add_checkpoint(commands: Any) -> None:
     listed = "list the finished checkpoints of a run, and what they hold"
     verified = "check all files of all checkpoints; the exit code is 1 at the first fault"
     for name, run, text in (("ls", _list, listed), ("verify", _verify, verified)):
-        action = actions.add_parser(name, help=text)
-        text = "run folder, folder of checkpoints, or one checkpoint"
-        action.add_argument("path", help=text, **_RUN)
-        action.set_defaults(run=run)
-    export = actions.add_parser("export", help="write a table for other programs")
-    add = export.add_argument
-    add("path", help="run folder (its newest checkpoint), or a checkpoint", **_RUN)
+        add = _command(actions, name, run, text)
+        add("path", help="run folder, folder of checkpoints, or one checkpoint", **_RUN)
+    add = _command(actions, "export", _export, "write a table for other programs")
+    add("source", help="run folder (its newest checkpoint), or a checkpoint", **_RUN)
     text = "file, or folder for sharded; must not be there"
     add("out", type=Path, metavar="OUT", help=text)
     formats = ("safetensors", "sharded", "parquet", "npy", "word2vec")
@@ -429,16 +404,13 @@ def _add_checkpoint(commands: Any) -> None:
     add("--format", choices=formats, help=text)
     add("--table", help="default: the largest")
     add("--raw", action="store_true", help="rows as stored, without the normalizer")
-    export.set_defaults(run=_export)
-    importing = actions.add_parser("import", help="make a run folder of other programs' rows")
-    add = importing.add_argument
+    add = _command(actions, "import", _import, "make a run folder of other programs' rows")
     text = ".npy, .safetensors, .parquet, or word2vec's .txt or .vec"
     add("source", type=Path, metavar="FILE", help=text)
     add("out", help="run folder, made anew", **_RUN)
     add("--table", default="entity", help="name of the table (default: entity)")
     add("--key", help="the tensor or column to take, if there are several")
     add("--labels", help="text with a label a line, in the order of the rows", **_JSON)
-    importing.set_defaults(run=_import)
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -486,8 +458,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from shardemb.serving.export import export_table
 
-    path, out, table = arguments.path, arguments.out, arguments.table
-    print(export_table(path, out, arguments.format, table, arguments.raw, shown=True))
+    names = "source", "out", "format", "table", "raw"
+    print(export_table(**_options(arguments, *names), shown=True))
     return 0
 
 
@@ -503,12 +475,12 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 #: options of plan that are settings too
-_PLANNED = (
-    ("dim", "model.dim", "columns of a row"),
-    ("optimizer", "optimizer.name", "of the rows"),
-    ("negatives", "sampling.num_negatives", "of a chunk and a side"),
-    ("chunk-size", "sampling.chunk_size", "triples that share negatives"),
-)
+_PLANNED = {
+    "--dim": ("model.dim", "columns of a row"),
+    "--optimizer": ("optimizer.name", "of the rows"),
+    "--negatives": ("sampling.num_negatives", "of a chunk and a side"),
+    "--chunk-size": ("sampling.chunk_size", "triples that share negatives"),
+}
 
 
 def _count(text: str) -> int:
@@ -526,16 +498,16 @@ def _count(text: str) -> int:
 
 def _add_plan(commands: Any) -> None:
     text = "estimate memory, exchange and time of a job, and the fewest workers that hold it"
-    command = commands.add_parser("plan", help=text)
-    add, count = command.add_argument, {"type": _count, "metavar": "N"}
+    add = _command(commands, "plan", _plan, text)
+    count: dict[str, Any] = {"type": _count, "metavar": "N"}
     text = "settings of the job; without it the defaults"
     add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
     add("--entities", required=True, help="rows of the sharded table, e.g. 1e9", **count)
     add("--relations", default=1000, help="of the graph (default: 1000)", **count)
     add("--triples", default=0, help="of an epoch, to tell how long it takes", **count)
-    for option, key, text in _PLANNED:
-        kind: Any = {"metavar": "NAME"} if option == "optimizer" else count
-        add(f"--{option}", help=f"{text}: {key}", **kind)
+    for option, (key, text) in _PLANNED.items():
+        kind = {"metavar": "NAME"} if option == "--optimizer" else count
+        add(option, dest=key, help=f"{text}: {key}", **kind)
     add("--batch-size", help="triples of a step of all ranks (default: a chunk a rank)", **count)
     add("--workers", help="ranks (default: the fewest that fit)", **count)
     text = "exponent of entities' frequency (default: 0.8)"
@@ -550,24 +522,22 @@ def _add_plan(commands: Any) -> None:
     add("--ranks-per-host", help="another number of ranks that share a host", **count)
     text = "bytes a second that a rank sends to other hosts, e.g. 3GB"
     add("--network", metavar="SIZE", help=text)
-    _add_overrides(command)
+    _add_overrides(add)
     add("--json", help="write the estimate there too", **_JSON)
-    command.set_defaults(run=_plan)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from shardemb.kge.config import JobConfig
     from shardemb.planning import report
 
-    overrides = list(arguments.set)
-    for option, key, _ in _PLANNED:
-        if (value := getattr(arguments, option.replace("-", "_"))) is not None:
-            overrides.append(f"{key}={value}")
-    names = ("device", "memory", "ranks_per_host", "network")
-    machine = report.machine_of(*(getattr(arguments, name) for name in names))
-    names = ("entities", "relations", "triples", "batch_size", "workers", "zipf")  # type: ignore
-    sizes = {name: getattr(arguments, name) for name in names}
-    plan = report.plan(JobConfig.load(arguments.config, overrides), machine, **sizes)
+    for key, _ in _PLANNED.values():
+        if (value := getattr(arguments, key)) is not None:
+            arguments.overrides.append(f"{key}={value}")
+    names = "device", "memory", "ranks_per_host", "network"
+    machine = report.machine_of(**_options(arguments, *names))
+    names = "entities", "relations", "triples", "batch_size", "workers", "zipf"  # type: ignore
+    config = JobConfig.load(arguments.config, arguments.overrides)
+    plan = report.plan(config, machine, **_options(arguments, *names))
     print(plan.text())
     if arguments.json is not None:
         plan.save(arguments.json)
@@ -578,13 +548,12 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure this machine")
     actions = bench.add_subparsers(dest="action", required=True)
     text = "measure the rates that plan needs, a quarter of a minute on an idle machine"
-    command = actions.add_parser("calibrate", help=text)
-    add, text = command.add_argument, "that rows lie on (default: cpu)"
+    add = _command(actions, "calibrate", _calibrate, text)
+    text = "that rows lie on (default: cpu)"
     add("--device", choices=("cpu", "cuda"), default="cpu", help=text)
     add("--threads", default=1, help="of a rank (default: 1)", **_NUMBER)
     text = "default: where plan --device cpu looks"
     add("--output", type=Path, metavar="FILE.json", help=text)
-    command.set_defaults(run=_calibrate)
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

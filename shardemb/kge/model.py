@@ -143,12 +143,12 @@ class KnowledgeGraphModel(nn.Module):
         return (relations + shift * head).to(self.relation.device)
 
     def _query(self, head: Tensor | bool, known: Tensor, relation: Tensor) -> Tensor:
-        if self.config.reciprocal or head is False:
-            return self.scorer.tail_query(known, relation)
-        if head is True:
-            return self.scorer.head_query(known, relation)
-        both = self.scorer.head_query(known, relation), self.scorer.tail_query(known, relation)
-        return torch.where(head.unsqueeze(-1).to(known.device), *both)
+        if self.config.reciprocal:  # the reciprocal relation's row asks for the head
+            head = False
+        if isinstance(head, bool):
+            return self.scorer.query(known, relation, head)
+        for_head, for_tail = (self.scorer.query(known, relation, side) for side in (True, False))
+        return torch.where(head.unsqueeze(-1).to(known.device), for_head, for_tail)
 
     def loss(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Sum the losses of this rank's chunks, with one lookup of all entities. A collective.

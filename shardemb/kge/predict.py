@@ -1,7 +1,6 @@
 """The best tails of a head and a relation, from a checkpoint."""
 
 import torch
-from torch import Tensor
 
 from shardemb.exceptions import IdRangeError, InputError
 from shardemb.kge.scorers import SCORERS
@@ -47,7 +46,5 @@ def best_tails(
     known, relations = entity.lookup(h), relation.lookup(r, raw=True)
     if scorer.relation_normalizer is not None:
         relations = scorer.relation_normalizer(relations)
-    by_head = inverse and not settings["reciprocal"]
-    query = scorer.head_query if by_head else scorer.tail_query
-    queries: Tensor = query(known, relations)
+    queries = scorer.query(known, relations, head=inverse and not settings["reciprocal"])
     return entity.best(lambda rows: scorer.score_all(queries, rows), k, queries=len(h))

@@ -25,12 +25,11 @@ class Scorer(ABC):
     relation_normalizer: RowFunction | None = None
 
     @abstractmethod
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return ``(..., D)``, to compare with candidates for the tail."""
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
+        """Return ``(..., D)``, to compare with candidates.
 
-    @abstractmethod
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return ``(..., D)``, to compare with candidates for the head."""
+        ``known`` are heads, and the candidates tails; the reverse if ``head`` is asked for.
+        """
 
     @abstractmethod
     def score(self, query: Tensor, candidate: Tensor) -> Tensor:
@@ -69,12 +68,15 @@ class _Product(Scorer):
 
 
 class _Distance(Scorer):
+    #: of the norm
+    p = 2
+
     def score(self, query: Tensor, candidate: Tensor) -> Tensor:
-        return -torch.linalg.vector_norm(query - candidate, dim=-1)
+        return -torch.linalg.vector_norm(query - candidate, self.p, dim=-1)
 
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        if exact:
-            return -kernels.distances(query, candidates, 2)
+        if exact or self.p == 1:  # L1 distances are no matrix product
+            return -kernels.distances(query, candidates, self.p)
         with torch.autocast(query.device.type, enabled=False):  # it subtracts large numbers
             wide = torch.promote_types(query.dtype, torch.float32)
             query, candidates = query.to(wide), candidates.to(wide)
@@ -87,37 +89,23 @@ class _Distance(Scorer):
 class TransE(_Distance):
     """``-||h + r - t||_2`` (Bordes et al. 2013)."""
 
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the expected tail."""
-        return head + relation
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the expected head."""
-        return tail - relation
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
+        """Return the expected entity."""
+        return known - relation if head else known + relation
 
 
 class TransEL1(TransE):
-    """``-||h + r - t||_1`` (Bordes et al. 2013); not a matrix product."""
+    """``-||h + r - t||_1`` (Bordes et al. 2013)."""
 
-    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
-        """See the base class."""
-        return -(query - candidate).abs().sum(-1)
-
-    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        """See the base class."""
-        return -kernels.distances(query, candidates, 1)
+    p = 1
 
 
 class DistMult(_Product):
     """``<h, r, t>`` of real rows (Yang et al. 2015)."""
 
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
         """Return the elementwise product."""
-        return head * relation
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the elementwise product."""
-        return tail * relation
+        return known * relation
 
 
 class ComplEx(_Product):
@@ -125,13 +113,9 @@ class ComplEx(_Product):
 
     parts = 2
 
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the complex product."""
-        return _complex_product(head, relation)
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the product with the conjugate relation."""
-        return _complex_product(tail, relation, conjugate=True)
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
+        """Return the complex product, for heads with the conjugate relation."""
+        return _complex_product(known, relation, conjugate=head)
 
 
 def _unit_complex(rows: Tensor) -> Tensor:
@@ -144,13 +128,9 @@ class RotatE(_Distance):
     parts = 2
     relation_normalizer = staticmethod(_unit_complex)
 
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the rotated head."""
-        return _complex_product(head, relation)
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the tail, rotated back."""
-        return _complex_product(tail, relation, conjugate=True)
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
+        """Return the rotated head, or the tail, rotated back."""
+        return _complex_product(known, relation, conjugate=head)
 
 
 class SimplE(_Product):
@@ -158,19 +138,19 @@ class SimplE(_Product):
 
     parts = 2
 
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the products in the order of a tail's halves."""
-        first, second = (head * relation).chunk(2, dim=-1)
-        return torch.cat([second, first], dim=-1) / 2
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the products in the order of a head's halves."""
-        first, second = tail.chunk(2, dim=-1)
-        return relation * torch.cat([second, first], dim=-1) / 2
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
+        """Return the products in the order of the candidate's halves."""
+        if head:
+            return relation * _swapped_halves(known) / 2
+        return _swapped_halves(known * relation) / 2
 
     def modulus(self, rows: Tensor) -> Tensor:
         """Return absolute values, because the halves are real."""
         return rows.abs()
+
+
+def _swapped_halves(rows: Tensor) -> Tensor:
+    return torch.cat(rows.chunk(2, dim=-1)[::-1], dim=-1)
 
 
 def _unit_quaternions(rows: Tensor) -> Tensor:
@@ -183,27 +163,22 @@ class QuatE(_Product):
     parts = 4
     relation_normalizer = staticmethod(_unit_quaternions)
 
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the rotated head."""
-        return _hamilton_product(head, -relation)
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the tail, rotated back."""
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
+        """Return the rotated head, or the tail, rotated back."""
+        if not head:
+            return _hamilton_product(known, -relation)
         signs = relation.new_tensor([-1, 1, 1, 1]).repeat(relation.shape[-1] // 4)
-        return _hamilton_product(tail, relation * signs)
+        return _hamilton_product(known, relation * signs)
 
 
 class HolE(_Product):
     """``<r, h * t>`` with circular correlation (Nickel et al. 2016)."""
 
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the circular convolution."""
-        return torch.fft.irfft(torch.fft.rfft(head) * torch.fft.rfft(relation), n=head.shape[-1])
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the circular correlation."""
-        product = torch.fft.rfft(relation).conj() * torch.fft.rfft(tail)
-        return torch.fft.irfft(product, n=tail.shape[-1])
+    def query(self, known: Tensor, relation: Tensor, head: bool = False) -> Tensor:
+        """Return the circular convolution, or for heads the correlation."""
+        factor = torch.fft.rfft(relation)
+        product = torch.fft.rfft(known) * (factor.conj() if head else factor)
+        return torch.fft.irfft(product, n=known.shape[-1])
 
 
 def _complex_product(a: Tensor, b: Tensor, conjugate: bool = False) -> Tensor:

@@ -42,20 +42,21 @@ class RayOptions:
         ValueError: a setting out of range; names it.
     """
 
-    #: see :func:`connected`
-    address: str | None = "local"
-    #: logical CPUs of a rank; torch takes as many threads, one at least
+    #: of the Ray cluster: "local", one of our own on this machine; "auto", that of this node; or
+    #: HOST:PORT of its head
+    address: str | None = "local"  # None: this process's connection
+    #: Ray: logical CPUs of a rank, which also has as many threads
     cpus_per_worker: float = 1.0
-    #: others, by name ("memory" in bytes)
-    resources_per_worker: Mapping[str, float] = field(default_factory=dict)
-    #: "PACK", "SPREAD", "STRICT_PACK" or "STRICT_SPREAD"
+    #: Ray: other resources of a rank, by name
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    #: Ray: "PACK" ranks on few nodes, "SPREAD" them, or one of these "STRICT_"
     placement: str = "PACK"
-    #: how often the ranks may start again
-    max_failures: int = 3
-    #: seconds to wait until the ranks fit the cluster
-    wait_seconds: float = 60.0
-    #: seconds between two checks whether more ranks fit
+    #: Ray: seconds between two checks whether more ranks fit, up to ``max_workers``
     resize_seconds: float = 60.0
+    #: Ray: start again from the newest checkpoint after so many failures of workers or nodes
+    max_failures: int = 3
+    #: Ray: seconds to wait until the ranks fit the cluster
+    wait_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         placements = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")

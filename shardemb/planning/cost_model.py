@@ -21,7 +21,7 @@ from shardemb.exceptions import InputError
 from shardemb.kge.optimizers import OPTIMIZERS
 from shardemb.sharding.exchange import message_bytes
 from shardemb.sharding.placement import RowPlan
-from shardemb.utils.files import read_text, replacing
+from shardemb.utils.files import read_text, write_json
 from shardemb.utils.validation import at_least, one_of, within
 
 #: passes over (query, column) and (query, negative) in ComplEx's forward and backward, and over
@@ -111,9 +111,7 @@ class Machine:
     def save(self, path: Path, **more: Any) -> None:
         """Write the figures, and ``more``, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            text = json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1)
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {**more, "machine": dataclasses.asdict(self)})
 
 
 def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 50e9) -> Machine:

@@ -1,7 +1,6 @@
 """``shardemb plan``: the cost of a configuration on a graph of some size, as text."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from shardemb.planning.cost_model import (
     estimate,
     fewest_workers,
 )
-from shardemb.utils.files import cache_folder, replacing
+from shardemb.utils.files import cache_folder, write_json
 from shardemb.utils.validation import bytes_of
 
 #: settings that an estimate ignores, and their values in it
@@ -51,9 +50,7 @@ class Plan:
         """Write everything as JSON."""
         more = {"fewest_workers": self.fewest, "assumed": self.assumed}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            text = json.dumps({**self.estimate.to_json(), **more}, indent=1)
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {**self.estimate.to_json(), **more})
 
     def text(self) -> str:
         """Return a readable page."""

@@ -113,7 +113,7 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
         r = relation[relation_id + RELATIONS * (head and config.reciprocal)]
         r = r if scorer.relation_normalizer is None else scorer.relation_normalizer(r[None])[0]
         by_head = head and not config.reciprocal
-        return r, scorer.head_query(known, r) if by_head else scorer.tail_query(known, r)
+        return r, scorer.query(known, r, by_head)
 
     def penalty(*rows: Tensor) -> Tensor:
         moduli = [scorer.modulus(row) for row in rows]

@@ -62,8 +62,8 @@ def test_scores_are_pykeens(name: str, dim: int) -> None:
     gradients = torch.autograd.grad(expected.sum(), inputs)
     unit = normalized(name, relation)
     for query, answer in (
-        (scorer.tail_query(head, unit), tail),
-        (scorer.head_query(tail, unit), head),
+        (scorer.query(head, unit), tail),
+        (scorer.query(tail, unit, head=True), head),
     ):
         score = scorer.score(query, answer)
         torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
@@ -83,10 +83,10 @@ def test_shared_candidates_are_scored_as_single_ones(name: str, side: str, exact
         x[:6].unflatten(0, (2, 3)) for x in (head, relation, tail)
     )  # two groups of three queries
     if side == "tail":
-        query = scorer.tail_query(head, relation)
+        query = scorer.query(head, relation)
         triples = head.unsqueeze(2), relation.unsqueeze(2), candidates.unsqueeze(1)
     else:
-        query = scorer.head_query(tail, relation)
+        query = scorer.query(tail, relation, head=True)
         triples = candidates.unsqueeze(1), relation.unsqueeze(2), tail.unsqueeze(2)
     expected = interaction(*adapt(*(x.expand(2, 3, 5, 12) for x in triples)))
     scores = scorer.score_all(query, candidates, exact=exact)

@@ -6,7 +6,6 @@ necessary. The result is bitwise that of :meth:`shardemb.kge.Triples.load`.
 
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.kge.data.dataset import DESCRIPTION, FORMAT, dtype_of
 from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks
-from shardemb.utils.files import fsync, sha256_of
+from shardemb.utils.files import fsync, sha256_of, write_json
 from shardemb.utils.memory import available_bytes, resident_bytes
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.validation import bytes_of
@@ -106,8 +105,7 @@ def ingest(
             description = job.run(files, valid, test, unseen, literals)
         finally:
             job.close()
-        text = json.dumps(description, indent=1, ensure_ascii=False)
-        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / DESCRIPTION, description)
     return out
 
 
