@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -115,14 +115,13 @@ class Vocabulary:
 
     def __init__(self, labels: Iterable[str]) -> None:
         labels = list(labels)
-        if len(set(labels)) != len(labels):
-            last = {label: i for i, label in enumerate(labels)}
-            first = next(i for i, label in enumerate(labels) if last[label] != i)
-            twice = labels[first]
-            raise InputError(
-                f"label {twice!r} stands twice, as ids {first} and {last[twice]}: labels must be"
-                " distinct"
-            )
+        ids: dict[str, int] = {}
+        for row, label in enumerate(labels):
+            if (first := ids.setdefault(label, row)) != row:
+                raise InputError(
+                    f"label {label!r} stands twice, as ids {first} and {row}: labels must be"
+                    " distinct"
+                )
         hashes = digests(labels)[:, 0]
         order = np.argsort(hashes, kind="stable")
         columns = [text_column(labels), column_of(hashes[order]), column_of(order)]
@@ -154,10 +153,9 @@ class Vocabulary:
         """
         try:
             with path.open("rb") as file:
-                content = pa.py_buffer(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if _size(file) else b""
-                )
-            reader = pa.ipc.open_file(pa.BufferReader(content))
+                empty = not path.stat().st_size  # which mmap refuses
+                content = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content)))
             got, expected = (
                 dict(zip(schema.names, schema.types, strict=True))
                 for schema in (reader.schema, SCHEMA)
@@ -224,23 +222,22 @@ class Vocabulary:
         """Return an id's label; IndexError out of range, ValueError for a damaged file."""
         if not 0 <= row < len(self):
             raise IdRangeError(f"{self._where}got id {row}, expected 0 <= id < {len(self):,}")
-        number = bisect_right(self._starts, row) - 1
-        part, at = self._parts[number], row - self._starts[number]
+        part, at = self._find(row)
         try:
             return str(part.text[part.offsets[at] : part.offsets[at + 1]], "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{self._where}the label of id {row} is damaged ({error})") from error
 
+    def _find(self, row: int) -> tuple[_Part, int]:
+        number = bisect_right(self._starts, row) - 1
+        return self._parts[number], row - self._starts[number]
+
     def ids(self, labels: Iterable[str]) -> np.ndarray:
         """Return int64 ids ``(n,)``; KeyError for an unknown label."""
         labels = list(labels)
         hashes = digests(labels)[:, 0]
-        places = self._places(hashes)
-        return np.fromiter(
-            map(self._id, labels, hashes.tolist(), places.tolist()),
-            dtype=np.int64,
-            count=len(labels),
-        )
+        found = map(self._id, labels, hashes.tolist(), self._places(hashes).tolist())
+        return np.fromiter(found, np.int64, len(labels))
 
     def _places(self, hashes: np.ndarray) -> np.ndarray:
         numbers = np.maximum(np.searchsorted(self._firsts, hashes) - 1, 0)
@@ -254,8 +251,7 @@ class Vocabulary:
 
     def _id(self, label: str, wanted: int, place: int) -> int:
         while place < len(self):  # labels may share a hash
-            number = bisect_right(self._starts, place) - 1
-            part, at = self._parts[number], place - self._starts[number]
+            part, at = self._find(place)
             if part.hashes[at] != wanted:
                 break
             found = int(part.ids[at])
@@ -292,10 +288,6 @@ def numbers(column: pa.Array) -> np.ndarray:
     """Return the numbers of a column without nulls; to_numpy loads pandas."""
     dtype = np.dtype(column.type.to_pandas_dtype())
     return np.frombuffer(column.buffers()[1], dtype, len(column), dtype.itemsize * column.offset)
-
-
-def _size(file: Any) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def _told(columns: dict[str, pa.DataType]) -> str:

@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from shardemb import checkpoint as checkpoints
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
 from shardemb.kge.config import JobConfig
-from shardemb.kge.data.triples import Triples
+from shardemb.kge.data.triples import Triples, absolute
 from shardemb.kge.evaluation import EvaluationConfig, report
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
@@ -138,25 +138,18 @@ def train_run(
         )
     _require_dataset(config, folder)
     command = command or shlex.join(["python", *sys.argv])
+    options: dict[str, Any] = {
+        "gpus": config.training.device == "cuda",
+        "timeout_s": timeout_s,
+        "storage": folder.ray.resolve(),
+    }
     if launch.launcher == "torchrun":
-        call: tuple[Any, ...] = (
-            _prepare_and_train,
-            launch,
-            config,
-            folder,
-            resume,
-            command,
-            notify,
-        )
-    else:
-        workers = str(launch.workers)
-        if launch.max_workers:
-            workers += f" to {launch.max_workers}"
-        _prepare(config, folder, resume, command, workers, notify)
-        again = resume or launch.launcher == "ray"  # Ray restarts ranks after a failure
-        call = _train_rank, launch, config, folder.path.resolve(), again
-    gpus, storage = config.training.device == "cuda", folder.ray.resolve()
-    return run(*call, gpus=gpus, timeout_s=timeout_s, storage=storage)
+        common = config, folder, resume, command, notify
+        return run(_prepare_and_train, launch, *common, **options)
+    workers = f"{launch.workers}" + f" to {launch.max_workers}" * bool(launch.max_workers)
+    _prepare(config, folder, resume, command, workers, notify)
+    again = resume or launch.launcher == "ray"  # Ray restarts ranks after a failure
+    return run(_train_rank, launch, config, folder.path.resolve(), again, **options)
 
 
 def _prepare(
@@ -254,9 +247,11 @@ def evaluate_run(
                 f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was"
                 " trained"
             )
-    config = JobConfig.load(written, overrides, dataset)
+    config = JobConfig.load(written, overrides)
+    in_memory = not config.dataset
+    if dataset is not None:
+        config = replace(config, dataset=absolute(dataset))
     _require_dataset(config, folder)
-    in_memory = not JobConfig.load(written).dataset
     path = newest(Path(checkpoint or folder.path))
     notify(f"ranking {split} triples of {config.dataset} by {path}")
     device = device or config.training.device
@@ -275,11 +270,7 @@ def _evaluate_rank(
     seed = config.training.seed
     counts = len(data.entities), len(data.relations)
     model = KnowledgeGraphModel(*counts, config.model, seed, device=resolve_device(device))
-    fingerprints = {
-        "entities": data.entities.fingerprint,
-        "relations": data.relations.fingerprint,
-        "triples": data.fingerprint,
-    }
+    fingerprints = data.fingerprints
     if in_memory:  # files have another order than columns in memory
         del fingerprints["triples"]
     checkpoints.load(path, model, optimizer_state=False, fingerprints=fingerprints)

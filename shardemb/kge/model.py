@@ -201,30 +201,28 @@ class KnowledgeGraphModel(nn.Module):
             loss = loss * batch.weights.to(loss.device)
         return loss.sum(), penalty
 
-    def loss_vs_all(self, queries: Queries, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    def loss_vs_all(self, queries: Queries) -> tuple[Tensor, Tensor]:
         """Compare the answers of a step's queries with all entities. A collective.
 
         Each rank scores its own entities.
 
         Args:
             queries: of all ranks, the same on all.
-            rank: this process.
-            world_size: number of processes.
 
         Returns:
             As :meth:`loss`; sum the gradients of the first over ranks.
         """
-        device = self.entity.device
-        share = share_of(len(queries.entities), rank, world_size)
+        device, plan = self.entity.device, self.entity.plan
+        share = share_of(len(queries.entities), plan)
         head = queries.head[share]
         known = self.entity(queries.entities[share].to(device))
         relations = self.relation(self._relation_rows(head, queries.relations[share]))
         query = self._query(head, known, relations)
-        query = gather_queries(query, len(queries.entities), rank, world_size)
+        query = gather_queries(query, len(queries.entities), plan)
         rows = self.entity.local_rows(trainable=True)
         if self.entity.dropout is not None:
             rows = self.entity.dropout(rows)
-        owned, local = self.entity.plan.owned(queries.answers)
+        owned, local = plan.owned(queries.answers)
         loss = vs_all(
             self.scorer.score_all(query, rows),
             (queries.places[owned].to(device), local.to(device)),

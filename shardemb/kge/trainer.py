@@ -160,12 +160,7 @@ class Trainer:
         self.rank, self.world_size = collectives.rank_and_size()
         self.data, self.settings, self.config, self.run = data, settings, settings.training, run
         self.device = resolve_device(self.config.device)
-        self.vocabularies = {"entities": data.entities, "relations": data.relations}
-        self.fingerprints = {
-            "settings": settings.fingerprint,
-            **{kind: vocabulary.fingerprint for kind, vocabulary in self.vocabularies.items()},
-            "triples": data.fingerprint,
-        }
+        self.fingerprints = {"settings": settings.fingerprint, **data.fingerprints}
         arguments = {"output": str(run), "resume": resume}
         collectives.agree("the training job", {**self.fingerprints, **arguments})
         if not len(data.valid) and (
@@ -187,7 +182,7 @@ class Trainer:
         self.coordinator.steps = self.done
         watchdog.at_step(self.done + 1)
         if run is not None and self.rank == 0:
-            run.save_labels(self.vocabularies)
+            run.save_labels(data.vocabularies)
             self.file = MetricsFile(run.metrics, step=self.done, tensorboard=run.tensorboard)
         samples = self.sampler.num_samples
         self.bar = progress_bar(
@@ -235,7 +230,7 @@ class Trainer:
 
     def _open(self, run: RunFolder, resume: bool) -> None:
         if resume:
-            run.check_labels(self.vocabularies)
+            run.check_labels(self.data.vocabularies)
             self._resume(run)
         else:
             results = collectives.gather(run.results(), operation="is the run folder new?")[0]
@@ -366,7 +361,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             if self.against_all:
                 queries = sampler.queries(epoch, step)
-                loss, plain = self.model.loss_vs_all(queries, self.rank, self.world_size)
+                loss, plain = self.model.loss_vs_all(queries)
                 return loss, plain, len(queries.entities)
             loss, plain = self.model.loss(sampler.batches(epoch, step))
             return loss, plain, sampler.num_corruptions * sampler.size(step)

@@ -87,7 +87,7 @@ def step(rank: int, world_size: int, case: Case) -> list[tuple[Tensor, Tensor, T
         if sampler.config.scheme == "negatives":
             total, plain = model.loss(sampler.batches(0, number))
         else:
-            total, plain = model.loss_vs_all(sampler.queries(0, number), rank, world_size)
+            total, plain = model.loss_vs_all(sampler.queries(0, number))
         (total / 50).backward()
         coordinator.step()
         with torch.no_grad():
@@ -197,7 +197,7 @@ def _few_rows(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     sampler = Sampler(
         triples, 2, 1, SamplingConfig(scheme="1vsall", batch_size=1), 0, rank, world_size
     )
-    total, plain = model.loss_vs_all(sampler.queries(0, 0), rank, world_size)
+    total, plain = model.loss_vs_all(sampler.queries(0, 0))
     total.backward()
     return plain, sum(table._stored_rows()["weight"].sum() for table in (model.entity,))  # type: ignore[return-value]
 
@@ -248,7 +248,7 @@ def test_scores_in_bfloat16_are_near(scheme: str) -> None:
     def loss() -> tuple[Tensor, Tensor]:
         if scheme == "negatives":
             return model.loss(sampler.batches(0, 0))
-        return model.loss_vs_all(sampler.queries(0, 0), 0, 1)
+        return model.loss_vs_all(sampler.queries(0, 0))
 
     exact = loss()[1]
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,9 +11,8 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from shardemb import __version__, vocabulary
 from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.kge.data.dataset import DESCRIPTION, FORMAT, dtype_of
 from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
-from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks
+from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks, in_order
 from shardemb.utils.files import fsync, sha256_of, write_json
 from shardemb.utils.memory import available_bytes, resident_bytes
 from shardemb.utils.progress import progress_bar
@@ -34,8 +33,6 @@ from shardemb.vocabulary import column_of, numbers
 
 #: rows read from DuckDB at once
 PAGE = 1 << 18
-#: dataset.json counts the triples of this many relations, the most frequent ones
-COUNTED = 10_000
 #: columns with the labels of each vocabulary
 _COLUMNS = {"entities": ("head", "tail"), "relations": ("relation",)}
 #: DuckDB's function of a label whose value orders the ids
@@ -179,6 +176,8 @@ class _Job:
         self.name, self.folder, self.progress = name, folder, progress
         self.work = folder / "work"
         self.work.mkdir()
+        #: triples with literals
+        self.dropped = 0
         # blocks being read and tables on their way into DuckDB; some exist twice
         self.readers, self.writers = min(threads, 16), min(threads, 4)
         self.group = max(BLOCK, min(limit >> 7, 32 << 20))
@@ -221,7 +220,7 @@ class _Job:
         unseen: str,
         literals: str,
     ) -> dict[str, Any]:
-        dropped = self.read(files, literals)
+        self.read(files, literals)
         if "" in files:
             self.hold_out(valid, test)
         unseen_triples = self.settle_unseen(unseen)
@@ -246,8 +245,7 @@ class _Job:
             "dtype": dtype,
             "duplicates": {s: int(repeated.get(number, 0)) for number, s in enumerate(SPLITS)},
             "unseen": {"fate": unseen, "triples": unseen_triples},
-            "literals": {"fate": literals, "dropped": dropped},
-            "relation_triples": self.count_relations(),
+            "literals": {"fate": literals, "dropped": self.dropped},
             "fingerprints": fingerprints,
             "files": self.hashes(),
         }
@@ -261,40 +259,38 @@ class _Job:
                 bar.update()
         return entries
 
-    def read(self, files: dict[str, list[Path]], literals: str) -> int:
+    def read(self, files: dict[str, list[Path]], literals: str) -> None:
         keys = ", ".join(f"{column} UHUGEINT" for column in COLUMNS)
         self.query(f"CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, {keys})")
         for kind in _COLUMNS:
             self.query(f"CREATE TABLE read_{kind} (key UHUGEINT, label VARCHAR)")
-        dropped = 0
-        sizes = sum(path.stat().st_size for paths in files.values() for path in paths)
-        pending: set[Future[None]] = set()
-        with self.bar(total=sizes, desc="reading", unit="B") as bar:
+        for _ in in_order(self.insert, self.groups(files, literals), self.writers):
+            pass
+        pa.default_memory_pool().release_unused()
+
+    def groups(
+        self, files: dict[str, list[Path]], literals: str
+    ) -> Iterator[tuple[str, int, pa.Table]]:
+        """Yield triples of a split and the row of the first, for an insertion each."""
+        sizes = {path: path.stat().st_size for paths in files.values() for path in paths}
+        before = 0
+        with self.bar(total=sum(sizes.values()), desc="reading", unit="B") as bar:
             for split, paths in files.items():
                 row, held = 0, []
                 for path in paths:
-                    size, done = path.stat().st_size, 0
                     for block in blocks(path, literals, self.readers):
-                        dropped += block.dropped
+                        self.dropped += block.dropped
                         held.append(block.table)
-                        bar.update(int(size * block.part) - done)
-                        done = int(size * block.part)
+                        bar.update(before + int(sizes[path] * block.part) - bar.n)
                         if sum(table.nbytes for table in held) >= self.group:
-                            pending.add(self.pool.submit(self.insert, split, row, held))
+                            yield split, row, pa.concat_tables(held)
                             row, held = row + sum(map(len, held)), []
-                        while len(pending) > self.writers:
-                            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                            for future in finished:
-                                future.result()
+                    before += sizes[path]
                 if held:
-                    pending.add(self.pool.submit(self.insert, split, row, held))
-            for future in pending:
-                future.result()
-        pa.default_memory_pool().release_unused()
-        return dropped
+                    yield split, row, pa.concat_tables(held)
 
-    def insert(self, split: str, first: int, tables: list[pa.Table]) -> None:
-        table = pa.concat_tables(tables)
+    def insert(self, group: tuple[str, int, pa.Table]) -> None:
+        split, first, table = group
         rows = np.arange(first, first + len(table), dtype=np.uint64)
         table = table.append_column("row", column_of(rows))
         table = table.append_column("mixed", column_of(mixed(rows)))
@@ -316,15 +312,12 @@ class _Job:
         num_valid, num_test = held_out(self.name, count, valid, test)
         first = f"SELECT mixed FROM read ORDER BY mixed LIMIT {num_valid + num_test}"
         self.query(f"CREATE TABLE first AS {first}", "splitting")
-        for number, start, stop in ((2, 0, num_test), (1, num_test, num_test + num_valid)):
-            bounds = (
-                "SELECT min(mixed) AS a, max(mixed) AS b FROM first"
-                f" WHERE rowid BETWEEN {start} AND {stop - 1}"
-            )
-            self.query(
-                f"UPDATE read SET split = {number} FROM ({bounds}) WHERE mixed BETWEEN a AND b",
-                "splitting",
-            )
+        last_test, last_valid = (
+            f"(SELECT max(mixed) FROM first WHERE rowid < {count})"
+            for count in (num_test, num_test + num_valid)
+        )
+        split = f"CASE WHEN mixed <= {last_test} THEN 2 ELSE 1 END"
+        self.query(f"UPDATE read SET split = {split} WHERE mixed <= {last_valid}", "splitting")
 
     def settle_unseen(self, unseen: str) -> dict[str, int]:
         for kind, columns in _COLUMNS.items():
@@ -443,14 +436,6 @@ class _Job:
                 file.write(rows.tobytes())
         return last - first
 
-    def count_relations(self) -> dict[str, dict[str, int]]:
-        counts = ", ".join(f"count(*) FILTER (split = {number})" for number in range(3))
-        rows = self.rows(
-            f"SELECT label, {counts} FROM numbered JOIN relations ON relation = relations.rowid"
-            f" GROUP BY label ORDER BY count(*) DESC, label LIMIT {COUNTED}"
-        )
-        return {label: dict(zip(SPLITS, numbers, strict=True)) for label, *numbers in rows}
-
     def pages(
         self,
         table: str,
@@ -469,7 +454,7 @@ class _Job:
                     f"SELECT {columns} FROM {table}"
                     f" WHERE rowid BETWEEN {start} AND {end - 1} ORDER BY rowid"
                 )
-                (page,) = self.wait(partial(self.page, query)).combine_chunks().to_batches()
+                (page,) = self.table(query).combine_chunks().to_batches()
                 if len(page) != end - start:
                     raise RuntimeError(
                         f"DuckDB gave {len(page)} of the rows {start} to {end} of {table}"
@@ -477,8 +462,8 @@ class _Job:
                 yield start, page
                 bar.update(len(page))
 
-    def page(self, query: str) -> pa.Table:
-        return self.database.sql(query).to_arrow_table()
+    def table(self, query: str) -> pa.Table:
+        return self.wait(lambda: self.database.sql(query).to_arrow_table())
 
     def rows(self, query: str, shown: str = "") -> list[tuple[Any, ...]]:
         return self.wait(lambda: self.database.execute(query).fetchall(), shown)

@@ -196,13 +196,23 @@ class Triples:
         unseen: str,
     ) -> "Triples":
         train, valid, test = (torch.from_numpy(arrays[split]) for split in SPLITS)
-        entities, relations = vocabularies["entities"], vocabularies["relations"]
-        return cls(name, train, valid, test, entities, relations, dataset, unseen)
+        return cls(name, train, valid, test, **vocabularies, dataset=dataset, unseen=unseen)
 
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of the hashes of the splits' arrays, as ingest writes them."""
         return _fingerprint(dataset_folder.sha256_of_array(split.numpy()) for split in self.splits)
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """The labels of "entities" and "relations"."""
+        return {"entities": self.entities, "relations": self.relations}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of "entities", "relations" and "triples"."""
+        labels = {kind: vocabulary.fingerprint for kind, vocabulary in self.vocabularies.items()}
+        return {**labels, "triples": self.fingerprint}
 
     @property
     def splits(self) -> tuple[Tensor, Tensor, Tensor]:
