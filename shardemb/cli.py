@@ -6,17 +6,15 @@ import json
 import os
 import resource
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from shardemb import __version__
 from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
+from shardemb.utils.signals import on_sigterm
 
 _RUN: dict[str, Any] = {"type": Path, "metavar": "RUN"}
 _JSON: dict[str, Any] = {"type": Path, "metavar": "FILE"}
@@ -78,17 +76,9 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
-
-
-@contextmanager
-def _cleaning_up_after_sigterm() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, _end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _end() -> None:
+    """Clean up and end, as after Ctrl-C."""
+    sys.exit(143)  # as shells report SIGTERM
 
 
 #: adds an argument to a command
@@ -294,7 +284,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         print(f"{out}: {len(files)} files, {size:,} bytes: undamaged")
         return 0
     start, names = time.perf_counter(), ("memory", "threads", "valid", "test", "unseen", "literals")
-    with _cleaning_up_after_sigterm():
+    with on_sigterm(_end):
         ingest(sources, out, **_options(arguments, *names), progress=True)
     made = dataset.read(out)[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -355,7 +345,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     cpus = max(os.cpu_count() or 1, shards) if arguments.address == "local" else None
     with (
         connected(arguments.address, cpus=cpus, log_to_driver=False) as ray,
-        _cleaning_up_after_sigterm(),  # after Ray has set its own handler
+        on_sigterm(_end),  # after Ray has set its own handler
         serve(path, shards, name, max_pending=arguments.max_pending) as service,
     ):
         tables = ", ".join(

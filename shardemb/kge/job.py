@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from shardemb import checkpoint as checkpoints
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
-from shardemb.kge.config import JobConfig
+from shardemb.kge.config import JobConfig, TrainingConfig
 from shardemb.kge.data.triples import Triples, absolute
 from shardemb.kge.evaluation import EvaluationConfig, report
 from shardemb.kge.losses import LossConfig
@@ -27,7 +28,7 @@ from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.predict import best_tails
 from shardemb.kge.run_folder import RunFolder
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.trainer import Trainer, TrainingConfig, resolve_device
+from shardemb.kge.trainer import Trainer, resolve_device
 from shardemb.launch.config import LaunchConfig, run
 from shardemb.launch.local import run_local
 from shardemb.serving.store import StoredTable, newest, open_store
@@ -92,14 +93,11 @@ def train(
         launch=LaunchConfig(workers=collectives.rank_and_size()[1]),
     )
     folder = None if output is None else RunFolder(output)
-    trainer = Trainer(data, config.settings, folder, resume, progress)
-    try:
+    with closing(Trainer(data, config, folder, resume, progress)) as trainer:
         if folder is not None and trainer.rank == 0:
             command = shlex.join(["python", *sys.argv])
             folder.write_start(config.to_toml(), command, str(trainer.world_size))
         return trainer.model, trainer.train()
-    finally:
-        trainer.close()
 
 
 def train_run(
@@ -178,11 +176,8 @@ def _prepare_and_train(
 
 
 def _train_rank(config: JobConfig, output: Path, resume: bool) -> dict[str, float]:
-    trainer = Trainer(_load(config), config.settings, RunFolder(output), resume)
-    try:
+    with closing(Trainer(_load(config), config, RunFolder(output), resume)) as trainer:
         return trainer.train()
-    finally:
-        trainer.close()
 
 
 def _load(config: JobConfig) -> Triples:

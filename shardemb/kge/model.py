@@ -129,10 +129,7 @@ class KnowledgeGraphModel(nn.Module):
     def queries(self, side: Side, entities: Tensor, relations: Tensor) -> Tensor:
         """Return the scorer's queries ``(B, D)`` for ids ``(B,)``. A collective.
 
-        Args:
-            side: "tail" for (entity, relation, ?), "head" for (?, relation, entity).
-            entities: ids ``(B,)``.
-            relations: ids ``(B,)``.
+        ``side`` is "tail" for (entity, relation, ?), "head" for (?, relation, entity).
         """
         head = side == "head"
         known = self.entity(entities.to(self.entity.device))
@@ -204,10 +201,7 @@ class KnowledgeGraphModel(nn.Module):
     def loss_vs_all(self, queries: Queries) -> tuple[Tensor, Tensor]:
         """Compare the answers of a step's queries with all entities. A collective.
 
-        Each rank scores its own entities.
-
-        Args:
-            queries: of all ranks, the same on all.
+        Each rank gets the queries of all, and scores its own entities.
 
         Returns:
             As :meth:`loss`; sum the gradients of the first over ranks.

@@ -14,16 +14,9 @@ _log = logs.logger(__name__)
 def run_under_torchrun(
     fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo"
 ) -> Any:
-    """Run ``fn(*args)`` on this rank; every rank of torchrun calls this.
+    """Run ``fn(*args)`` on this rank, and return its result; every rank of torchrun calls this.
 
-    Args:
-        fn: ``torch.distributed`` gives its rank.
-        args: of the function.
-        timeout_s: seconds that a collective waits for a missing rank.
-        backend: "gloo" or "nccl".
-
-    Returns:
-        This rank's result.
+    Arguments: see :func:`~shardemb.launch.run_local`.
 
     Raises:
         ValueError: torchrun did not start this process.

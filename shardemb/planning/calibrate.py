@@ -20,12 +20,13 @@ import torch
 from shardemb import kernels
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
+from shardemb.kge.config import TrainingConfig
 from shardemb.kge.data.triples import Triples
 from shardemb.kge.job import train
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.trainer import LOG_STEPS, TrainingConfig
+from shardemb.kge.trainer import LOG_STEPS
 from shardemb.launch.local import run_local
 from shardemb.planning.cost_model import Job, Machine, estimate
 from shardemb.utils import memory, run_metrics
@@ -86,6 +87,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         backend = "nccl" if gpu else "gloo"
         pair = run_local(_pair, 2, device, threads, effort, backend=backend)
     processor = torch.cuda.get_device_name() if gpu else memory.cpu_name()
+    unknown: Any = dict.fromkeys(_SHAPES, 0.0)
     host, today = platform.node() or "this machine", date.today().isoformat()
     machine = Machine(
         name=f"{processor}, {threads} thread(s) a rank",
@@ -97,11 +99,8 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         matmul_flops=alone["matmul"],
         row_bandwidth=alone["rows"],
         contention=max(1.0, alone["matmul"] / pair["matmul"]) if several else 1.0,
-        overhead_seconds=0.0,
         exchange_overhead_seconds=0.0,
-        query_seconds=0.0,
-        score_seconds=0.0,
-        id_seconds=0.0,
+        **unknown,
         latency_seconds=pair.get("latency_seconds", 0.0),
         exchange_bandwidth=pair.get("exchange", 0.0),
         network_bandwidth=0.0,

@@ -11,11 +11,13 @@ from shardemb.exceptions import InputError
 def one_of(section: str, settings: Any, allowed: Mapping[str, Iterable[str]]) -> None:
     """Raise ValueError unless each named setting is one of its allowed values."""
     for name, values in allowed.items():
-        value = getattr(settings, name)
-        if value not in values:
-            raise InputError(
-                f"{section}.{name}: got {value!r}, expected one of {', '.join(map(repr, values))}"
-            )
+        choice(f"{section}.{name}", getattr(settings, name), values)
+
+
+def choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise ValueError unless a setting is one of its allowed values."""
+    if value not in allowed:
+        raise InputError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
 def at_least(section: str, settings: Any, **least: float) -> None:

@@ -23,12 +23,12 @@ import pyarrow as pa
 from shardemb import __version__, vocabulary
 from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.kge.data.dataset import DESCRIPTION, FORMAT, dtype_of
-from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
+from shardemb.kge.data.splits import SPLITS, UNSEEN, Unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks, in_order
 from shardemb.utils.files import fsync, sha256_of, write_json
 from shardemb.utils.memory import available_bytes, resident_bytes
 from shardemb.utils.progress import progress_bar
-from shardemb.utils.validation import bytes_of
+from shardemb.utils.validation import bytes_of, choice
 from shardemb.vocabulary import column_of, numbers
 
 #: rows read from DuckDB at once
@@ -83,7 +83,7 @@ def ingest(
     paths = [Path(source) for source in listed]
     out, limit = Path(out), _memory(memory)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    check_unseen(unseen)
+    choice("unseen", unseen, UNSEEN)
     if threads < 1:
         raise InputError(f"threads: got {threads}, expected at least 1")
     files = find(paths)

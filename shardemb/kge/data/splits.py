@@ -144,9 +144,3 @@ def judge(name: str, reports: Sequence[Unseen], unseen: str) -> str:
     if unseen == "drop":
         return f"{text}: dropped these triples"
     return f"{text}: they stay untrained; unseen='drop' drops these triples"
-
-
-def check_unseen(unseen: str) -> None:
-    """Raise ValueError for an unknown policy."""
-    if unseen not in UNSEEN:
-        raise InputError(f"unseen: got {unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")

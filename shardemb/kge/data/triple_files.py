@@ -24,6 +24,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from shardemb.exceptions import InputError
+from shardemb.utils.validation import choice
 from shardemb.vocabulary import column_of, text_column
 
 SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".nt", ".nt.gz", ".parquet")
@@ -96,10 +97,7 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
             0).
         OSError: the file cannot be opened.
     """
-    if literals not in LITERALS:
-        raise InputError(
-            f"literals: got {literals!r}, expected one of {', '.join(map(repr, LITERALS))}"
-        )
+    choice("literals", literals, LITERALS)
     if path.is_dir():  # Arrow would read all files of a folder
         raise IsADirectoryError(f"{path}: got a folder, expected a file of triples")
     if path.exists() and not path.is_file():

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from shardemb.exceptions import InputError
 from shardemb.kge.data import dataset as dataset_folder
-from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
+from shardemb.kge.data.splits import SPLITS, UNSEEN, Unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import SCHEMA, SUFFIXES, read
+from shardemb.utils.validation import choice
 from shardemb.vocabulary import Vocabulary, column_of, numbers, text_column
 
 #: graphs in the package
@@ -90,7 +91,7 @@ class Triples:
             OSError: a file cannot be opened.
         """
         name, path = str(dataset), Path(dataset)
-        check_unseen(unseen)
+        choice("unseen", unseen, UNSEEN)
         if name.startswith("pykeen:"):
             path = _pykeen_folder(name.removeprefix("pykeen:"))
         elif not path.is_file():
@@ -151,7 +152,7 @@ class Triples:
         Raises:
             ValueError: no training triple, or unseen labels with "error".
         """
-        check_unseen(unseen)
+        choice("unseen", unseen, UNSEEN)
         if not len(train[0]):
             raise InputError(f"{name}: got no training triples, expected at least one")
         tables = {
