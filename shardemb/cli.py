@@ -88,7 +88,7 @@ _Add = Callable[..., Any]
 def _command(commands: Any, name: str, run: Any, text: str, **options: Any) -> _Add:
     command = commands.add_parser(name, help=text, **options)
     command.set_defaults(run=run)
-    return command.add_argument
+    return lambda name, text, **options: command.add_argument(name, help=text, **options)
 
 
 def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -97,38 +97,36 @@ def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _add_overrides(add: _Add, metavar: str = "KEY=VALUE", example: str = "") -> None:
     text = f"override a setting{example}; repeatable"
-    add("--set", action="append", default=[], dest="overrides", metavar=metavar, help=text)
+    add("--set", text, action="append", default=[], dest="overrides", metavar=metavar)
 
 
 def _add_timeout(add: _Add) -> None:
     text = "of a collective (default: 300)"
-    add("--timeout", type=float, default=300, dest="timeout_s", metavar="SECONDS", help=text)
+    add("--timeout", text, type=float, default=300, dest="timeout_s", metavar="SECONDS")
 
 
 def _add_train(commands: Any) -> None:
     text = "train and rank a knowledge-graph model on sharded tables"
     add = _command(commands, "train", _train, text)
-    text = "settings; without it the defaults"
-    add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
+    add("config", "settings; without it the defaults", nargs="?", type=Path, metavar="CONFIG.toml")
     text = (
         "wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a file of"
         " triples"
     )
-    add("--dataset", help=text)
+    add("--dataset", text)
     text = "ranks, one process each (default: 1); on Ray also a least and a most"
-    add("--workers", metavar="N[:MOST]", help=text)
+    add("--workers", text, metavar="N[:MOST]")
     text = "what starts the ranks (default: local)"
-    add("--launcher", choices=("local", "torchrun", "ray"), help=text)
+    add("--launcher", text, choices=("local", "torchrun", "ray"))
     text = (
         "Ray: local, one of our own on this machine (default); auto, that of this node; or"
         " HOST:PORT of its head"
     )
-    add("--address", help=text)
-    add("--max-failures", help="Ray: start again after so many failures (default: 3)", **_NUMBER)
-    text = "a GPU for each rank: training.device = cuda"
-    add("--use-gpu", action="store_true", help=text)
-    add("--output", required=True, help="run folder, made anew", **_RUN)
-    add("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    add("--address", text)
+    add("--max-failures", "Ray: start again after so many failures (default: 3)", **_NUMBER)
+    add("--use-gpu", "a GPU for each rank: training.device = cuda", action="store_true")
+    add("--output", "run folder, made anew", required=True, **_RUN)
+    add("--resume", "go on from the newest checkpoint in RUN", action="store_true")
     _add_overrides(add, example=", e.g. training.epochs=3")
     _add_timeout(add)
 
@@ -166,15 +164,15 @@ def _train(arguments: argparse.Namespace) -> int:
 def _add_evaluate(commands: Any) -> None:
     text = "rank a split's triples with a run's newest, or best, checkpoint"
     add = _command(commands, "evaluate", _evaluate, text)
-    add("output", help="run folder", **_RUN)
+    add("output", "run folder", **_RUN)
     splits = ("train", "valid", "test")
-    add("--split", choices=splits, default="test", help="default: test")
-    add("--dataset", metavar="PATH", help="the run's dataset, if it is not where it was")
-    add("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
-    add("--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's")
+    add("--split", "default: test", choices=splits, default="test")
+    add("--dataset", "the run's dataset, if it is not where it was", metavar="PATH")
+    add("--workers", "ranks, one process each (default: 1)", type=int, default=1)
+    add("--checkpoint", "another checkpoint than RUN's", type=Path, metavar="PATH")
     _add_overrides(add, "evaluation.KEY=VALUE")
-    add("--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)")
-    add("--json", help="write the figures there too", **_JSON)
+    add("--device", "where rows lie (default: as in training)", choices=("cpu", "cuda"))
+    add("--json", "write the figures there too", **_JSON)
     _add_timeout(add)
 
 
@@ -204,14 +202,13 @@ def _print_figures(*tables: list[tuple[str, int, Any]]) -> None:
 
 def _add_watching(commands: Any) -> None:
     add = _command(commands, "plot", _plot, "draw a run's loss, MRR and throughput")
-    add("path", help="run folder", **_RUN)
-    add("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
+    add("path", "run folder", **_RUN)
+    add("--output", "default: RUN/metrics.png", type=Path, metavar="FILE.png")
     text = "show a run's progress, speed and memory by rank while it goes"
     add = _command(commands, "top", _top, text)
-    add("path", help="run folder", **_RUN)
-    text = "between two looks (default: 2)"
-    add("--every", type=float, default=2.0, metavar="SECONDS", help=text)
-    add("--once", action="store_true", help="look once, and end")
+    add("path", "run folder", **_RUN)
+    add("--every", "between two looks (default: 2)", type=float, default=2.0, metavar="SECONDS")
+    add("--once", "look once, and end", action="store_true")
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -253,19 +250,19 @@ def _add_ingest(commands: Any) -> None:
         " part files, of one graph to be split; then the dataset folder, made anew. Files are .tsv,"
         " .txt, .nt (also .gz) or .parquet"
     )
-    add("paths", nargs="+", type=Path, metavar="SOURCE... OUT", help=text)
-    add("--memory", default="4GiB", help="that the process may take (default: 4GiB)")
-    add("--threads", help="default: one for each core", **_NUMBER)
+    add("paths", text, nargs="+", type=Path, metavar="SOURCE... OUT")
+    add("--memory", "that the process may take (default: 4GiB)", default="4GiB")
+    add("--threads", "default: one for each core", **_NUMBER)
     for split in ("valid", "test"):
         text = f"triples of one graph that become {split} (default: a twentieth, 5,000 at most)"
-        add(f"--{split}", help=text, **_NUMBER)
+        add(f"--{split}", text, **_NUMBER)
     text = "what becomes of valid and test triples with labels that no training triple holds"
     choices = ("keep", "drop", "error")
-    add("--unseen", choices=choices, default="keep", help=f"{text} (default: keep)")
+    add("--unseen", f"{text} (default: keep)", choices=choices, default="keep")
     text = "what becomes of N-Triples whose object is a literal (default: error)"
-    add("--literals", choices=("error", "drop", "keep"), default="error", help=text)
+    add("--literals", text, choices=("error", "drop", "keep"), default="error")
     text = "check the hashes of a dataset folder, the only path, instead"
-    add("--verify", action="store_true", help=text)
+    add("--verify", text, action="store_true")
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
@@ -300,15 +297,14 @@ def _ingest(arguments: argparse.Namespace) -> int:
 def _add_query(commands: Any) -> None:
     text = "print an entity's nearest neighbours, or the best tails of (head, relation)"
     add = _command(commands, "query", _query, text)
-    add("path", help="run folder or checkpoint", **_RUN)
-    add("entity", help="label, or id if there are no labels")
-    add("relation", nargs="?", help="with it: the best tails of (entity, relation, ?)")
-    add("-k", type=int, default=10, help="how many (default: 10)")
+    add("path", "run folder or checkpoint", **_RUN)
+    add("entity", "label, or id if there are no labels")
+    add("relation", "with it: the best tails of (entity, relation, ?)", nargs="?")
+    add("-k", "how many (default: 10)", type=int, default=10)
     metrics, text = ("cosine", "dot", "l2"), "of neighbours (default: cosine)"
-    add("--metric", choices=metrics, default="cosine", help=text)
-    text = "the best heads of (?, relation, entity) instead"
-    add("--inverse", action="store_true", help=text)
-    add("--table", help="the table to search for neighbours (default: the largest)")
+    add("--metric", text, choices=metrics, default="cosine")
+    add("--inverse", "the best heads of (?, relation, entity) instead", action="store_true")
+    add("--table", "the table to search for neighbours (default: the largest)")
 
 
 def _query(arguments: argparse.Namespace) -> int:
@@ -323,16 +319,16 @@ def _query(arguments: argparse.Namespace) -> int:
 def _add_serve(commands: Any) -> None:
     text = "serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM"
     add = _command(commands, "serve", _serve, text)
-    add("path", help="run folder or checkpoint, which every node must see", **_RUN)
-    add("--shards", default=1, help="processes that share the rows (default: 1)", **_NUMBER)
-    add("--name", default="shardemb", help="by which clients find it (default: shardemb)")
+    add("path", "run folder or checkpoint, which every node must see", **_RUN)
+    add("--shards", "processes that share the rows (default: 1)", default=1, **_NUMBER)
+    add("--name", "by which clients find it (default: shardemb)", default="shardemb")
     text = (
         "of Ray: local starts one for this machine, auto is the cluster that it is a node of"
         " (default: local)"
     )
-    add("--address", default="local", metavar="local|auto|HOST:PORT", help=text)
+    add("--address", text, default="local", metavar="local|auto|HOST:PORT")
     text = "requests that may wait at a shard; more are refused, and asked again (default: 64)"
-    add("--max-pending", type=int, default=64, metavar="K", help=text)
+    add("--max-pending", text, type=int, default=64, metavar="K")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -384,23 +380,22 @@ def _add_checkpoint(commands: Any) -> None:
     verified = "check all files of all checkpoints; the exit code is 1 at the first fault"
     for name, run, text in (("ls", _list, listed), ("verify", _verify, verified)):
         add = _command(actions, name, run, text)
-        add("path", help="run folder, folder of checkpoints, or one checkpoint", **_RUN)
+        add("path", "run folder, folder of checkpoints, or one checkpoint", **_RUN)
     add = _command(actions, "export", _export, "write a table for other programs")
-    add("source", help="run folder (its newest checkpoint), or a checkpoint", **_RUN)
-    text = "file, or folder for sharded; must not be there"
-    add("out", type=Path, metavar="OUT", help=text)
+    add("source", "run folder (its newest checkpoint), or a checkpoint", **_RUN)
+    add("out", "file, or folder for sharded; must not be there", type=Path, metavar="OUT")
     formats = ("safetensors", "sharded", "parquet", "npy", "word2vec")
     text = "default: by the suffix .safetensors, .parquet, .npy, .txt or .vec"
-    add("--format", choices=formats, help=text)
-    add("--table", help="default: the largest")
-    add("--raw", action="store_true", help="rows as stored, without the normalizer")
+    add("--format", text, choices=formats)
+    add("--table", "default: the largest")
+    add("--raw", "rows as stored, without the normalizer", action="store_true")
     add = _command(actions, "import", _import, "make a run folder of other programs' rows")
     text = ".npy, .safetensors, .parquet, or word2vec's .txt or .vec"
-    add("source", type=Path, metavar="FILE", help=text)
-    add("out", help="run folder, made anew", **_RUN)
-    add("--table", default="entity", help="name of the table (default: entity)")
-    add("--key", help="the tensor or column to take, if there are several")
-    add("--labels", help="text with a label a line, in the order of the rows", **_JSON)
+    add("source", text, type=Path, metavar="FILE")
+    add("out", "run folder, made anew", **_RUN)
+    add("--table", "name of the table (default: entity)", default="entity")
+    add("--key", "the tensor or column to take, if there are several")
+    add("--labels", "text with a label a line, in the order of the rows", **_JSON)
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -491,29 +486,27 @@ def _add_plan(commands: Any) -> None:
     add = _command(commands, "plan", _plan, text)
     count: dict[str, Any] = {"type": _count, "metavar": "N"}
     text = "settings of the job; without it the defaults"
-    add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
-    add("--entities", required=True, help="rows of the sharded table, e.g. 1e9", **count)
-    add("--relations", default=1000, help="of the graph (default: 1000)", **count)
-    add("--triples", default=0, help="of an epoch, to tell how long it takes", **count)
+    add("config", text, nargs="?", type=Path, metavar="CONFIG.toml")
+    add("--entities", "rows of the sharded table, e.g. 1e9", required=True, **count)
+    add("--relations", "of the graph (default: 1000)", default=1000, **count)
+    add("--triples", "of an epoch, to tell how long it takes", default=0, **count)
     for option, (key, text) in _PLANNED.items():
         kind = {"metavar": "NAME"} if option == "--optimizer" else count
-        add(option, dest=key, help=f"{text}: {key}", **kind)
-    add("--batch-size", help="triples of a step of all ranks (default: a chunk a rank)", **count)
-    add("--workers", help="ranks (default: the fewest that fit)", **count)
+        add(option, f"{text}: {key}", dest=key, **kind)
+    add("--batch-size", "triples of a step of all ranks (default: a chunk a rank)", **count)
+    add("--workers", "ranks (default: the fewest that fit)", **count)
     text = "exponent of entities' frequency (default: 0.8)"
-    add("--zipf", type=float, default=0.8, metavar="A", help=text)
+    add("--zipf", text, type=float, default=0.8, metavar="A")
     text = (
         "cpu, the machine that bench calibrate has measured last (default); its FILE.json; or h100"
         " or h200 by their data sheets"
     )
-    add("--device", default="cpu", metavar="cpu|h100|h200|FILE.json", help=text)
-    text = "another memory of a GPU, or of a host, e.g. 80GiB"
-    add("--memory", metavar="SIZE", help=text)
-    add("--ranks-per-host", help="another number of ranks that share a host", **count)
-    text = "bytes a second that a rank sends to other hosts, e.g. 3GB"
-    add("--network", metavar="SIZE", help=text)
+    add("--device", text, default="cpu", metavar="cpu|h100|h200|FILE.json")
+    add("--memory", "another memory of a GPU, or of a host, e.g. 80GiB", metavar="SIZE")
+    add("--ranks-per-host", "another number of ranks that share a host", **count)
+    add("--network", "bytes a second that a rank sends to other hosts, e.g. 3GB", metavar="SIZE")
     _add_overrides(add)
-    add("--json", help="write the estimate there too", **_JSON)
+    add("--json", "write the estimate there too", **_JSON)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -539,11 +532,9 @@ def _add_bench(commands: Any) -> None:
     actions = bench.add_subparsers(dest="action", required=True)
     text = "measure the rates that plan needs, a quarter of a minute on an idle machine"
     add = _command(actions, "calibrate", _calibrate, text)
-    text = "that rows lie on (default: cpu)"
-    add("--device", choices=("cpu", "cuda"), default="cpu", help=text)
-    add("--threads", default=1, help="of a rank (default: 1)", **_NUMBER)
-    text = "default: where plan --device cpu looks"
-    add("--output", type=Path, metavar="FILE.json", help=text)
+    add("--device", "that rows lie on (default: cpu)", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", "of a rank (default: 1)", default=1, **_NUMBER)
+    add("--output", "default: where plan --device cpu looks", type=Path, metavar="FILE.json")
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
