@@ -67,18 +67,13 @@ class _Part(NamedTuple):
         return cls(begins, memoryview(text or b""), numbers(hashes), numbers(ids))
 
 
-class _Fingerprint:
-    """The sha256 of all labels in the order of ids, independent of batches."""
-
-    def __init__(self) -> None:
-        self._text, self._lengths = hashlib.sha256(), hashlib.sha256()
-
-    def update(self, part: _Part) -> None:
-        self._text.update(part.text[part.offsets[0] : part.offsets[-1]])
-        self._lengths.update(np.diff(part.offsets).astype("<i8").tobytes())
-
-    def hexdigest(self) -> str:
-        return hashlib.sha256(self._text.digest() + self._lengths.digest()).hexdigest()
+def _fingerprint(parts: Iterable[_Part]) -> str:
+    """Return the sha256 of all labels in the order of ids, independent of batches."""
+    text, lengths = hashlib.sha256(), hashlib.sha256()
+    for part in parts:
+        text.update(part.text[part.offsets[0] : part.offsets[-1]])
+        lengths.update(np.diff(part.offsets).astype("<i8").tobytes())
+    return hashlib.sha256(text.digest() + lengths.digest()).hexdigest()
 
 
 def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
@@ -86,13 +81,15 @@ def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
 
     ``batches`` are not empty and have :data:`SCHEMA`; the hashes ascend over all of them.
     """
-    digest = _Fingerprint()
     schema = SCHEMA.with_metadata({"fingerprint": _NO_FINGERPRINT})
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for batch in batches:
-            digest.update(_Part.of(batch))
-            writer.write_batch(batch)
-    found = digest.hexdigest()
+
+        def parts() -> Iterator[_Part]:
+            for batch in batches:
+                writer.write_batch(batch)
+                yield _Part.of(batch)
+
+        found = _fingerprint(parts())
     with path.open("r+b") as written, mmap.mmap(written.fileno(), 0) as mapped:
         # before and after all labels
         for at in (mapped.find(_NO_FINGERPRINT), mapped.rfind(_NO_FINGERPRINT)):
@@ -202,10 +199,7 @@ class Vocabulary:
 
     def computed_fingerprint(self) -> str:
         """Compute the fingerprint, which reads all labels."""
-        digest = _Fingerprint()
-        for part in self._parts:
-            digest.update(part)
-        return digest.hexdigest()
+        return _fingerprint(self._parts)
 
     def __len__(self) -> int:
         return self._starts[-1]

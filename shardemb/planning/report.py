@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def plan(
     if batch_size is None and sampling.batch_size != SamplingConfig().batch_size:
         batch_size = sampling.batch_size
     notes = {"settings": _settings(config, _COUNTED)}
-    if others := [key for key, counted in _NOT_COUNTED.items() if _setting(config, key) != counted]:
+    if others := [k for k, counted in _NOT_COUNTED.items() if attrgetter(k)(config) != counted]:
         counted = ", ".join(repr(_NOT_COUNTED[key]) for key in others)
         notes["not counted"] = f"{_settings(config, others)}; as if it were {counted}"
     job = Job(
@@ -172,17 +173,17 @@ def plan(
     fewest = None
     if machine is not None:
         fewest = fewest_workers(job, machine, batch_grows=batch_size is None)
-    if workers is None and machine is not None:
-        if fewest is None:
-            raise OutOfMemoryError(
-                f"plan: {entities:,} rows x {job.dim} columns with {job.optimizer} do not fit"
-                f" {MOST_WORKERS:,} ranks of {machine.name}: use fewer columns, or more memory a"
-                " rank"
-            )
-        batch = batch_size or sampling.chunk_size * fewest
-        job = dataclasses.replace(job, workers=fewest, batch_size=batch)
     if workers is None:
-        why = "the fewest that fit" if machine else "as nobody said how many"
+        why = "as nobody said how many"
+        if machine is not None:
+            if fewest is None:
+                raise OutOfMemoryError(
+                    f"plan: {entities:,} rows x {job.dim} columns with {job.optimizer} do not fit"
+                    f" {MOST_WORKERS:,} ranks of {machine.name}: use fewer columns, or more memory"
+                    " a rank"
+                )
+            why, batch = "the fewest that fit", batch_size or sampling.chunk_size * fewest
+            job = dataclasses.replace(job, workers=fewest, batch_size=batch)
         notes["workers"] = f"{job.workers:,}, {why}"
     if batch_size is None:
         notes["batch size"] = f"{job.batch_size:,} triples, a chunk a rank"
@@ -191,12 +192,7 @@ def plan(
 
 
 def _settings(config: JobConfig, keys: Any) -> str:
-    return ", ".join(f"{key} = {_setting(config, key)!r}" for key in keys)
-
-
-def _setting(config: JobConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return ", ".join(f"{key} = {attrgetter(key)(config)!r}" for key in keys)
 
 
 def calibrated() -> Path:

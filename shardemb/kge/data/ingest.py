@@ -9,7 +9,6 @@ import fcntl
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -190,16 +189,16 @@ class _Job:
                 f" holds {held >> 20:,} MiB, expected about {(_OWN - own) * 4 // 3 >> 20:,} MiB"
                 " more: raise --memory or lower --threads"
             )
-        config: Any = {"memory_limit": f"{own >> 10}KiB", "threads": threads}
-        config["temp_directory"] = str(self.work / "spilled")
+        config: Any = {
+            "memory_limit": f"{own >> 10}KiB",
+            "threads": threads,
+            "temp_directory": str(self.work / "spilled"),
+            "arrow_large_buffer_size": True,
+            "checkpoint_threshold": "1TB",  # no log: tables are written once
+        }
         self.database = duckdb.connect(str(self.work / "tables.duckdb"), config=config)
-        for setting in (
-            "arrow_large_buffer_size = true",
-            "checkpoint_threshold = '1TB'",  # no log: tables are written once
-            "enable_progress_bar = true",
-            "enable_progress_bar_print = false",
-        ):
-            self.database.execute(f"SET {setting}")
+        shown = "SET enable_progress_bar = true; SET enable_progress_bar_print = false"
+        self.database.execute(shown)
         self.pool = ThreadPoolExecutor(self.writers)
 
     def close(self) -> None:
@@ -348,8 +347,7 @@ class _Job:
             if count:
                 labels = {kind: self.unseen_labels(number, kind) for kind in _COLUMNS}
                 reports.append(Unseen(split, count, total, labels))
-        if text := judge(self.name, reports, unseen):
-            warnings.warn(text, stacklevel=4)
+        judge(self.name, reports, unseen)
         if unseen == "drop" and reports:
             self.query(f"DELETE FROM read WHERE split > 0 AND ({is_unseen})")
             for kind in _COLUMNS:

@@ -1,5 +1,6 @@
 """The files of each split of a graph, and the order of its triples."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -132,15 +133,16 @@ class Unseen(NamedTuple):
         return f"{self.triples} of {self.total} {self.split} triples hold {' and '.join(kinds)}"
 
 
-def judge(name: str, reports: Sequence[Unseen], unseen: str) -> str:
-    """Return a warning about unseen labels, or ""; ValueError if ``unseen`` is "error"."""
+def judge(name: str, reports: Sequence[Unseen], unseen: str) -> None:
+    """Warn about unseen labels; ValueError if ``unseen`` is "error"."""
     if not reports:
-        return ""
+        return
     text = f"{name}: {', '.join(map(str, reports))} that no training triple holds"
     if unseen == "error":
         raise InputError(
             f"{text}, expected none: unseen='drop' drops these triples, unseen='keep' keeps them"
         )
+    fate = "they stay untrained; unseen='drop' drops these triples"
     if unseen == "drop":
-        return f"{text}: dropped these triples"
-    return f"{text}: they stay untrained; unseen='drop' drops these triples"
+        fate = "dropped these triples"
+    warnings.warn(f"{text}: {fate}", stacklevel=5)

@@ -1,7 +1,6 @@
 """Head-relation-tail triples with dense ids."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -260,8 +259,7 @@ def _settle_unseen(
             reports.append(Unseen(split, int((~known).sum()), len(part), strange))
         if unseen == "drop":
             codes[split] = part[known]
-    if text := judge(name, reports, unseen):
-        warnings.warn(text, stacklevel=4)
+    judge(name, reports, unseen)
 
 
 def _pykeen_folder(name: str) -> Path:
