@@ -95,6 +95,13 @@ def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the settings of --set, and those of options with a key as their name."""
+    given = {key: value for key, value in vars(arguments).items() if "." in key}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return arguments.overrides + options
+
+
 def _add_overrides(add: _Add, metavar: str = "KEY=VALUE", example: str = "") -> None:
     text = f"override a setting{example}; repeatable"
     add("--set", text, action="append", default=[], dest="overrides", metavar=metavar)
@@ -115,16 +122,18 @@ def _add_train(commands: Any) -> None:
     )
     add("--dataset", text)
     text = "ranks, one process each (default: 1); on Ray also a least and a most"
-    add("--workers", text, metavar="N[:MOST]")
+    add("--workers", text, default="", metavar="N[:MOST]")
     text = "what starts the ranks (default: local)"
-    add("--launcher", text, choices=("local", "torchrun", "ray"))
+    add("--launcher", text, choices=("local", "torchrun", "ray"), dest="launch.launcher")
     text = (
         "Ray: local, one of our own on this machine (default); auto, that of this node; or"
         " HOST:PORT of its head"
     )
-    add("--address", text)
-    add("--max-failures", "Ray: start again after so many failures (default: 3)", **_NUMBER)
-    add("--use-gpu", "a GPU for each rank: training.device = cuda", action="store_true")
+    add("--address", text, type=json.dumps, dest="launch.address", metavar="ADDRESS")
+    text = "Ray: start again after so many failures (default: 3)"
+    add("--max-failures", text, dest="launch.max_failures", **_NUMBER)
+    text = "a GPU for each rank: training.device = cuda"
+    add("--use-gpu", text, action="store_const", const="cuda", dest="training.device")
     add("--output", "run folder, made anew", required=True, **_RUN)
     add("--resume", "go on from the newest checkpoint in RUN", action="store_true")
     _add_overrides(add, example=", e.g. training.epochs=3")
@@ -137,19 +146,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from shardemb.kge.run_folder import RunFolder
 
     run = RunFolder(arguments.output)
-    least, separator, most = (arguments.workers or "").partition(":")
-    settings = {
-        "launch.launcher": arguments.launcher,
-        "launch.workers": least or None,
-        "launch.max_workers": most if separator else None,
-        "launch.address": None if arguments.address is None else json.dumps(arguments.address),
-        "launch.max_failures": arguments.max_failures,
-        "training.device": "cuda" if arguments.use_gpu else None,
-    }
-    overrides = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    overrides, (least, separator, most) = _overrides(arguments), arguments.workers.partition(":")
+    overrides += [f"launch.workers={least}"] * bool(least)
+    overrides += [f"launch.max_workers={most}"] * bool(separator)
     # --resume alone keeps the run's settings
     base = arguments.config or (run.resumable_config if arguments.resume else None)
-    config = JobConfig.load(base, [*arguments.overrides, *overrides], arguments.dataset)
+    config = JobConfig.load(base, overrides, arguments.dataset)
     command = shlex.join(["shardemb", *arguments.argv])
     options = _options(arguments, "output", "resume", "timeout_s")
     result = train_run(config, **options, command=command, notify=_say)
@@ -459,15 +461,6 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
-#: options of plan that are settings too
-_PLANNED = {
-    "--dim": ("model.dim", "columns of a row"),
-    "--optimizer": ("optimizer.name", "of the rows"),
-    "--negatives": ("sampling.num_negatives", "of a chunk and a side"),
-    "--chunk-size": ("sampling.chunk_size", "triples that share negatives"),
-}
-
-
 def _count(text: str) -> int:
     """Read a whole number, also as 1e9."""
     try:
@@ -490,9 +483,12 @@ def _add_plan(commands: Any) -> None:
     add("--entities", "rows of the sharded table, e.g. 1e9", required=True, **count)
     add("--relations", "of the graph (default: 1000)", default=1000, **count)
     add("--triples", "of an epoch, to tell how long it takes", default=0, **count)
-    for option, (key, text) in _PLANNED.items():
-        kind = {"metavar": "NAME"} if option == "--optimizer" else count
-        add(option, f"{text}: {key}", dest=key, **kind)
+    add("--dim", "columns of a row: model.dim", dest="model.dim", **count)
+    add("--optimizer", "of the rows: optimizer.name", dest="optimizer.name", metavar="NAME")
+    text = "of a chunk and a side: sampling.num_negatives"
+    add("--negatives", text, dest="sampling.num_negatives", **count)
+    text = "triples that share negatives: sampling.chunk_size"
+    add("--chunk-size", text, dest="sampling.chunk_size", **count)
     add("--batch-size", "triples of a step of all ranks (default: a chunk a rank)", **count)
     add("--workers", "ranks (default: the fewest that fit)", **count)
     text = "exponent of entities' frequency (default: 0.8)"
@@ -513,13 +509,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     from shardemb.kge.config import JobConfig
     from shardemb.planning import report
 
-    for key, _ in _PLANNED.values():
-        if (value := getattr(arguments, key)) is not None:
-            arguments.overrides.append(f"{key}={value}")
     names = "device", "memory", "ranks_per_host", "network"
     machine = report.machine_of(**_options(arguments, *names))
     names = "entities", "relations", "triples", "batch_size", "workers", "zipf"  # type: ignore
-    config = JobConfig.load(arguments.config, arguments.overrides)
+    config = JobConfig.load(arguments.config, _overrides(arguments))
     plan = report.plan(config, machine, **_options(arguments, *names))
     print(plan.text())
     if arguments.json is not None:

@@ -180,9 +180,8 @@ def fill_rows(
     if isinstance(pretrained, Tensor):  # ours or PyKEEN's PretrainedInitializer: rows by id
         real = torch.view_as_real(pretrained) if pretrained.is_complex() else pretrained
         if tuple(real.shape) != (total, *shape):
-            raise InputError(
-                f"shape does not match: expected {(total, *shape)} but got {tuple(real.shape)}"
-            )
+            got = tuple(real.shape)
+            raise InputError(f"shape does not match: expected {(total, *shape)} but got {got}")
         _cut(out, real.reshape(total, out.shape[1]), plan)
         return
     first, last = plan.first, plan.first + len(out)

@@ -61,9 +61,7 @@ class _Part(NamedTuple):
     def of(cls, batch: pa.RecordBatch) -> "_Part":
         labels, hashes, ids = batch.columns
         _, offsets, text = labels.buffers()
-        begins = np.frombuffer(
-            offsets, dtype=np.int64, count=len(labels) + 1, offset=8 * labels.offset
-        )
+        begins = np.frombuffer(offsets, np.int64, len(labels) + 1, 8 * labels.offset)
         return cls(begins, memoryview(text or b""), numbers(hashes), numbers(ids))
 
 
@@ -237,10 +235,8 @@ class Vocabulary:
         numbers = np.maximum(np.searchsorted(self._firsts, hashes) - 1, 0)
         places = np.zeros(len(hashes), dtype=np.int64)
         for number in np.unique(numbers) if self._parts else ():
-            here = numbers == number
-            places[here] = self._starts[number] + np.searchsorted(
-                self._parts[number].hashes, hashes[here]
-            )
+            here, start = numbers == number, self._starts[number]
+            places[here] = start + np.searchsorted(self._parts[number].hashes, hashes[here])
         return places
 
     def _id(self, label: str, wanted: int, place: int) -> int:
@@ -264,18 +260,16 @@ class Vocabulary:
 
 def column_of(array: np.ndarray) -> pa.Array:
     """Return a column of numbers without a copy; pa.array loads pandas."""
-    return pa.Array.from_buffers(
-        pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)]
-    )
+    buffers = [None, pa.py_buffer(array)]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(array.dtype), len(array), buffers)
 
 
 def text_column(texts: Sequence[str]) -> pa.Array:
     """Return a column of strings; pa.array loads pandas."""
     encoded = [text.encode() for text in texts]
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return pa.LargeStringArray.from_buffers(
-        len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))
-    )
+    buffers = pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))
+    return pa.LargeStringArray.from_buffers(len(encoded), *buffers)
 
 
 def numbers(column: pa.Array) -> np.ndarray:

@@ -151,17 +151,14 @@ class JobConfig:
         for override in overrides:
             key, separator, text = override.partition("=")
             if not separator:
-                raise InputError(
-                    f"got override {override!r}, expected key=value, e.g. training.epochs=3"
-                )
+                example = "key=value, e.g. training.epochs=3"
+                raise InputError(f"got override {override!r}, expected {example}")
             *sections, name = key.strip().split(".")
             node = tree
             for section in sections:
                 node = node.setdefault(section, {})
                 if not isinstance(node, dict):
-                    raise InputError(
-                        f"{source}: got override {override!r}, but {section!r} is no section"
-                    )
+                    raise InputError(f"{source}: got {override!r}, but {section!r} is no section")
             node[name] = _parse(text.strip())
         if dataset is not None:
             tree["dataset"] = dataset
@@ -269,10 +266,8 @@ def _require_writable(value: Any, where: str) -> None:
             _require_writable(entry, f"{where}.{key}")
     elif not isinstance(value, str | int | float):
         raise InputError(f"{where}: got {value!r}, expected text, a number or a truth value")
-    elif isinstance(value, int) and value.bit_length() > 63:
-        raise InputError(
-            f"{where}: got an integer of {value.bit_length()} bits, expected at most 63"
-        )
+    elif isinstance(value, int) and (bits := value.bit_length()) > 63:
+        raise InputError(f"{where}: got an integer of {bits} bits, expected at most 63")
     elif isinstance(value, float) and math.isnan(value):
         raise InputError(f"{where}: got nan, expected a number")
     elif isinstance(value, str) and not value.isascii():

@@ -30,15 +30,10 @@ from shardemb.kge.run_folder import RunFolder
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.trainer import Trainer, resolve_device
 from shardemb.launch.config import LaunchConfig, run
-from shardemb.launch.local import run_local
 from shardemb.serving.store import StoredTable, newest, open_store
 
 #: receives a line about the next phase
 Notify = Callable[[str], object]
-
-
-def _ignore(text: str) -> None:
-    """Notify nobody."""
 
 
 def train(
@@ -107,7 +102,7 @@ def train_run(
     resume: bool = False,
     timeout_s: float = 300.0,
     command: str = "",
-    notify: Notify = _ignore,
+    notify: Notify = lambda text: None,
 ) -> dict[str, float] | None:
     """Start the ranks of a job, train, and rank the test triples, as ``shardemb train``.
 
@@ -209,7 +204,7 @@ def evaluate_run(
     checkpoint: str | Path | None = None,
     device: str | None = None,
     timeout_s: float = 300.0,
-    notify: Notify = _ignore,
+    notify: Notify = lambda text: None,
 ) -> dict[str, Any]:
     """Rank a split's triples with a run's checkpoint, as ``shardemb evaluate``.
 
@@ -249,10 +244,10 @@ def evaluate_run(
     _require_dataset(config, folder)
     path = newest(Path(checkpoint or folder.path))
     notify(f"ranking {split} triples of {config.dataset} by {path}")
-    device = device or config.training.device
-    backend = "nccl" if device == "cuda" else "gloo"
+    device, launch = device or config.training.device, LaunchConfig(workers=workers)
     arguments = config, path, split, device, in_memory
-    return run_local(_evaluate_rank, workers, *arguments, timeout_s=timeout_s, backend=backend)
+    gpus = device == "cuda"
+    return run(_evaluate_rank, launch, *arguments, gpus=gpus, timeout_s=timeout_s)
 
 
 def _evaluate_rank(

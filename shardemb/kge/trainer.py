@@ -3,7 +3,6 @@
 Seed and epoch determine the data's order, so a resumed run equals an uninterrupted one.
 """
 
-import os
 import threading
 import time
 import warnings
@@ -26,6 +25,7 @@ from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.run_folder import RunFolder
 from shardemb.kge.sampling import Sampler, seed_of
 from shardemb.utils import logs
+from shardemb.utils.devices import take_gpu
 from shardemb.utils.memory import resident_bytes
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.run_metrics import MetricsFile, plot_metrics, read_metrics, tell
@@ -179,9 +179,8 @@ class Trainer:
         damaged: list[Path] = []
         while paths:
             try:
-                state = checkpoint.load(
-                    paths[-1], self.model, [self.optimizer], fingerprints=self.fingerprints
-                )
+                states, expected = [self.optimizer], self.fingerprints
+                state = checkpoint.load(paths[-1], self.model, states, fingerprints=expected)
             except CheckpointError as error:
                 if len(paths) == 1 or isinstance(error, OtherDataError):
                     raise
@@ -396,12 +395,4 @@ def resolve_device(name: str) -> torch.device:
     """Return the CPU, or this rank's GPU as the current one; ValueError without any."""
     if name == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError(
-            "training.device: got 'cuda', but torch finds no GPU: use 'cpu', or install torch's"
-            " CUDA build"
-        )
-    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device
+    return take_gpu("training.device: got 'cuda'", otherwise="cpu")

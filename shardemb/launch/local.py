@@ -111,16 +111,12 @@ def _rank_main(
         import torch.distributed as dist
 
         from shardemb.comm import watchdog
+        from shardemb.utils.devices import take_gpu
 
         watchdog.set_timeout(timeout_s)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
         if backend == "nccl":
-            if not torch.cuda.is_available():
-                raise InputError(
-                    "got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's"
-                    " CUDA build"
-                )
-            torch.cuda.set_device(rank % torch.cuda.device_count())
+            take_gpu("got backend 'nccl'", otherwise="gloo")
         dist.init_process_group(
             backend,
             init_method=f"file://{store}",

@@ -164,9 +164,8 @@ def _on_loopback(ray: Any) -> Iterator[None]:
 
 
 def _missing(address: str, error: OSError) -> ConnectionError:
-    return ConnectionError(
-        f"Ray at {address!r}: {error}: is the cluster up, and its address right?"
-    )
+    hint = "is the cluster up, and its address right?"
+    return ConnectionError(f"Ray at {address!r}: {error}: {hint}")
 
 
 def _refusal(host: str, port: str) -> OSError | None:

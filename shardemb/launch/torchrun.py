@@ -22,10 +22,10 @@ def run_under_torchrun(
         ValueError: torchrun did not start this process.
         Exception: the function's own.
     """
-    import torch
     import torch.distributed as dist
 
     from shardemb.comm import watchdog
+    from shardemb.utils.devices import take_gpu
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise InputError(
@@ -34,7 +34,7 @@ def run_under_torchrun(
         )
     watchdog.set_timeout(timeout_s)
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        take_gpu("got backend 'nccl'", otherwise="gloo")
     limit = timedelta(seconds=timeout_s + 10)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     # torchrun's store keeps the addresses of a failed attempt

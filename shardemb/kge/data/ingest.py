@@ -229,7 +229,7 @@ class _Job:
         self.number(dtype)
         triples = {s: self.write_triples(number, s, dtype) for number, s in enumerate(SPLITS)}
         duplicates = "SELECT split, sum(n - 1) FROM counted GROUP BY split"
-        repeated = dict(self.rows(duplicates, "finding duplicates"))
+        repeated = dict(self.query(duplicates, "finding duplicates"))
         stats = {path: path.stat() for paths in files.values() for path in paths}
         return {
             "format": FORMAT,
@@ -339,14 +339,11 @@ class _Job:
         )
         self.query(f"CREATE TABLE strange AS SELECT * FROM read WHERE split > 0 AND ({is_unseen})")
         reports = []
-        for number, split in enumerate(SPLITS):
-            count, total = (
-                self.value(f"SELECT count(*) FROM {table} WHERE split = {number}")
-                for table in ("strange", "read")
-            )
-            if count:
-                labels = {kind: self.unseen_labels(number, kind) for kind in _COLUMNS}
-                reports.append(Unseen(split, count, total, labels))
+        counts = "SELECT split, count(*) FROM strange GROUP BY split ORDER BY split"
+        for number, count in self.query(counts):
+            total = self.value(f"SELECT count(*) FROM read WHERE split = {number}")
+            labels = {kind: self.unseen_labels(number, kind) for kind in _COLUMNS}
+            reports.append(Unseen(SPLITS[number], count, total, labels))
         judge(self.name, reports, unseen)
         if unseen == "drop" and reports:
             self.query(f"DELETE FROM read WHERE split > 0 AND ({is_unseen})")
@@ -363,7 +360,7 @@ class _Job:
             f"SELECT key, min(place) AS place FROM ({places})"
             f" WHERE key IN (SELECT key FROM unseen_{kind}) GROUP BY key"
         )
-        labels = self.rows(
+        labels = self.query(
             f"SELECT any_value(label) FROM read_{kind}"
             f" JOIN ({first} ORDER BY place LIMIT 3) USING (key) GROUP BY key, place ORDER BY place"
         )
@@ -377,20 +374,15 @@ class _Job:
         return self.value(f"SELECT count(*) FROM {kind}")
 
     def write_labels(self, kind: str) -> str:
-        columns = (
-            "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS lower"
-        )
+        columns = f"label, (key >> 64)::UBIGINT AS hash, (key & {2**64 - 1})::UBIGINT AS lower"
 
         def batches() -> Iterator[pa.RecordBatch]:
             last = None
             for first, page in self.pages(kind, columns, vocabulary.BATCH, f"writing {kind}"):
                 upper, lower = numbers(page["hash"]), numbers(page["lower"])
                 same = (upper[1:] == upper[:-1]) & (lower[1:] == lower[:-1])
-                if (upper[0], lower[0]) == last or same.any():
-                    raise InputError(
-                        f"{self.name}: got two {kind} of one MD5, which were made to be so,"
-                        " expected none"
-                    )
+                if (upper[0], lower[0]) == last or same.any():  # which somebody has made to be so
+                    raise InputError(f"{self.name}: got two {kind} of one MD5, expected none")
                 last = upper[-1], lower[-1]
                 ids = column_of(np.arange(first, first + len(page)))
                 yield pa.record_batch([page["label"], page["hash"], ids], schema=vocabulary.SCHEMA)
@@ -448,29 +440,22 @@ class _Job:
         with self.bar(total=last - first, desc=shown, unit=" rows") as bar:
             for start in range(first, last, size):
                 end = min(start + size, last)
-                query = (
-                    f"SELECT {columns} FROM {table}"
-                    f" WHERE rowid BETWEEN {start} AND {end - 1} ORDER BY rowid"
-                )
+                rows = f"rowid BETWEEN {start} AND {end - 1}"
+                query = f"SELECT {columns} FROM {table} WHERE {rows} ORDER BY rowid"
                 (page,) = self.table(query).combine_chunks().to_batches()
                 if len(page) != end - start:
-                    raise RuntimeError(
-                        f"DuckDB gave {len(page)} of the rows {start} to {end} of {table}"
-                    )
+                    raise RuntimeError(f"DuckDB gave {len(page)} of {table}[{start}:{end}]")
                 yield start, page
                 bar.update(len(page))
 
     def table(self, query: str) -> pa.Table:
         return self.wait(lambda: self.database.sql(query).to_arrow_table())
 
-    def rows(self, query: str, shown: str = "") -> list[tuple[Any, ...]]:
+    def query(self, query: str, shown: str = "") -> list[tuple[Any, ...]]:
         return self.wait(lambda: self.database.execute(query).fetchall(), shown)
 
     def value(self, query: str) -> int:
-        return self.rows(query)[0][0]
-
-    def query(self, query: str, shown: str = "") -> None:
-        self.wait(lambda: self.database.execute(query), shown)
+        return self.query(query)[0][0]
 
     def wait(self, function: Callable[[], Any], shown: str = "") -> Any:
         """Run a query in a thread, with a progress bar; an interrupt ends it at once."""

@@ -139,9 +139,7 @@ def judge(name: str, reports: Sequence[Unseen], unseen: str) -> None:
         return
     text = f"{name}: {', '.join(map(str, reports))} that no training triple holds"
     if unseen == "error":
-        raise InputError(
-            f"{text}, expected none: unseen='drop' drops these triples, unseen='keep' keeps them"
-        )
+        raise InputError(f"{text}, expected none: unseen='drop' drops these, 'keep' keeps them")
     fate = "they stay untrained; unseen='drop' drops these triples"
     if unseen == "drop":
         fate = "dropped these triples"

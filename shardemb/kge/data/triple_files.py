@@ -155,9 +155,8 @@ def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    names = [
-        re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields
-    ]
+    suffix = re.compile(r"_(id|name|label|entity)$")
+    names = [suffix.sub("", field.strip("#\"' ").casefold()) for field in fields]
     return any(
         all(name in known for name, known in zip(names, order, strict=True))
         for order in permutations(_HEADER)
@@ -331,9 +330,8 @@ def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
 
 def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
     """Parse lines with Arrow; return which ones are surely triples, and these."""
-    lines = pa.LargeStringArray.from_buffers(
-        len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text)
-    )
+    buffers = pa.py_buffer(bounds), pa.py_buffer(text)
+    lines = pa.LargeStringArray.from_buffers(len(bounds) - 1, *buffers)
     none = np.zeros(len(lines), dtype=bool), SCHEMA.empty_table()
     try:
         lines.validate(full=True)
