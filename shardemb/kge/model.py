@@ -55,10 +55,10 @@ class ModelConfig:
         one_of("model", self, {"scorer": sorted(SCORERS)})
         at_least("model", self, dim=1, init_std=1e-9, n3=0, lp=0, lp_power=1)
         within("model", self, entity_dropout=(0, 0.99), relation_dropout=(0, 0.99))
-        try:
-            SCORERS[self.scorer]().check_dim(self.dim)
-        except ValueError as error:
-            raise InputError(f"model.dim: {error}") from error
+        if self.dim % (divisor := SCORERS[self.scorer].divisor):
+            raise InputError(
+                f"model.dim: got {self.dim}, expected a multiple of {divisor} for {self.scorer!r}"
+            )
         try:
             constrainer = resolve_constrainer(self.constrainer or None, self.constrainer_kwargs)
             if constrainer is not None:
@@ -95,7 +95,7 @@ class KnowledgeGraphModel(nn.Module):
         super().__init__()
         self.config, self.loss_config = config, loss or LossConfig()
         self.num_relations = num_relations
-        self.scorer = SCORERS[config.scorer]()
+        self.scorer = SCORERS[config.scorer]
         # gradients are summed, because the loss is divided by the global batch
         common: dict[str, Any] = {
             "embedding_dim": config.dim,

@@ -32,7 +32,7 @@ def best_tails(
             f"{store.path}: holds no knowledge-graph model that shardemb train has made, so it has"
             " no scorer"
         )
-    scorer = SCORERS[settings["scorer"]]()
+    scorer = SCORERS[settings["scorer"]]
     entity, relation = store["entity"], store["relation"]
     h, r = entity.ids(heads).reshape(-1), relation.ids(relations).reshape(-1)
     if len(h) != len(r):
@@ -46,5 +46,5 @@ def best_tails(
     known, relations = entity.lookup(h), relation.lookup(r, raw=True)
     if scorer.relation_normalizer is not None:
         relations = scorer.relation_normalizer(relations)
-    queries = scorer.query(known, relations, head=inverse and not settings["reciprocal"])
+    queries = scorer.query(known, relations, inverse and not settings["reciprocal"])
     return entity.best(lambda rows: scorer.score_all(queries, rows), k, queries=len(h))

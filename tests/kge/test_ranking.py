@@ -70,7 +70,7 @@ def _expected(
     scorer: str, entity: torch.Tensor, relation: torch.Tensor, reciprocal: bool, filtered: bool
 ) -> list[Comparison]:
     """One query after the other, from scores of one product."""
-    function, found = SCORERS[scorer](), []
+    function, found = SCORERS[scorer], []
     known = {(h, r, t) for h, r, t in TRIPLES.tolist()}
     for side in SIDES:
         lines = []
@@ -182,7 +182,7 @@ def test_drawn_candidates(rank_pool, world_size: int, filtered: bool) -> None:
                         for e, one in zip(drawn, triples, strict=True)
                         if e != answer and not (filtered and one in known)
                     ]
-                    query = SCORERS["complex"]().query(entity[[asked]], relation[[kind]])
+                    query = SCORERS["complex"].query(entity[[asked]], relation[[kind]], False)
                     scores = (query * entity).sum(1)
                     lines.append(
                         (

@@ -432,7 +432,7 @@ def test_the_page_shows_what_the_command_prints(capsys) -> None:
         ("--entities 1e9 --device nothing.json", "nothing.json"),
         ("--entities 1e9 --set sampling.scheme=1vsall", "got sampling.scheme '1vsall'"),
         ("--entities 1e9 --set sampling.schema=1vsall", "unknown key 'sampling.schema'"),
-        ("--entities 1e9 --dim 3", "model.dim: got dim=3, expected a multiple of 2"),
+        ("--entities 1e9 --dim 3", "model.dim: got 3, expected a multiple of 2"),
         ("--entities 0", "plan.entities: got 0, expected at least 1"),
         ("--entities 1e9 --workers 1e6", "plan.workers: got 1000000, expected 1 to 65536"),
         ("--entities 1e12 --dim 4096 --device h100 --memory 1GiB", "do not fit 65,536 ranks"),
