@@ -244,10 +244,10 @@ def evaluate_run(
     _require_dataset(config, folder)
     path = newest(Path(checkpoint or folder.path))
     notify(f"ranking {split} triples of {config.dataset} by {path}")
-    device, launch = device or config.training.device, LaunchConfig(workers=workers)
-    arguments = config, path, split, device, in_memory
-    gpus = device == "cuda"
-    return run(_evaluate_rank, launch, *arguments, gpus=gpus, timeout_s=timeout_s)
+    device = device or config.training.device
+    launch, gpus = LaunchConfig(workers=workers), device == "cuda"
+    rest = config, path, split, device, in_memory
+    return run(_evaluate_rank, launch, *rest, gpus=gpus, timeout_s=timeout_s)
 
 
 def _evaluate_rank(

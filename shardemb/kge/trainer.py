@@ -112,12 +112,7 @@ class Trainer:
         counts, seed = (len(data.entities), len(data.relations)), self.config.seed
         self.against_all = sampling.scheme != "negatives"
         self.model = KnowledgeGraphModel(
-            *counts,
-            settings.model,
-            seed,
-            loss=settings.loss,
-            dense=self.against_all,
-            device=self.device,
+            *counts, settings.model, seed, settings.loss, self.against_all, self.device
         )
         self.optimizer = settings.optimizer.make(self.model)
         clip = settings.optimizer.max_grad_norm or None
@@ -140,8 +135,7 @@ class Trainer:
             run.check_labels(self.data.vocabularies)
             self._resume(run)
         else:
-            results = collectives.gather(run.results(), operation="is the run folder new?")[0]
-            if results:
+            if results := collectives.gather(run.results(), operation="is the run new?")[0]:
                 raise FileExistsError(
                     f"{run}: holds {' and '.join(results)} of a run: give another folder, or"
                     " resume=True"
