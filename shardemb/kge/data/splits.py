@@ -29,7 +29,8 @@ def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
     """
     if len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
-        if any(_candidates(folder, split) for split in SPLITS) or not _has_parts(folder):
+        has_parts = any(path.name.endswith(SUFFIXES) for path in folder.iterdir())
+        if not has_parts or any(_candidates(folder, split) for split in SPLITS):
             return {split: _files_of(folder, split) for split in SPLITS}
         for path in _parts(folder):
             if path.name.lower().startswith(_SPLIT_LIKE):
@@ -65,10 +66,6 @@ def _files_of(folder: Path, split: str) -> list[Path]:
             f"expected one of {', '.join(split + suffix for suffix in SUFFIXES)}"
         )
     return _parts(files[0]) if files[0].name == split else files
-
-
-def _has_parts(folder: Path) -> bool:
-    return any(path.name.endswith(SUFFIXES) for path in folder.iterdir())
 
 
 def _parts(folder: Path) -> list[Path]:
