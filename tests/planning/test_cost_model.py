@@ -327,8 +327,8 @@ def test_calibration_finds_the_machine_that_its_times_come_from(
     )
     effort = calibrate.Effort()
     times = {
-        name: estimate(calibrate._job(shape, 1, effort), known).step_seconds
-        for name, shape in calibrate._SHAPES.items()
+        name: estimate(calibrate._job(name, 1, effort), known).step_seconds
+        for name in calibrate._SHAPES
     }
     alone = {
         "matmul": known.matmul_flops,
@@ -340,11 +340,7 @@ def test_calibration_finds_the_machine_that_its_times_come_from(
         "matmul": known.matmul_flops / 1.25,
         "latency_seconds": known.latency_seconds,
         "exchange": known.exchange_bandwidth,
-        "step": (
-            estimate(
-                calibrate._job(calibrate._SHAPES["overhead_seconds"], 2, effort), known
-            ).step_seconds
-        ),
+        "step": estimate(calibrate._job("overhead_seconds", 2, effort), known).step_seconds,
     }
     monkeypatch.setattr(calibrate, "_alone", lambda *_: alone)
     monkeypatch.setattr(calibrate, "run_local", lambda *_, **__: pair)
