@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shardemb import __version__
-from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
+from shardemb.exceptions import InputError, TerminatedError, WorkerError
 from shardemb.utils.signals import on_sigterm
 
 _RUN: dict[str, Any] = {"type": Path, "metavar": "RUN"}
@@ -57,18 +57,17 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"shardemb: interrupted{resumes}")
         return 130
     except Exception as error:
-        message = error.message if isinstance(error, WorkerError) else str(error)
-        name = error.error if isinstance(error, WorkerError) else type(error).__name__
-        if name == TerminatedError.__name__:
-            _say(f"shardemb: {message}; --resume goes on from there")
+        failure = error if isinstance(error, WorkerError) else WorkerError.of(0, error)
+        if failure.error == TerminatedError.__name__:
+            _say(f"shardemb: {failure.message}; --resume goes on from there")
             return 143  # as shells report SIGTERM
-        if not for_user(error):
-            if not isinstance(error, WorkerError) or not error.trace:
+        if not failure.for_user:
+            if failure is not error or not failure.trace:
                 raise
-            _say(error.trace)
-        rank = f"rank {error.rank}: " if isinstance(error, WorkerError) else ""
-        hint = resumes if restart_may_help(error) else ""
-        _say(f"shardemb: error: {rank}{'; '.join(message.splitlines())}{hint}")
+            _say(failure.trace)
+        rank = f"rank {failure.rank}: " if failure is error else ""
+        hint = resumes if failure.restart_may_help else ""
+        _say(f"shardemb: error: {rank}{'; '.join(failure.message.splitlines())}{hint}")
         return 1
 
 

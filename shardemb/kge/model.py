@@ -11,7 +11,7 @@ from shardemb.embedding import Embedding
 from shardemb.exceptions import InputError
 from shardemb.kge.known_answers import Side
 from shardemb.kge.losses import LossConfig, lp
-from shardemb.kge.sampling import Batch, Queries
+from shardemb.kge.sampling import Batch, Queries, choose
 from shardemb.kge.scorers import SCORERS
 from shardemb.kge.vs_all import gather_queries, share_of, vs_all
 from shardemb.sharding.options import Sharding
@@ -145,7 +145,7 @@ class KnowledgeGraphModel(nn.Module):
         if isinstance(head, bool):
             return self.scorer.query(known, relation, head)
         for_head, for_tail = (self.scorer.query(known, relation, side) for side in (True, False))
-        return torch.where(head.unsqueeze(-1).to(known.device), for_head, for_tail)
+        return choose(head, for_head, for_tail)
 
     def loss(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Sum the losses of this rank's chunks, with one lookup of all entities. A collective.
@@ -179,11 +179,7 @@ class KnowledgeGraphModel(nn.Module):
         queries: list[Tensor] = []
         positives: list[Tensor] = []
         for number, head in enumerate(corruptions):
-            if isinstance(head, bool):
-                known, answers = (tails, heads) if head else (heads, tails)
-            else:
-                mask = head.unsqueeze(-1).to(heads.device)
-                known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
+            known, answers = choose(head, tails, heads), choose(head, heads, tails)
             queries.append(self._query(head, known, relations[number % own]))
             score = self.scorer.score(queries[-1], answers) if number < own else positives[0]
             positives.append(score)
