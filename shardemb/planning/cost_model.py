@@ -81,13 +81,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         where = f"machine {self.name!r}"
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            valid = isinstance(value, int | float) and 0 <= value < math.inf
-            if field.type in (int, float) and not valid:
-                raise InputError(
-                    f"{where}: {field.name}: got {value!r}, expected a finite number, at least 0"
-                )
+        numbers = [field.name for field in dataclasses.fields(self) if field.type in (int, float)]
+        at_least(where, self, **dict.fromkeys(numbers, 0.0))
         at_least(where, self, memory_bytes=1, ranks_per_host=1, cores=1)
         at_least(where, self, matmul_flops=1, row_bandwidth=1, contention=1)
 

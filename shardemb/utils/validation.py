@@ -24,9 +24,9 @@ def at_least(section: str, settings: Any, **least: float) -> None:
     """Raise ValueError unless each named setting is finite and at least its lower bound."""
     for name, low in least.items():
         value = getattr(settings, name)
-        if not low <= value < math.inf:
+        if not isinstance(value, int | float) or not low <= value < math.inf:
             kind = "" if isinstance(value, int) else "a finite number, "
-            raise InputError(f"{section}.{name}: got {value}, expected {kind}at least {low}")
+            raise InputError(f"{section}.{name}: got {value!r}, expected {kind}at least {low}")
 
 
 def within(section: str, settings: Any, **ranges: tuple[float, float]) -> None:
