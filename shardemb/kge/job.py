@@ -30,6 +30,7 @@ from shardemb.kge.run_folder import RunFolder
 from shardemb.kge.sampling import SamplingConfig
 from shardemb.kge.trainer import Trainer, resolve_device
 from shardemb.launch.config import LaunchConfig, run
+from shardemb.launch.local import run_local
 from shardemb.serving.store import StoredTable, newest, open_store
 
 #: receives a line about the next phase
@@ -245,9 +246,9 @@ def evaluate_run(
     path = newest(Path(checkpoint or folder.path))
     notify(f"ranking {split} triples of {config.dataset} by {path}")
     device = device or config.training.device
-    launch, gpus = LaunchConfig(workers=workers), device == "cuda"
-    rest = config, path, split, device, in_memory
-    return run(_evaluate_rank, launch, *rest, gpus=gpus, timeout_s=timeout_s)
+    backend = "nccl" if device == "cuda" else "gloo"
+    arguments = config, path, split, device, in_memory
+    return run_local(_evaluate_rank, workers, *arguments, timeout_s=timeout_s, backend=backend)
 
 
 def _evaluate_rank(
