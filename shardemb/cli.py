@@ -6,17 +6,15 @@ import json
 import os
 import resource
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from shardemb import __version__
-from shardemb.exceptions import InputError, TerminatedError, WorkerError, for_user, restart_may_help
+from shardemb.exceptions import InputError, TerminatedError, WorkerError
+from shardemb.utils.signals import on_sigterm
 
 _RUN: dict[str, Any] = {"type": Path, "metavar": "RUN"}
 _JSON: dict[str, Any] = {"type": Path, "metavar": "FILE"}
@@ -59,18 +57,17 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"shardemb: interrupted{resumes}")
         return 130
     except Exception as error:
-        message = error.message if isinstance(error, WorkerError) else str(error)
-        name = error.error if isinstance(error, WorkerError) else type(error).__name__
-        if name == TerminatedError.__name__:
-            _say(f"shardemb: {message}; --resume goes on from there")
+        failure = error if isinstance(error, WorkerError) else WorkerError.of(0, error)
+        if failure.error == TerminatedError.__name__:
+            _say(f"shardemb: {failure.message}; --resume goes on from there")
             return 143  # as shells report SIGTERM
-        if not for_user(error):
-            if not isinstance(error, WorkerError) or not error.trace:
+        if not failure.for_user:
+            if failure is not error or not failure.trace:
                 raise
-            _say(error.trace)
-        rank = f"rank {error.rank}: " if isinstance(error, WorkerError) else ""
-        hint = resumes if restart_may_help(error) else ""
-        _say(f"shardemb: error: {rank}{'; '.join(message.splitlines())}{hint}")
+            _say(failure.trace)
+        rank = f"rank {failure.rank}: " if failure is error else ""
+        hint = resumes if failure.restart_may_help else ""
+        _say(f"shardemb: error: {rank}{'; '.join(failure.message.splitlines())}{hint}")
         return 1
 
 
@@ -78,57 +75,68 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+def _end() -> None:
+    """Clean up and end, as after Ctrl-C."""
+    sys.exit(143)  # as shells report SIGTERM
 
 
-@contextmanager
-def _cleaning_up_after_sigterm() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, _end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+#: adds an argument to a command
+_Add = Callable[..., Any]
 
 
-def _add_overrides(command: Any, metavar: str = "KEY=VALUE", example: str = "") -> None:
+def _command(commands: Any, name: str, run: Any, text: str, **options: Any) -> _Add:
+    command = commands.add_parser(name, help=text, **options)
+    command.set_defaults(run=run)
+    return lambda name, text, **options: command.add_argument(name, help=text, **options)
+
+
+def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the settings of --set, and those of options with a key as their name."""
+    given = {key: value for key, value in vars(arguments).items() if "." in key}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return arguments.overrides + options
+
+
+def _add_overrides(add: _Add, metavar: str = "KEY=VALUE", example: str = "") -> None:
     text = f"override a setting{example}; repeatable"
-    command.add_argument("--set", action="append", default=[], metavar=metavar, help=text)
+    add("--set", text, action="append", default=[], dest="overrides", metavar=metavar)
 
 
-def _add_timeout(command: Any) -> None:
+def _add_timeout(add: _Add) -> None:
     text = "of a collective (default: 300)"
-    command.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help=text)
+    add("--timeout", text, type=float, default=300, dest="timeout_s", metavar="SECONDS")
 
 
 def _add_train(commands: Any) -> None:
     text = "train and rank a knowledge-graph model on sharded tables"
-    command = commands.add_parser("train", help=text)
-    add = command.add_argument
-    text = "settings; without it the defaults"
-    add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
+    add = _command(commands, "train", _train, text)
+    add("config", "settings; without it the defaults", nargs="?", type=Path, metavar="CONFIG.toml")
     text = (
         "wordnet, pykeen:NAME, what ingest made, a folder with train/valid/test files, or a file of"
         " triples"
     )
-    add("--dataset", help=text)
+    add("--dataset", text)
     text = "ranks, one process each (default: 1); on Ray also a least and a most"
-    add("--workers", metavar="N[:MOST]", help=text)
+    add("--workers", text, default="", metavar="N[:MOST]")
     text = "what starts the ranks (default: local)"
-    add("--launcher", choices=("local", "torchrun", "ray"), help=text)
+    add("--launcher", text, choices=("local", "torchrun", "ray"), dest="launch.launcher")
     text = (
         "Ray: local, one of our own on this machine (default); auto, that of this node; or"
         " HOST:PORT of its head"
     )
-    add("--address", help=text)
-    add("--max-failures", help="Ray: start again after so many failures (default: 3)", **_NUMBER)
+    add("--address", text, type=json.dumps, dest="launch.address", metavar="ADDRESS")
+    text = "Ray: start again after so many failures (default: 3)"
+    add("--max-failures", text, dest="launch.max_failures", **_NUMBER)
     text = "a GPU for each rank: training.device = cuda"
-    add("--use-gpu", action="store_true", help=text)
-    add("--output", required=True, help="run folder, made anew", **_RUN)
-    add("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
-    _add_overrides(command, example=", e.g. training.epochs=3")
-    _add_timeout(command)
-    command.set_defaults(run=_train)
+    add("--use-gpu", text, action="store_const", const="cuda", dest="training.device")
+    add("--output", "run folder, made anew", required=True, **_RUN)
+    add("--resume", "go on from the newest checkpoint in RUN", action="store_true")
+    _add_overrides(add, example=", e.g. training.epochs=3")
+    _add_timeout(add)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -137,27 +145,15 @@ def _train(arguments: argparse.Namespace) -> int:
     from shardemb.kge.run_folder import RunFolder
 
     run = RunFolder(arguments.output)
-    least, separator, most = (arguments.workers or "").partition(":")
-    options = {
-        "launch.launcher": arguments.launcher,
-        "launch.workers": least or None,
-        "launch.max_workers": most if separator else None,
-        "launch.address": None if arguments.address is None else json.dumps(arguments.address),
-        "launch.max_failures": arguments.max_failures,
-        "training.device": "cuda" if arguments.use_gpu else None,
-    }
-    overrides = [f"{key}={value}" for key, value in options.items() if value is not None]
+    overrides, (least, separator, most) = _overrides(arguments), arguments.workers.partition(":")
+    overrides += [f"launch.workers={least}"] * bool(least)
+    overrides += [f"launch.max_workers={most}"] * bool(separator)
     # --resume alone keeps the run's settings
     base = arguments.config or (run.resumable_config if arguments.resume else None)
-    config = JobConfig.load(base, [*arguments.set, *overrides], arguments.dataset)
-    result = train_run(
-        config,
-        arguments.output,
-        resume=arguments.resume,
-        timeout_s=arguments.timeout,
-        command=shlex.join(["shardemb", *arguments.argv]),
-        notify=_say,
-    )
+    config = JobConfig.load(base, overrides, arguments.dataset)
+    command = shlex.join(["shardemb", *arguments.argv])
+    options = _options(arguments, "output", "resume", "timeout_s")
+    result = train_run(config, **options, command=command, notify=_say)
     if result is None:  # torchrun's other ranks
         return 0
     for name, value in result.items():
@@ -168,74 +164,52 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _add_evaluate(commands: Any) -> None:
     text = "rank a split's triples with a run's newest, or best, checkpoint"
-    command = commands.add_parser("evaluate", help=text)
-    add = command.add_argument
-    add("path", help="run folder", **_RUN)
+    add = _command(commands, "evaluate", _evaluate, text)
+    add("output", "run folder", **_RUN)
     splits = ("train", "valid", "test")
-    add("--split", choices=splits, default="test", help="default: test")
-    add("--dataset", metavar="PATH", help="the run's dataset, if it is not where it was")
-    add("--workers", type=int, default=1, help="ranks, one process each (default: 1)")
-    add("--checkpoint", type=Path, metavar="PATH", help="another checkpoint than RUN's")
-    _add_overrides(command, "evaluation.KEY=VALUE")
-    add("--device", choices=("cpu", "cuda"), help="where rows lie (default: as in training)")
-    add("--json", help="write the figures there too", **_JSON)
-    _add_timeout(command)
-    command.set_defaults(run=_evaluate)
+    add("--split", "default: test", choices=splits, default="test")
+    add("--dataset", "the run's dataset, if it is not where it was", metavar="PATH")
+    add("--workers", "ranks, one process each (default: 1)", type=int, default=1)
+    add("--checkpoint", "another checkpoint than RUN's", type=Path, metavar="PATH")
+    _add_overrides(add, "evaluation.KEY=VALUE")
+    add("--device", "where rows lie (default: as in training)", choices=("cpu", "cuda"))
+    add("--json", "write the figures there too", **_JSON)
+    _add_timeout(add)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from shardemb.kge.job import evaluate_run
-    from shardemb.utils.files import replacing
+    from shardemb.utils.files import write_json
 
-    result = evaluate_run(
-        arguments.path,
-        split=arguments.split,
-        workers=arguments.workers,
-        overrides=arguments.set,
-        dataset=arguments.dataset,
-        checkpoint=arguments.checkpoint,
-        device=arguments.device,
-        timeout_s=arguments.timeout,
-        notify=_say,
+    names = "output", "split", "workers", "overrides", "dataset", "checkpoint", "device"
+    result = evaluate_run(**_options(arguments, *names, "timeout_s"), notify=_say)
+    triples, relations = result["triples"], result["relations"]
+    _print_figures(
+        [(s, triples * (1 + (s == "both")), row) for s, row in result["sides"].items()],
+        [(f"{row['side']} of {row['label']}", row["count"], row) for row in relations],
     )
-    names = list(result["sides"]["both"])
-    queries = {"both": 2 * result["triples"]}
-    rows = [
-        (side, queries.get(side, result["triples"]), figures)
-        for side, figures in result["sides"].items()
-    ]
-    _print_figures(names, rows)
-    if result["relations"]:
-        relations = result["relations"]
-        rows = [(f"{row['side']} of {row['label']}", row["count"], row) for row in relations]
-        _print_figures(names, rows)
     if arguments.json is not None:
-        with replacing(arguments.json) as partial:
-            text = json.dumps(result, indent=1, ensure_ascii=False)
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
     return 0
 
 
-def _print_figures(names: list[str], rows: list[tuple[str, int, Any]]) -> None:
-    print(" ".join([*(f"{name:>11}" for name in names), f"{'queries':>9}"]))
-    for title, queries, figures in rows:
-        print(
-            " ".join([*(f"{figures[name]:11.4f}" for name in names), f"{queries:9,}", f" {title}"])
-        )
+def _print_figures(*tables: list[tuple[str, int, Any]]) -> None:
+    names = list(tables[0][0][2])
+    for rows in filter(None, tables):
+        print(" ".join(f"{name:>11}" for name in names), f"{'queries':>9}")
+        for title, queries, row in rows:
+            print(" ".join(f"{row[name]:11.4f}" for name in names), f"{queries:9,}  {title}")
 
 
 def _add_watching(commands: Any) -> None:
-    plot = commands.add_parser("plot", help="draw a run's loss, MRR and throughput")
-    plot.add_argument("path", help="run folder", **_RUN)
-    plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: RUN/metrics.png")
-    plot.set_defaults(run=_plot)
+    add = _command(commands, "plot", _plot, "draw a run's loss, MRR and throughput")
+    add("path", "run folder", **_RUN)
+    add("--output", "default: RUN/metrics.png", type=Path, metavar="FILE.png")
     text = "show a run's progress, speed and memory by rank while it goes"
-    top = commands.add_parser("top", help=text)
-    top.add_argument("path", help="run folder", **_RUN)
-    text = "between two looks (default: 2)"
-    top.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help=text)
-    top.add_argument("--once", action="store_true", help="look once, and end")
-    top.set_defaults(run=_top)
+    add = _command(commands, "top", _top, text)
+    add("path", "run folder", **_RUN)
+    add("--every", "between two looks (default: 2)", type=float, default=2.0, metavar="SECONDS")
+    add("--once", "look once, and end", action="store_true")
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -271,27 +245,25 @@ def _top(arguments: argparse.Namespace) -> int:
 def _add_ingest(commands: Any) -> None:
     text = "make a dataset folder of files of triples of any size"
     usage = "%(prog)s [options] SOURCE... OUT"
-    command = commands.add_parser("ingest", help=text, usage=usage)
-    add = command.add_argument
+    add = _command(commands, "ingest", _ingest, text, usage=usage)
     text = (
         "a folder with train/valid/test files or folders of part files; or files, or folders of"
         " part files, of one graph to be split; then the dataset folder, made anew. Files are .tsv,"
         " .txt, .nt (also .gz) or .parquet"
     )
-    add("paths", nargs="+", type=Path, metavar="SOURCE... OUT", help=text)
-    add("--memory", default="4GiB", help="that the process may take (default: 4GiB)")
-    add("--threads", help="default: one for each core", **_NUMBER)
+    add("paths", text, nargs="+", type=Path, metavar="SOURCE... OUT")
+    add("--memory", "that the process may take (default: 4GiB)", default="4GiB")
+    add("--threads", "default: one for each core", **_NUMBER)
     for split in ("valid", "test"):
         text = f"triples of one graph that become {split} (default: a twentieth, 5,000 at most)"
-        add(f"--{split}", help=text, **_NUMBER)
+        add(f"--{split}", text, **_NUMBER)
     text = "what becomes of valid and test triples with labels that no training triple holds"
     choices = ("keep", "drop", "error")
-    add("--unseen", choices=choices, default="keep", help=f"{text} (default: keep)")
+    add("--unseen", f"{text} (default: keep)", choices=choices, default="keep")
     text = "what becomes of N-Triples whose object is a literal (default: error)"
-    add("--literals", choices=("error", "drop", "keep"), default="error", help=text)
+    add("--literals", text, choices=("error", "drop", "keep"), default="error")
     text = "check the hashes of a dataset folder, the only path, instead"
-    add("--verify", action="store_true", help=text)
-    command.set_defaults(run=_ingest)
+    add("--verify", text, action="store_true")
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
@@ -310,9 +282,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
         print(f"{out}: {len(files)} files, {size:,} bytes: undamaged")
         return 0
     start, names = time.perf_counter(), ("memory", "threads", "valid", "test", "unseen", "literals")
-    options = {name: getattr(arguments, name) for name in names}
-    with _cleaning_up_after_sigterm():
-        ingest(sources, out, **options, progress=True)
+    with on_sigterm(_end):
+        ingest(sources, out, **_options(arguments, *names), progress=True)
     made = dataset.read(out)[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"{out}: {made['entities']:,} entities, {made['relations']:,} relations")
@@ -326,45 +297,39 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 def _add_query(commands: Any) -> None:
     text = "print an entity's nearest neighbours, or the best tails of (head, relation)"
-    command = commands.add_parser("query", help=text)
-    add = command.add_argument
-    add("path", help="run folder or checkpoint", **_RUN)
-    add("entity", help="label, or id if there are no labels")
-    add("relation", nargs="?", help="with it: the best tails of (entity, relation, ?)")
-    add("-k", type=int, default=10, help="how many (default: 10)")
+    add = _command(commands, "query", _query, text)
+    add("path", "run folder or checkpoint", **_RUN)
+    add("entity", "label, or id if there are no labels")
+    add("relation", "with it: the best tails of (entity, relation, ?)", nargs="?")
+    add("-k", "how many (default: 10)", type=int, default=10)
     metrics, text = ("cosine", "dot", "l2"), "of neighbours (default: cosine)"
-    add("--metric", choices=metrics, default="cosine", help=text)
-    text = "the best heads of (?, relation, entity) instead"
-    add("--inverse", action="store_true", help=text)
-    add("--table", help="the table to search for neighbours (default: the largest)")
-    command.set_defaults(run=_query)
+    add("--metric", text, choices=metrics, default="cosine")
+    add("--inverse", "the best heads of (?, relation, entity) instead", action="store_true")
+    add("--table", "the table to search for neighbours (default: the largest)")
 
 
 def _query(arguments: argparse.Namespace) -> int:
     from shardemb.kge.job import query_run
 
-    names = ("k", "metric", "inverse", "table")
-    options = {name: getattr(arguments, name) for name in names}
-    for label, score in query_run(arguments.path, arguments.entity, arguments.relation, **options):
+    names = "path", "entity", "relation", "k", "metric", "inverse", "table"
+    for label, score in query_run(**_options(arguments, *names)):
         print(f"{score:12.6g}  {label}")
     return 0
 
 
 def _add_serve(commands: Any) -> None:
     text = "serve a checkpoint's rows to the jobs of a Ray cluster, until Ctrl-C or SIGTERM"
-    command = commands.add_parser("serve", help=text)
-    add = command.add_argument
-    add("path", help="run folder or checkpoint, which every node must see", **_RUN)
-    add("--shards", default=1, help="processes that share the rows (default: 1)", **_NUMBER)
-    add("--name", default="shardemb", help="by which clients find it (default: shardemb)")
+    add = _command(commands, "serve", _serve, text)
+    add("path", "run folder or checkpoint, which every node must see", **_RUN)
+    add("--shards", "processes that share the rows (default: 1)", default=1, **_NUMBER)
+    add("--name", "by which clients find it (default: shardemb)", default="shardemb")
     text = (
         "of Ray: local starts one for this machine, auto is the cluster that it is a node of"
         " (default: local)"
     )
-    add("--address", default="local", metavar="local|auto|HOST:PORT", help=text)
+    add("--address", text, default="local", metavar="local|auto|HOST:PORT")
     text = "requests that may wait at a shard; more are refused, and asked again (default: 64)"
-    add("--max-pending", type=int, default=64, metavar="K", help=text)
-    command.set_defaults(run=_serve)
+    add("--max-pending", text, type=int, default=64, metavar="K")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -377,7 +342,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     cpus = max(os.cpu_count() or 1, shards) if arguments.address == "local" else None
     with (
         connected(arguments.address, cpus=cpus, log_to_driver=False) as ray,
-        _cleaning_up_after_sigterm(),  # after Ray has set its own handler
+        on_sigterm(_end),  # after Ray has set its own handler
         serve(path, shards, name, max_pending=arguments.max_pending) as service,
     ):
         tables = ", ".join(
@@ -415,30 +380,23 @@ def _add_checkpoint(commands: Any) -> None:
     listed = "list the finished checkpoints of a run, and what they hold"
     verified = "check all files of all checkpoints; the exit code is 1 at the first fault"
     for name, run, text in (("ls", _list, listed), ("verify", _verify, verified)):
-        action = actions.add_parser(name, help=text)
-        text = "run folder, folder of checkpoints, or one checkpoint"
-        action.add_argument("path", help=text, **_RUN)
-        action.set_defaults(run=run)
-    export = actions.add_parser("export", help="write a table for other programs")
-    add = export.add_argument
-    add("path", help="run folder (its newest checkpoint), or a checkpoint", **_RUN)
-    text = "file, or folder for sharded; must not be there"
-    add("out", type=Path, metavar="OUT", help=text)
+        add = _command(actions, name, run, text)
+        add("path", "run folder, folder of checkpoints, or one checkpoint", **_RUN)
+    add = _command(actions, "export", _export, "write a table for other programs")
+    add("source", "run folder (its newest checkpoint), or a checkpoint", **_RUN)
+    add("out", "file, or folder for sharded; must not be there", type=Path, metavar="OUT")
     formats = ("safetensors", "sharded", "parquet", "npy", "word2vec")
     text = "default: by the suffix .safetensors, .parquet, .npy, .txt or .vec"
-    add("--format", choices=formats, help=text)
-    add("--table", help="default: the largest")
-    add("--raw", action="store_true", help="rows as stored, without the normalizer")
-    export.set_defaults(run=_export)
-    importing = actions.add_parser("import", help="make a run folder of other programs' rows")
-    add = importing.add_argument
+    add("--format", text, choices=formats)
+    add("--table", "default: the largest")
+    add("--raw", "rows as stored, without the normalizer", action="store_true")
+    add = _command(actions, "import", _import, "make a run folder of other programs' rows")
     text = ".npy, .safetensors, .parquet, or word2vec's .txt or .vec"
-    add("source", type=Path, metavar="FILE", help=text)
-    add("out", help="run folder, made anew", **_RUN)
-    add("--table", default="entity", help="name of the table (default: entity)")
-    add("--key", help="the tensor or column to take, if there are several")
-    add("--labels", help="text with a label a line, in the order of the rows", **_JSON)
-    importing.set_defaults(run=_import)
+    add("source", text, type=Path, metavar="FILE")
+    add("out", "run folder, made anew", **_RUN)
+    add("--table", "name of the table (default: entity)", default="entity")
+    add("--key", "the tensor or column to take, if there are several")
+    add("--labels", "text with a label a line, in the order of the rows", **_JSON)
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -486,8 +444,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from shardemb.serving.export import export_table
 
-    path, out, table = arguments.path, arguments.out, arguments.table
-    print(export_table(path, out, arguments.format, table, arguments.raw, shown=True))
+    names = "source", "out", "format", "table", "raw"
+    print(export_table(**_options(arguments, *names), shown=True))
     return 0
 
 
@@ -500,15 +458,6 @@ def _import(arguments: argparse.Namespace) -> int:
     labels = read_text(arguments.labels).splitlines() if arguments.labels else None
     print(import_table(arguments.source, arguments.out, arguments.table, labels, arguments.key))
     return 0
-
-
-#: options of plan that are settings too
-_PLANNED = (
-    ("dim", "model.dim", "columns of a row"),
-    ("optimizer", "optimizer.name", "of the rows"),
-    ("negatives", "sampling.num_negatives", "of a chunk and a side"),
-    ("chunk-size", "sampling.chunk_size", "triples that share negatives"),
-)
 
 
 def _count(text: str) -> int:
@@ -526,48 +475,44 @@ def _count(text: str) -> int:
 
 def _add_plan(commands: Any) -> None:
     text = "estimate memory, exchange and time of a job, and the fewest workers that hold it"
-    command = commands.add_parser("plan", help=text)
-    add, count = command.add_argument, {"type": _count, "metavar": "N"}
+    add = _command(commands, "plan", _plan, text)
+    count: dict[str, Any] = {"type": _count, "metavar": "N"}
     text = "settings of the job; without it the defaults"
-    add("config", nargs="?", type=Path, metavar="CONFIG.toml", help=text)
-    add("--entities", required=True, help="rows of the sharded table, e.g. 1e9", **count)
-    add("--relations", default=1000, help="of the graph (default: 1000)", **count)
-    add("--triples", default=0, help="of an epoch, to tell how long it takes", **count)
-    for option, key, text in _PLANNED:
-        kind: Any = {"metavar": "NAME"} if option == "optimizer" else count
-        add(f"--{option}", help=f"{text}: {key}", **kind)
-    add("--batch-size", help="triples of a step of all ranks (default: a chunk a rank)", **count)
-    add("--workers", help="ranks (default: the fewest that fit)", **count)
+    add("config", text, nargs="?", type=Path, metavar="CONFIG.toml")
+    add("--entities", "rows of the sharded table, e.g. 1e9", required=True, **count)
+    add("--relations", "of the graph (default: 1000)", default=1000, **count)
+    add("--triples", "of an epoch, to tell how long it takes", default=0, **count)
+    add("--dim", "columns of a row: model.dim", dest="model.dim", **count)
+    add("--optimizer", "of the rows: optimizer.name", dest="optimizer.name", metavar="NAME")
+    text = "of a chunk and a side: sampling.num_negatives"
+    add("--negatives", text, dest="sampling.num_negatives", **count)
+    text = "triples that share negatives: sampling.chunk_size"
+    add("--chunk-size", text, dest="sampling.chunk_size", **count)
+    add("--batch-size", "triples of a step of all ranks (default: a chunk a rank)", **count)
+    add("--workers", "ranks (default: the fewest that fit)", **count)
     text = "exponent of entities' frequency (default: 0.8)"
-    add("--zipf", type=float, default=0.8, metavar="A", help=text)
+    add("--zipf", text, type=float, default=0.8, metavar="A")
     text = (
         "cpu, the machine that bench calibrate has measured last (default); its FILE.json; or h100"
         " or h200 by their data sheets"
     )
-    add("--device", default="cpu", metavar="cpu|h100|h200|FILE.json", help=text)
-    text = "another memory of a GPU, or of a host, e.g. 80GiB"
-    add("--memory", metavar="SIZE", help=text)
-    add("--ranks-per-host", help="another number of ranks that share a host", **count)
-    text = "bytes a second that a rank sends to other hosts, e.g. 3GB"
-    add("--network", metavar="SIZE", help=text)
-    _add_overrides(command)
-    add("--json", help="write the estimate there too", **_JSON)
-    command.set_defaults(run=_plan)
+    add("--device", text, default="cpu", metavar="cpu|h100|h200|FILE.json")
+    add("--memory", "another memory of a GPU, or of a host, e.g. 80GiB", metavar="SIZE")
+    add("--ranks-per-host", "another number of ranks that share a host", **count)
+    add("--network", "bytes a second that a rank sends to other hosts, e.g. 3GB", metavar="SIZE")
+    _add_overrides(add)
+    add("--json", "write the estimate there too", **_JSON)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from shardemb.kge.config import JobConfig
     from shardemb.planning import report
 
-    overrides = list(arguments.set)
-    for option, key, _ in _PLANNED:
-        if (value := getattr(arguments, option.replace("-", "_"))) is not None:
-            overrides.append(f"{key}={value}")
-    names = ("device", "memory", "ranks_per_host", "network")
-    machine = report.machine_of(*(getattr(arguments, name) for name in names))
-    names = ("entities", "relations", "triples", "batch_size", "workers", "zipf")  # type: ignore
-    sizes = {name: getattr(arguments, name) for name in names}
-    plan = report.plan(JobConfig.load(arguments.config, overrides), machine, **sizes)
+    names = "device", "memory", "ranks_per_host", "network"
+    machine = report.machine_of(**_options(arguments, *names))
+    names = "entities", "relations", "triples", "batch_size", "workers", "zipf"  # type: ignore
+    config = JobConfig.load(arguments.config, _overrides(arguments))
+    plan = report.plan(config, machine, **_options(arguments, *names))
     print(plan.text())
     if arguments.json is not None:
         plan.save(arguments.json)
@@ -578,13 +523,10 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure this machine")
     actions = bench.add_subparsers(dest="action", required=True)
     text = "measure the rates that plan needs, a quarter of a minute on an idle machine"
-    command = actions.add_parser("calibrate", help=text)
-    add, text = command.add_argument, "that rows lie on (default: cpu)"
-    add("--device", choices=("cpu", "cuda"), default="cpu", help=text)
-    add("--threads", default=1, help="of a rank (default: 1)", **_NUMBER)
-    text = "default: where plan --device cpu looks"
-    add("--output", type=Path, metavar="FILE.json", help=text)
-    command.set_defaults(run=_calibrate)
+    add = _command(actions, "calibrate", _calibrate, text)
+    add("--device", "that rows lie on (default: cpu)", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", "of a rank (default: 1)", default=1, **_NUMBER)
+    add("--output", "default: where plan --device cpu looks", type=Path, metavar="FILE.json")
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ rank makes the whole table (orthogonal, sparse, eye, dirac).
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,12 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from shardemb import kernels
-from shardemb.exceptions import InputError, InputTypeError, OutOfMemoryError, UnknownNameError
+from shardemb.exceptions import InputError, InputTypeError, OutOfMemoryError
 from shardemb.sharding.placement import RowOrder, RowPlan
+from shardemb.transforms import parts_of, resolve
 from shardemb.utils.memory import free_bytes
 from shardemb.utils.progress import progress
-from shardemb.utils.types import Initializer, normalize_name
+from shardemb.utils.types import Initializer
 
 #: Rows per random stream. Part of the format: another value changes the initial tables.
 BLOCK_ROWS = 4096
@@ -147,26 +147,15 @@ def _row_count_scale(
 
 def resolve_initializer(initializer: Any, kwargs: Mapping[str, Any] | None) -> Initializer:
     """Resolve a name (KeyError if unknown), a callable or None (normal); TypeError for others."""
-    if initializer is None:
-        function: Any = init.normal_
-    elif callable(initializer):
-        function = initializer
-        where = getattr(function, "__module__", None), getattr(function, "__name__", None)
-        if where == ("pykeen.nn.init", "init_quaternions"):  # the same rule, with a known scale
-            function = init_quaternions
-    elif isinstance(initializer, str):
-        key = normalize_name(initializer)
-        if key not in _BY_NAME:
-            raise UnknownNameError(f"{initializer} is an invalid. Try one of: {sorted(_BY_NAME)}")
-        function = _BY_NAME[key]
-    elif isinstance(initializer, Tensor):
+    if isinstance(initializer, Tensor):
         raise InputTypeError(
             "Invalid function: a tensor: use Embedding.from_pretrained, or"
             " shardemb.initializers.PretrainedInitializer"
         )
-    else:
-        raise InputTypeError(f"Invalid function: {type(initializer)} - {initializer}")
-    return partial(function, **kwargs) if kwargs else function
+    where = getattr(initializer, "__module__", None), getattr(initializer, "__name__", None)
+    if where == ("pykeen.nn.init", "init_quaternions"):  # the same rule, with a known scale
+        initializer = init_quaternions
+    return resolve(_BY_NAME, init.normal_ if initializer is None else initializer, kwargs)
 
 
 @torch.no_grad()
@@ -191,15 +180,12 @@ def fill_rows(
     if isinstance(pretrained, Tensor):  # ours or PyKEEN's PretrainedInitializer: rows by id
         real = torch.view_as_real(pretrained) if pretrained.is_complex() else pretrained
         if tuple(real.shape) != (total, *shape):
-            raise InputError(
-                f"shape does not match: expected {(total, *shape)} but got {tuple(real.shape)}"
-            )
+            got = tuple(real.shape)
+            raise InputError(f"shape does not match: expected {(total, *shape)} but got {got}")
         _cut(out, real.reshape(total, out.shape[1]), plan)
         return
     first, last = plan.first, plan.first + len(out)
-    function, kwargs = initializer, {}
-    if isinstance(initializer, partial):
-        function, kwargs = initializer.func, initializer.keywords
+    function, _, kwargs = parts_of(initializer)
     whole = function in _WHOLE_TABLE
     by_id = whole or total <= BLOCK_ROWS  # rows of one block may depend on each other, as in PyKEEN
     size = max(1, total) if by_id else BLOCK_ROWS
@@ -213,12 +199,12 @@ def fill_rows(
             torch.default_generator.manual_seed(int(stream[0]))
             rows = _make(initializer, torch.zeros(stop - start, *shape, dtype=out.dtype), whole)
             scale = _row_count_scale(function, kwargs, stop - start, total, shape)
+            rows = rows if scale == 1 else rows * scale
             if by_id:
-                _cut(out, rows if scale == 1 else rows * scale, plan)
+                _cut(out, rows, plan)
                 continue
             low, high = max(start, first), min(stop, last)
             part = rows[low - start : high - start]
-            part = part if scale == 1 else part * scale
             if plan.order.permuted:
                 out[low - first : high - first] = part
             else:  # the block's slots, by id

@@ -59,11 +59,8 @@ class Regularizer(nn.Module):
 
     def update(self, *tensors: Tensor) -> None:
         """Add the terms of ``tensors``; does nothing in eval mode or without gradients."""
-        if (
-            not self.training
-            or not torch.is_grad_enabled()
-            or (self.apply_only_once and self.updated)
-        ):
+        counted = self.apply_only_once and self.updated
+        if counted or not self.training or not torch.is_grad_enabled():
             return
         for x in tensors:
             self.regularization_term = self.regularization_term + self(x)
@@ -147,9 +144,8 @@ class NormLimitRegularizer(Regularizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a scalar for ``(..., d)``."""
-        return (
-            (_reduce(x, self.p, self.dim, False, not self.power_norm) - self.max_norm).relu().sum()
-        )
+        norm = _reduce(x, self.p, self.dim, False, not self.power_norm)
+        return (norm - self.max_norm).relu().sum()
 
 
 class OrthogonalityRegularizer(Regularizer):
@@ -204,18 +200,15 @@ class CombinedRegularizer(Regularizer):
         self.regularizers = nn.ModuleList(regularizers)
         if any(isinstance(r, NoRegularizer) for r in self.regularizers):
             raise InputTypeError("Can not combine a no-op regularizer")
-        self.register_buffer(
-            "normalization_factor", torch.as_tensor(sum(self._weights())).reciprocal()
-        )
+        total = torch.as_tensor(sum(self._weights()))
+        self.register_buffer("normalization_factor", total.reciprocal())
 
     def _weights(self) -> list[Tensor]:
         return [r.weight for r in self.regularizers]  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weighted mean of the terms."""
-        terms = [
-            weight * r(x) for weight, r in zip(self._weights(), self.regularizers, strict=True)
-        ]
+        terms = [r.weight * r(x) for r in self.regularizers]
         return self.normalization_factor * torch.stack(terms).sum()
 
 
@@ -231,9 +224,8 @@ _REGULARIZERS: dict[str, type[Regularizer]] = {
 
 def resolve_regularizer(regularizer: Any, kwargs: Mapping[str, Any] | None) -> nn.Module | None:
     """Resolve a name (KeyError if unknown), a class, an instance or None; TypeError for others."""
-    if regularizer is None or (
-        hasattr(regularizer, "update") and not isinstance(regularizer, type)
-    ):
+    made = hasattr(regularizer, "update") and not isinstance(regularizer, type)
+    if made or regularizer is None:
         return regularizer
     if isinstance(regularizer, str):
         key = normalize_name(regularizer).removesuffix("regularizer")

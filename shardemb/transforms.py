@@ -47,27 +47,28 @@ _CONSTRAINERS = {
 _NORMALIZERS = {"normalize": F.normalize, "softmax": F.softmax}
 
 
-def _resolve(
-    kind: Mapping[str, Any], query: Any, kwargs: Mapping[str, Any] | None
-) -> RowFunction | None:
+def resolve(functions: Mapping[str, Any], query: Any, kwargs: Mapping[str, Any] | None) -> Any:
+    """Resolve a name (KeyError if unknown), a callable or None; TypeError for others."""
     if query is None:
         return None
-    if callable(query):
-        function = query
-    elif isinstance(query, str):
-        if normalize_name(query) not in kind:
-            raise UnknownNameError(f"{query} is an invalid. Try one of: {sorted(kind)}")
-        function = kind[normalize_name(query)]
-    else:
+    if isinstance(query, str):
+        if normalize_name(query) not in functions:
+            raise UnknownNameError(f"{query} is an invalid. Try one of: {sorted(functions)}")
+        query = functions[normalize_name(query)]
+    if not callable(query):
         raise InputTypeError(f"Invalid function: {type(query)} - {query}")
-    return partial(function, **kwargs) if kwargs else function
+    return partial(query, **kwargs) if kwargs else query
+
+
+resolve_constrainer = partial(resolve, _CONSTRAINERS)
+resolve_normalizer = partial(resolve, _NORMALIZERS)
 
 
 def to_json(function: RowFunction | None) -> dict[str, Any] | None:
     """Describe a function by name (None if unknown) and arguments."""
     if function is None:
         return None
-    plain, args, kwargs = _parts(function)
+    plain, args, kwargs = parts_of(function)
     names = {value: name for name, value in [*_CONSTRAINERS.items(), *_NORMALIZERS.items()]}
     simple = all(isinstance(value, int | float | str | None) for value in kwargs.values())
     known = names.get(plain) if simple and not args else None
@@ -78,25 +79,16 @@ def to_json(function: RowFunction | None) -> dict[str, Any] | None:
     }
 
 
-def resolve_constrainer(constrainer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Resolve a name (KeyError if unknown), a callable or None; TypeError for others."""
-    return _resolve(_CONSTRAINERS, constrainer, kwargs)
-
-
-def resolve_normalizer(normalizer: Any, kwargs: Mapping[str, Any] | None) -> RowFunction | None:
-    """Resolve a name (KeyError if unknown), a callable or None; TypeError for others."""
-    return _resolve(_NORMALIZERS, normalizer, kwargs)
-
-
 def is_plain_normalize(function: RowFunction | None) -> bool:
     """Whether a function divides rows ``(n, d)`` by their 2-norm, as F.normalize by default."""
-    plain, args, kwargs = _parts(function)
+    plain, args, kwargs = parts_of(function)
     known = {"p": (2,), "dim": (1, -1), "eps": (1e-12,)}
     default = all(value in known.get(key, ()) for key, value in kwargs.items())
     return plain is F.normalize and not args and default
 
 
-def _parts(function: Any) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+def parts_of(function: Any) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+    """Return a function without its preset arguments, and these."""
     if isinstance(function, partial):
         return function.func, function.args, function.keywords
     return function, (), {}
@@ -120,7 +112,7 @@ def probe_constrainer(
     Raises:
         ValueError: a row's result depends on other rows, or has another shape.
     """
-    plain, _, kwargs = _parts(constrainer)
+    plain, _, kwargs = parts_of(constrainer)
     if plain is clamp_norm and kwargs and kwargs.get("dim") is None:
         raise InputError(
             f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table,"
@@ -129,9 +121,8 @@ def probe_constrainer(
     with warnings.catch_warnings():  # its warnings appear at use
         warnings.simplefilter("ignore")
         try:
-            idempotent = [
-                _probe(constrainer, scale, shape, dtype, table) for scale in (1e-3, 1.0, 1e3)
-            ]
+            scales = 1e-3, 1.0, 1e3  # some change large rows only
+            idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in scales]
         except Exception as error:
             error.add_note(
                 f"table {table!r}: constrainer {constrainer} was tried on 8 rows of shape {shape}"
@@ -144,7 +135,6 @@ def probe_constrainer(
 def _probe(
     constrainer: RowFunction, scale: float, shape: tuple[int, ...], dtype: torch.dtype, table: str
 ) -> bool:
-    """Probe with rows of one scale; some constrainers change large rows only."""
     generator = torch.Generator().manual_seed(0)
     rows = scale * torch.randn(8, *shape, dtype=dtype, generator=generator)
     whole = constrainer(rows.clone())

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,24 +61,17 @@ class _Part(NamedTuple):
     def of(cls, batch: pa.RecordBatch) -> "_Part":
         labels, hashes, ids = batch.columns
         _, offsets, text = labels.buffers()
-        begins = np.frombuffer(
-            offsets, dtype=np.int64, count=len(labels) + 1, offset=8 * labels.offset
-        )
+        begins = np.frombuffer(offsets, np.int64, len(labels) + 1, 8 * labels.offset)
         return cls(begins, memoryview(text or b""), numbers(hashes), numbers(ids))
 
 
-class _Fingerprint:
-    """The sha256 of all labels in the order of ids, independent of batches."""
-
-    def __init__(self) -> None:
-        self._text, self._lengths = hashlib.sha256(), hashlib.sha256()
-
-    def update(self, part: _Part) -> None:
-        self._text.update(part.text[part.offsets[0] : part.offsets[-1]])
-        self._lengths.update(np.diff(part.offsets).astype("<i8").tobytes())
-
-    def hexdigest(self) -> str:
-        return hashlib.sha256(self._text.digest() + self._lengths.digest()).hexdigest()
+def _fingerprint(parts: Iterable[_Part]) -> str:
+    """Return the sha256 of all labels in the order of ids, independent of batches."""
+    text, lengths = hashlib.sha256(), hashlib.sha256()
+    for part in parts:
+        text.update(part.text[part.offsets[0] : part.offsets[-1]])
+        lengths.update(np.diff(part.offsets).astype("<i8").tobytes())
+    return hashlib.sha256(text.digest() + lengths.digest()).hexdigest()
 
 
 def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
@@ -86,13 +79,15 @@ def write(path: Path, batches: Iterable[pa.RecordBatch]) -> str:
 
     ``batches`` are not empty and have :data:`SCHEMA`; the hashes ascend over all of them.
     """
-    digest = _Fingerprint()
     schema = SCHEMA.with_metadata({"fingerprint": _NO_FINGERPRINT})
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for batch in batches:
-            digest.update(_Part.of(batch))
-            writer.write_batch(batch)
-    found = digest.hexdigest()
+
+        def parts() -> Iterator[_Part]:
+            for batch in batches:
+                writer.write_batch(batch)
+                yield _Part.of(batch)
+
+        found = _fingerprint(parts())
     with path.open("r+b") as written, mmap.mmap(written.fileno(), 0) as mapped:
         # before and after all labels
         for at in (mapped.find(_NO_FINGERPRINT), mapped.rfind(_NO_FINGERPRINT)):
@@ -115,14 +110,13 @@ class Vocabulary:
 
     def __init__(self, labels: Iterable[str]) -> None:
         labels = list(labels)
-        if len(set(labels)) != len(labels):
-            last = {label: i for i, label in enumerate(labels)}
-            first = next(i for i, label in enumerate(labels) if last[label] != i)
-            twice = labels[first]
-            raise InputError(
-                f"label {twice!r} stands twice, as ids {first} and {last[twice]}: labels must be"
-                " distinct"
-            )
+        ids: dict[str, int] = {}
+        for row, label in enumerate(labels):
+            if (first := ids.setdefault(label, row)) != row:
+                raise InputError(
+                    f"label {label!r} stands twice, as ids {first} and {row}: labels must be"
+                    " distinct"
+                )
         hashes = digests(labels)[:, 0]
         order = np.argsort(hashes, kind="stable")
         columns = [text_column(labels), column_of(hashes[order]), column_of(order)]
@@ -154,10 +148,9 @@ class Vocabulary:
         """
         try:
             with path.open("rb") as file:
-                content = pa.py_buffer(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if _size(file) else b""
-                )
-            reader = pa.ipc.open_file(pa.BufferReader(content))
+                empty = not path.stat().st_size  # which mmap refuses
+                content = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content)))
             got, expected = (
                 dict(zip(schema.names, schema.types, strict=True))
                 for schema in (reader.schema, SCHEMA)
@@ -204,10 +197,7 @@ class Vocabulary:
 
     def computed_fingerprint(self) -> str:
         """Compute the fingerprint, which reads all labels."""
-        digest = _Fingerprint()
-        for part in self._parts:
-            digest.update(part)
-        return digest.hexdigest()
+        return _fingerprint(self._parts)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -224,38 +214,34 @@ class Vocabulary:
         """Return an id's label; IndexError out of range, ValueError for a damaged file."""
         if not 0 <= row < len(self):
             raise IdRangeError(f"{self._where}got id {row}, expected 0 <= id < {len(self):,}")
-        number = bisect_right(self._starts, row) - 1
-        part, at = self._parts[number], row - self._starts[number]
+        part, at = self._find(row)
         try:
             return str(part.text[part.offsets[at] : part.offsets[at + 1]], "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{self._where}the label of id {row} is damaged ({error})") from error
 
+    def _find(self, row: int) -> tuple[_Part, int]:
+        number = bisect_right(self._starts, row) - 1
+        return self._parts[number], row - self._starts[number]
+
     def ids(self, labels: Iterable[str]) -> np.ndarray:
         """Return int64 ids ``(n,)``; KeyError for an unknown label."""
         labels = list(labels)
         hashes = digests(labels)[:, 0]
-        places = self._places(hashes)
-        return np.fromiter(
-            map(self._id, labels, hashes.tolist(), places.tolist()),
-            dtype=np.int64,
-            count=len(labels),
-        )
+        found = map(self._id, labels, hashes.tolist(), self._places(hashes).tolist())
+        return np.fromiter(found, np.int64, len(labels))
 
     def _places(self, hashes: np.ndarray) -> np.ndarray:
         numbers = np.maximum(np.searchsorted(self._firsts, hashes) - 1, 0)
         places = np.zeros(len(hashes), dtype=np.int64)
         for number in np.unique(numbers) if self._parts else ():
-            here = numbers == number
-            places[here] = self._starts[number] + np.searchsorted(
-                self._parts[number].hashes, hashes[here]
-            )
+            here, start = numbers == number, self._starts[number]
+            places[here] = start + np.searchsorted(self._parts[number].hashes, hashes[here])
         return places
 
     def _id(self, label: str, wanted: int, place: int) -> int:
         while place < len(self):  # labels may share a hash
-            number = bisect_right(self._starts, place) - 1
-            part, at = self._parts[number], place - self._starts[number]
+            part, at = self._find(place)
             if part.hashes[at] != wanted:
                 break
             found = int(part.ids[at])
@@ -274,28 +260,22 @@ class Vocabulary:
 
 def column_of(array: np.ndarray) -> pa.Array:
     """Return a column of numbers without a copy; pa.array loads pandas."""
-    return pa.Array.from_buffers(
-        pa.from_numpy_dtype(array.dtype), len(array), [None, pa.py_buffer(array)]
-    )
+    buffers = [None, pa.py_buffer(array)]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(array.dtype), len(array), buffers)
 
 
 def text_column(texts: Sequence[str]) -> pa.Array:
     """Return a column of strings; pa.array loads pandas."""
     encoded = [text.encode() for text in texts]
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return pa.LargeStringArray.from_buffers(
-        len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))
-    )
+    buffers = pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))
+    return pa.LargeStringArray.from_buffers(len(encoded), *buffers)
 
 
 def numbers(column: pa.Array) -> np.ndarray:
     """Return the numbers of a column without nulls; to_numpy loads pandas."""
     dtype = np.dtype(column.type.to_pandas_dtype())
     return np.frombuffer(column.buffers()[1], dtype, len(column), dtype.itemsize * column.offset)
-
-
-def _size(file: Any) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def _told(columns: dict[str, pa.DataType]) -> str:

@@ -267,7 +267,8 @@ def key_tables() -> str:
     text, sections = "", [field for field in fields(JobConfig) if is_dataclass(field.type)]
     for name, cls in [("", JobConfig), *((field.name, field.type) for field in sections)]:
         text += f"\n### `[{name}]`\n" * bool(name) + "\n| key | default | |\n|---|---|---|\n"
-        for comment, key in re.findall(r"((?: +#: .*\n)+) +(\w+):", inspect.getsource(cls)):
+        source = "".join(inspect.getsource(c) for c in cls.__mro__ if is_dataclass(c))
+        for comment, key in re.findall(r"((?: +#: .*\n)+) +(\w+):", source):
             words = " ".join(line.strip().removeprefix("#: ") for line in comment.splitlines())
             words = re.sub(r":\w+:`([^`]+)`", r"`\1`", words).replace("``", "`")
             text += f"| `{key}` | `{defaults.pop((name, key))}` | {words} |\n"

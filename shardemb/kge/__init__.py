@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from shardemb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from shardemb.kge.config import JobConfig
+    from shardemb.kge.config import JobConfig, TrainingConfig
     from shardemb.kge.data.ingest import ingest
     from shardemb.kge.data.triples import Triples
     from shardemb.kge.evaluation import EvaluationConfig, evaluate
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
     from shardemb.kge.optimizers import OptimizerConfig
     from shardemb.kge.sampling import SamplingConfig
-    from shardemb.kge.trainer import TrainingConfig
 
 _MODULES = {
     "EvaluationConfig": "evaluation",
@@ -24,7 +23,7 @@ _MODULES = {
     "ModelConfig": "model",
     "OptimizerConfig": "optimizers",
     "SamplingConfig": "sampling",
-    "TrainingConfig": "trainer",
+    "TrainingConfig": "config",
     "Triples": "data.triples",
     "evaluate": "evaluation",
     "evaluate_run": "job",

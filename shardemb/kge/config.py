@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import tomllib
@@ -10,17 +11,68 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from shardemb.coordinator import NONFINITE
 from shardemb.exceptions import InputError
-from shardemb.kge.data.splits import check_unseen
+from shardemb.kge.data.splits import UNSEEN
 from shardemb.kge.data.triples import absolute
 from shardemb.kge.evaluation import EvaluationConfig
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.trainer import WHEN_TO_SAVE, Settings, TrainingConfig
 from shardemb.launch.config import LaunchConfig
 from shardemb.utils.files import read_text
+from shardemb.utils.validation import at_least, choice, one_of
+
+#: settings of training that may differ in a resumed run
+WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Epochs, validation, checkpoints, precision and device."""
+
+    #: passes over the triples (or over the queries, with scheme "kvsall")
+    epochs: int = 8
+    #: of initial rows, order and negatives
+    seed: int = 0
+    #: epochs between two validations; 0 for none
+    validate_every: int = 2
+    #: triples of the validation split, drawn by the seed, that are ranked on the way; 0 for all
+    validation_triples: int = 1000
+    #: stop after this many validations without a better MRR, and go back to the best one; 0 for
+    #: never
+    patience: int = 0
+    #: epochs between two checkpoints; the last epoch always makes one
+    checkpoint_every: int = 1
+    #: seconds after which a checkpoint is made within an epoch; 0 for none
+    checkpoint_seconds: float = 0.0
+    #: finished checkpoints that stay
+    keep: int = 2
+    #: write checkpoints while training goes on, from a copy of the rows, instead of waiting for the
+    #: disk
+    background_saves: bool = True
+    #: what a NaN or infinite loss does: "error" ends the run, "warn" tells, "skip" leaves the step
+    #: out, and tells
+    nonfinite: str = "error"
+    #: in which scores are computed: "float32", or "bfloat16" by torch's autocast; rows and their
+    #: state stay float32
+    precision: str = "float32"
+    #: where rows lie: "cpu" or "cuda" (then each rank takes the GPU of its local number)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        precisions, devices = ("float32", "bfloat16"), ("cpu", "cuda")
+        allowed = {"nonfinite": NONFINITE, "precision": precisions, "device": devices}
+        one_of("training", self, allowed)
+        at_least("training", self, epochs=1, checkpoint_every=1, keep=1)
+        at_least("training", self, seed=0, validate_every=0, validation_triples=0, patience=0)
+        at_least("training", self, checkpoint_seconds=0)
+        if self.patience and not self.validate_every:
+            raise InputError(
+                f"training.patience: got {self.patience} with validate_every = 0, expected"
+                " validations to wait for"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,13 +93,33 @@ class JobConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        check_unseen(self.unseen)
-        _ = self.settings  # checks that they are compatible
+        choice("unseen", self.unseen, UNSEEN)
+        scheme = self.sampling.scheme
+        if scheme != "negatives" and self.loss.name not in ("softmax", "logistic"):
+            raise InputError(
+                f"loss.name: got {self.loss.name!r} with scheme {scheme!r}, expected 'softmax' or"
+                " 'logistic'"
+            )
+        if scheme == "kvsall" and self.loss.subsampling:
+            raise InputError(
+                "loss.subsampling: got true with sampling.scheme 'kvsall', whose queries stand for"
+                " many triples each"
+            )
+        if self.optimizer.schedule == "plateau" and not self.training.validate_every:
+            raise InputError(
+                "optimizer.schedule: got 'plateau' with training.validate_every = 0, expected"
+                " validations to look at"
+            )
 
     @property
-    def settings(self) -> Settings:
-        """The trainer's sections."""
-        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
+    def fingerprint(self) -> str:
+        """A sha256 of all settings that a resumed run must keep."""
+        saving = {key: getattr(TrainingConfig, key) for key in WHEN_TO_SAVE}
+        training = dataclasses.replace(self.training, **saving)
+        same = dataclasses.replace(self, training=training, evaluation=EvaluationConfig())
+        names = "model", "loss", "sampling", "optimizer", "training", "evaluation"
+        text = ", ".join(f"{name}={getattr(same, name)!r}" for name in names)
+        return hashlib.sha256(f"Settings({text})".encode()).hexdigest()
 
     @classmethod
     def load(
@@ -79,17 +151,14 @@ class JobConfig:
         for override in overrides:
             key, separator, text = override.partition("=")
             if not separator:
-                raise InputError(
-                    f"got override {override!r}, expected key=value, e.g. training.epochs=3"
-                )
+                example = "key=value, e.g. training.epochs=3"
+                raise InputError(f"got override {override!r}, expected {example}")
             *sections, name = key.strip().split(".")
             node = tree
             for section in sections:
                 node = node.setdefault(section, {})
                 if not isinstance(node, dict):
-                    raise InputError(
-                        f"{source}: got override {override!r}, but {section!r} is no section"
-                    )
+                    raise InputError(f"{source}: got {override!r}, but {section!r} is no section")
             node[name] = _parse(text.strip())
         if dataset is not None:
             tree["dataset"] = dataset
@@ -153,9 +222,8 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 def _near(key: str, hints: Iterable[str], prefix: str) -> str:
     places = {name.rpartition(".")[2]: name for name in _keys(JobConfig)}
     places |= {name: prefix + name for name in hints}
-    for names in (hints, places):
-        if near := difflib.get_close_matches(key, names, n=1):
-            return f"did you mean {places[near[0]]!r}?"
+    if near := difflib.get_close_matches(key, places, n=1):
+        return f"did you mean {places[near[0]]!r}?"
     return f"known: {', '.join(prefix + name for name in hints)}"
 
 
@@ -198,10 +266,8 @@ def _require_writable(value: Any, where: str) -> None:
             _require_writable(entry, f"{where}.{key}")
     elif not isinstance(value, str | int | float):
         raise InputError(f"{where}: got {value!r}, expected text, a number or a truth value")
-    elif isinstance(value, int) and value.bit_length() > 63:
-        raise InputError(
-            f"{where}: got an integer of {value.bit_length()} bits, expected at most 63"
-        )
+    elif isinstance(value, int) and (bits := value.bit_length()) > 63:
+        raise InputError(f"{where}: got an integer of {bits} bits, expected at most 63")
     elif isinstance(value, float) and math.isnan(value):
         raise InputError(f"{where}: got nan, expected a number")
     elif isinstance(value, str) and not value.isascii():

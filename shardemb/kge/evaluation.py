@@ -12,7 +12,7 @@ from shardemb.comm import collectives
 from shardemb.exceptions import InputError
 from shardemb.kge.known_answers import SIDES, KnownAnswers
 from shardemb.kge.model import KnowledgeGraphModel
-from shardemb.kge.ranking import Comparison, with_all, with_drawn
+from shardemb.kge.ranking import with_all, with_drawn
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.validation import at_least, one_of
 
@@ -119,7 +119,8 @@ def report(
                     compared = with_drawn(*common, config.candidates, seed, bar.update)
                 else:
                     compared = with_all(*common, bar.update)
-                parts[side] = _ranks(compared, config.ties), compared.options
+                ranks = 1 + compared.better + compared.equal * TIES[config.ties]
+                parts[side] = ranks, compared.options
         finally:
             model.train(training)
     table: list[dict[str, Any]] = []
@@ -143,10 +144,6 @@ def _known(splits: Sequence[Tensor], num_relations: int, triples: Tensor) -> Kno
     ]
     gather = partial(collectives.all_gather_rows, operation="known answers")
     return KnownAnswers(parts, num_relations, triples, gather)
-
-
-def _ranks(compared: Comparison, ties: str) -> Tensor:
-    return 1 + compared.better + compared.equal * TIES[ties]
 
 
 def metrics(ranks: Tensor, options: Tensor, hits: Sequence[int] = (1, 3, 10)) -> dict[str, float]:

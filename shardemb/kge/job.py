@@ -9,7 +9,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch.distributed as dist
 from shardemb import checkpoint as checkpoints
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
-from shardemb.kge.config import JobConfig
-from shardemb.kge.data.triples import Triples
+from shardemb.kge.config import JobConfig, TrainingConfig
+from shardemb.kge.data.triples import Triples, absolute
 from shardemb.kge.evaluation import EvaluationConfig, report
 from shardemb.kge.losses import LossConfig
 from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
@@ -27,17 +28,13 @@ from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.predict import best_tails
 from shardemb.kge.run_folder import RunFolder
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.trainer import Trainer, TrainingConfig, resolve_device
+from shardemb.kge.trainer import Trainer, resolve_device
 from shardemb.launch.config import LaunchConfig, run
 from shardemb.launch.local import run_local
 from shardemb.serving.store import StoredTable, newest, open_store
 
 #: receives a line about the next phase
 Notify = Callable[[str], object]
-
-
-def _ignore(text: str) -> None:
-    """Notify nobody."""
 
 
 def train(
@@ -92,14 +89,11 @@ def train(
         launch=LaunchConfig(workers=collectives.rank_and_size()[1]),
     )
     folder = None if output is None else RunFolder(output)
-    trainer = Trainer(data, config.settings, folder, resume, progress)
-    try:
+    with closing(Trainer(data, config, folder, resume, progress)) as trainer:
         if folder is not None and trainer.rank == 0:
             command = shlex.join(["python", *sys.argv])
             folder.write_start(config.to_toml(), command, str(trainer.world_size))
         return trainer.model, trainer.train()
-    finally:
-        trainer.close()
 
 
 def train_run(
@@ -109,7 +103,7 @@ def train_run(
     resume: bool = False,
     timeout_s: float = 300.0,
     command: str = "",
-    notify: Notify = _ignore,
+    notify: Notify = lambda text: None,
 ) -> dict[str, float] | None:
     """Start the ranks of a job, train, and rank the test triples, as ``shardemb train``.
 
@@ -138,25 +132,18 @@ def train_run(
         )
     _require_dataset(config, folder)
     command = command or shlex.join(["python", *sys.argv])
+    options: dict[str, Any] = {
+        "gpus": config.training.device == "cuda",
+        "timeout_s": timeout_s,
+        "storage": folder.ray.resolve(),
+    }
     if launch.launcher == "torchrun":
-        call: tuple[Any, ...] = (
-            _prepare_and_train,
-            launch,
-            config,
-            folder,
-            resume,
-            command,
-            notify,
-        )
-    else:
-        workers = str(launch.workers)
-        if launch.max_workers:
-            workers += f" to {launch.max_workers}"
-        _prepare(config, folder, resume, command, workers, notify)
-        again = resume or launch.launcher == "ray"  # Ray restarts ranks after a failure
-        call = _train_rank, launch, config, folder.path.resolve(), again
-    gpus, storage = config.training.device == "cuda", folder.ray.resolve()
-    return run(*call, gpus=gpus, timeout_s=timeout_s, storage=storage)
+        common = config, folder, resume, command, notify
+        return run(_prepare_and_train, launch, *common, **options)
+    workers = f"{launch.workers}" + f" to {launch.max_workers}" * bool(launch.max_workers)
+    _prepare(config, folder, resume, command, workers, notify)
+    again = resume or launch.launcher == "ray"  # Ray restarts ranks after a failure
+    return run(_train_rank, launch, config, folder.path.resolve(), again, **options)
 
 
 def _prepare(
@@ -185,11 +172,8 @@ def _prepare_and_train(
 
 
 def _train_rank(config: JobConfig, output: Path, resume: bool) -> dict[str, float]:
-    trainer = Trainer(_load(config), config.settings, RunFolder(output), resume)
-    try:
+    with closing(Trainer(_load(config), config, RunFolder(output), resume)) as trainer:
         return trainer.train()
-    finally:
-        trainer.close()
 
 
 def _load(config: JobConfig) -> Triples:
@@ -221,7 +205,7 @@ def evaluate_run(
     checkpoint: str | Path | None = None,
     device: str | None = None,
     timeout_s: float = 300.0,
-    notify: Notify = _ignore,
+    notify: Notify = lambda text: None,
 ) -> dict[str, Any]:
     """Rank a split's triples with a run's checkpoint, as ``shardemb evaluate``.
 
@@ -254,9 +238,11 @@ def evaluate_run(
                 f"got --set {override}, expected evaluation.KEY=VALUE: the rest is as the run was"
                 " trained"
             )
-    config = JobConfig.load(written, overrides, dataset)
+    config = JobConfig.load(written, overrides)
+    in_memory = not config.dataset
+    if dataset is not None:
+        config = replace(config, dataset=absolute(dataset))
     _require_dataset(config, folder)
-    in_memory = not JobConfig.load(written).dataset
     path = newest(Path(checkpoint or folder.path))
     notify(f"ranking {split} triples of {config.dataset} by {path}")
     device = device or config.training.device
@@ -275,11 +261,7 @@ def _evaluate_rank(
     seed = config.training.seed
     counts = len(data.entities), len(data.relations)
     model = KnowledgeGraphModel(*counts, config.model, seed, device=resolve_device(device))
-    fingerprints = {
-        "entities": data.entities.fingerprint,
-        "relations": data.relations.fingerprint,
-        "triples": data.fingerprint,
-    }
+    fingerprints = data.fingerprints
     if in_memory:  # files have another order than columns in memory
         del fingerprints["triples"]
     checkpoints.load(path, model, optimizer_state=False, fingerprints=fingerprints)

@@ -71,13 +71,12 @@ class KnownAnswers:
     def _pairs(self, splits: Sequence[Tensor], side: Side, only: Tensor | None) -> Tensor:
         wanted = None if only is None else self._key(*columns_of(side, only)[:2]).unique()
         pairs = [torch.empty(0, 2, dtype=torch.int64)]
-        for triples in splits if wanted is None or len(wanted) else ():
+        for triples in splits:
             for block in triples.split(_BLOCK):
                 entities, relations, answers = columns_of(side, block)
                 keys = self._key(entities, relations)
                 if wanted is not None:
-                    place = torch.searchsorted(wanted, keys).clamp_max(len(wanted) - 1)
-                    asked = wanted[place] == keys
+                    asked, _ = equal_range(wanted, keys)
                     keys, answers = keys[asked], answers[asked]
                 pairs.append(torch.stack([keys, answers], dim=1))
         return torch.cat(pairs)

@@ -11,7 +11,7 @@ from shardemb.embedding import Embedding
 from shardemb.exceptions import InputError
 from shardemb.kge.known_answers import Side
 from shardemb.kge.losses import LossConfig, lp
-from shardemb.kge.sampling import Batch, Queries
+from shardemb.kge.sampling import Batch, Queries, choose
 from shardemb.kge.scorers import SCORERS
 from shardemb.kge.vs_all import gather_queries, share_of, vs_all
 from shardemb.sharding.options import Sharding
@@ -55,10 +55,10 @@ class ModelConfig:
         one_of("model", self, {"scorer": sorted(SCORERS)})
         at_least("model", self, dim=1, init_std=1e-9, n3=0, lp=0, lp_power=1)
         within("model", self, entity_dropout=(0, 0.99), relation_dropout=(0, 0.99))
-        try:
-            SCORERS[self.scorer]().check_dim(self.dim)
-        except ValueError as error:
-            raise InputError(f"model.dim: {error}") from error
+        if self.dim % (divisor := SCORERS[self.scorer].divisor):
+            raise InputError(
+                f"model.dim: got {self.dim}, expected a multiple of {divisor} for {self.scorer!r}"
+            )
         try:
             constrainer = resolve_constrainer(self.constrainer or None, self.constrainer_kwargs)
             if constrainer is not None:
@@ -95,7 +95,7 @@ class KnowledgeGraphModel(nn.Module):
         super().__init__()
         self.config, self.loss_config = config, loss or LossConfig()
         self.num_relations = num_relations
-        self.scorer = SCORERS[config.scorer]()
+        self.scorer = SCORERS[config.scorer]
         # gradients are summed, because the loss is divided by the global batch
         common: dict[str, Any] = {
             "embedding_dim": config.dim,
@@ -129,10 +129,7 @@ class KnowledgeGraphModel(nn.Module):
     def queries(self, side: Side, entities: Tensor, relations: Tensor) -> Tensor:
         """Return the scorer's queries ``(B, D)`` for ids ``(B,)``. A collective.
 
-        Args:
-            side: "tail" for (entity, relation, ?), "head" for (?, relation, entity).
-            entities: ids ``(B,)``.
-            relations: ids ``(B,)``.
+        ``side`` is "tail" for (entity, relation, ?), "head" for (?, relation, entity).
         """
         head = side == "head"
         known = self.entity(entities.to(self.entity.device))
@@ -143,12 +140,12 @@ class KnowledgeGraphModel(nn.Module):
         return (relations + shift * head).to(self.relation.device)
 
     def _query(self, head: Tensor | bool, known: Tensor, relation: Tensor) -> Tensor:
-        if self.config.reciprocal or head is False:
-            return self.scorer.tail_query(known, relation)
-        if head is True:
-            return self.scorer.head_query(known, relation)
-        both = self.scorer.head_query(known, relation), self.scorer.tail_query(known, relation)
-        return torch.where(head.unsqueeze(-1).to(known.device), *both)
+        if self.config.reciprocal:  # the reciprocal relation's row asks for the head
+            head = False
+        if isinstance(head, bool):
+            return self.scorer.query(known, relation, head)
+        for_head, for_tail = (self.scorer.query(known, relation, side) for side in (True, False))
+        return choose(head, for_head, for_tail)
 
     def loss(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Sum the losses of this rank's chunks, with one lookup of all entities. A collective.
@@ -182,11 +179,7 @@ class KnowledgeGraphModel(nn.Module):
         queries: list[Tensor] = []
         positives: list[Tensor] = []
         for number, head in enumerate(corruptions):
-            if isinstance(head, bool):
-                known, answers = (tails, heads) if head else (heads, tails)
-            else:
-                mask = head.unsqueeze(-1).to(heads.device)
-                known, answers = torch.where(mask, tails, heads), torch.where(mask, heads, tails)
+            known, answers = choose(head, tails, heads), choose(head, heads, tails)
             queries.append(self._query(head, known, relations[number % own]))
             score = self.scorer.score(queries[-1], answers) if number < own else positives[0]
             positives.append(score)
@@ -201,30 +194,25 @@ class KnowledgeGraphModel(nn.Module):
             loss = loss * batch.weights.to(loss.device)
         return loss.sum(), penalty
 
-    def loss_vs_all(self, queries: Queries, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    def loss_vs_all(self, queries: Queries) -> tuple[Tensor, Tensor]:
         """Compare the answers of a step's queries with all entities. A collective.
 
-        Each rank scores its own entities.
-
-        Args:
-            queries: of all ranks, the same on all.
-            rank: this process.
-            world_size: number of processes.
+        Each rank gets the queries of all, and scores its own entities.
 
         Returns:
             As :meth:`loss`; sum the gradients of the first over ranks.
         """
-        device = self.entity.device
-        share = share_of(len(queries.entities), rank, world_size)
+        device, plan = self.entity.device, self.entity.plan
+        share = share_of(len(queries.entities), plan)
         head = queries.head[share]
         known = self.entity(queries.entities[share].to(device))
         relations = self.relation(self._relation_rows(head, queries.relations[share]))
         query = self._query(head, known, relations)
-        query = gather_queries(query, len(queries.entities), rank, world_size)
+        query = gather_queries(query, len(queries.entities), plan)
         rows = self.entity.local_rows(trainable=True)
         if self.entity.dropout is not None:
             rows = self.entity.dropout(rows)
-        owned, local = self.entity.plan.owned(queries.answers)
+        owned, local = plan.owned(queries.answers)
         loss = vs_all(
             self.scorer.score_all(query, rows),
             (queries.places[owned].to(device), local.to(device)),

@@ -1,7 +1,6 @@
 """The best tails of a head and a relation, from a checkpoint."""
 
 import torch
-from torch import Tensor
 
 from shardemb.exceptions import IdRangeError, InputError
 from shardemb.kge.scorers import SCORERS
@@ -33,7 +32,7 @@ def best_tails(
             f"{store.path}: holds no knowledge-graph model that shardemb train has made, so it has"
             " no scorer"
         )
-    scorer = SCORERS[settings["scorer"]]()
+    scorer = SCORERS[settings["scorer"]]
     entity, relation = store["entity"], store["relation"]
     h, r = entity.ids(heads).reshape(-1), relation.ids(relations).reshape(-1)
     if len(h) != len(r):
@@ -47,8 +46,6 @@ def best_tails(
     known, relations = entity.lookup(h), relation.lookup(r, raw=True)
     if scorer.relation_normalizer is not None:
         relations = scorer.relation_normalizer(relations)
-    by_head = inverse and not settings["reciprocal"]
-    query = scorer.head_query if by_head else scorer.tail_query
-    queries: Tensor = query(known, relations)
+    queries = scorer.query(known, relations, inverse and not settings["reciprocal"])
     best = entity.best(lambda rows: scorer.score_all(queries, rows), k, queries=len(h))
     return entity.named(*best)

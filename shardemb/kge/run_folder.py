@@ -11,7 +11,7 @@ from pathlib import Path
 from shardemb import __version__
 from shardemb.checkpoint.manifest import checkpoints
 from shardemb.exceptions import InputError
-from shardemb.utils.files import replacing
+from shardemb.utils.files import write_text
 from shardemb.vocabulary import Vocabulary
 
 
@@ -90,7 +90,7 @@ class RunFolder:
     def write_start(self, config: str, command: str, workers: str) -> None:
         """Write the settings of a new run as TOML, and add a start to run.json."""
         if self.resumable_config is None:
-            _write(self.config, config)
+            write_text(self.config, config)
         starts = json.loads(self.starts.read_text("utf-8")) if self.starts.exists() else []
         versions = {name: version(name) for name in ("numpy", "torch", "torchrec")}
         start = {
@@ -104,7 +104,7 @@ class RunFolder:
                 "shardemb": __version__,
             },
         }
-        _write(self.starts, json.dumps([*starts, start], indent=1) + "\n")
+        write_text(self.starts, json.dumps([*starts, start], indent=1) + "\n")
 
     def newest(self) -> str | None:
         """Return the name of the newest finished checkpoint."""
@@ -136,8 +136,3 @@ class RunFolder:
 
     def _labels(self, vocabularies: Mapping[str, Vocabulary]) -> list[tuple[Path, Vocabulary]]:
         return [(self.path / f"{kind}.arrow", vocab) for kind, vocab in vocabularies.items()]
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")

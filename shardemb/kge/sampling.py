@@ -290,7 +290,7 @@ class Sampler:
         replaced: tuple[Tensor | bool, ...] = tuple(side == "head" for side in self._sides)
         if coins is not None and self._head_chance is not None:
             replaced = (coins < self._head_chance[relations],)
-        answers = torch.stack([_choose(head, heads, tails) for head in replaced])
+        answers = torch.stack([choose(head, heads, tails) for head in replaced])
         if self.config.in_batch:
             candidates = torch.cat([candidates, answers], dim=2)
         masked = self._masked((heads, relations, tails), replaced, answers, candidates)
@@ -359,7 +359,9 @@ class Sampler:
         )
 
 
-def _choose(head: Tensor | bool, heads: Tensor, tails: Tensor) -> Tensor:
+def choose(head: Tensor | bool, heads: Tensor, tails: Tensor) -> Tensor:
+    """Return heads where ``head``, otherwise tails: ids ``(C, c)``, or rows ``(C, c, D)``."""
     if isinstance(head, bool):
         return heads if head else tails
-    return torch.where(head, heads, tails)
+    mask = head.to(heads.device)
+    return torch.where(mask if heads.dim() == mask.dim() else mask.unsqueeze(-1), heads, tails)

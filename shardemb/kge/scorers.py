@@ -4,77 +4,62 @@ A scorer turns relation and known entity into a query, which it compares with ca
 product or a distance. Candidates that share a query cost one matrix product, ``B x D`` times ``D x
 N``, except for L1 distances. Complex rows are ``D / 2`` pairs of real and imaginary part,
 quaternions ``D / 4`` groups of four, as in PyKEEN.
+
+::
+
+    complex    Re <h, r, conj(t)> of complex rows (Trouillon et al. 2016)
+    distmult   <h, r, t> of real rows (Yang et al. 2015)
+    hole       <r, h * t> with circular correlation (Nickel et al. 2016)
+    quate      -<h r, t> of quaternions; r are rotations (Zhang et al. 2019; PyKEEN's sign)
+    rotate     -||h r - t||_2 of complex rows; elements of r are rotations (Sun et al. 2019)
+    simple     (<h_1, r_1, t_2> + <h_2, r_2, t_1>) / 2, of rows in halves (Kazemi & Poole 2018)
+    transe     -||h + r - t||_2 (Bordes et al. 2013)
+    transe_l1  -||h + r - t||_1 (Bordes et al. 2013)
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shardemb import kernels
-from shardemb.exceptions import InputError
 from shardemb.utils.types import RowFunction
 
 
-class Scorer(ABC):
+@dataclass(frozen=True)
+class Scorer:
     """A scoring function of real rows ``(..., D)``."""
 
+    #: known entities and relations ``(..., D)`` to queries ``(..., D)``, to compare with
+    #: candidates for the tail, or for the head (the third argument)
+    query: Callable[[Tensor, Tensor, bool], Tensor]
+    #: candidates are compared by this norm of the difference; 0: by the dot product
+    norm: int = 0
+    #: real numbers of an element, such as 2 of a complex one
+    parts: int = 1
     #: D must be a multiple of this
-    parts = 1
+    divisor: int = 1
     #: makes relations valid, such as rotations; None if any row is
     relation_normalizer: RowFunction | None = None
 
-    @abstractmethod
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return ``(..., D)``, to compare with candidates for the tail."""
-
-    @abstractmethod
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return ``(..., D)``, to compare with candidates for the head."""
-
-    @abstractmethod
     def score(self, query: Tensor, candidate: Tensor) -> Tensor:
         """Score each query against its own candidate: ``(..., D)``, ``(..., D)`` to ``(...)``."""
+        if not self.norm:
+            return torch.linalg.vecdot(query, candidate)
+        return -torch.linalg.vector_norm(query - candidate, self.norm, dim=-1)
 
-    @abstractmethod
     def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
         """Score queries ``(..., B, D)`` against candidates ``(..., N, D)``: ``(..., B, N)``.
 
         ``exact`` computes distances from differences, slower than a matrix product but without its
         rounding.
         """
-
-    def modulus(self, rows: Tensor) -> Tensor:
-        """Return absolute values of a row's elements ``(..., D / parts)``, for regularizers."""
-        if self.parts == 1:
-            return rows.abs()
-        # keeps the root's gradient finite at 0
-        return (rows.unflatten(-1, (-1, self.parts)).square().sum(-1) + 1e-12).sqrt()
-
-    def check_dim(self, dim: int) -> None:
-        """Raise ValueError for a number of columns that the scorer cannot use."""
-        if dim % self.parts:
-            raise InputError(
-                f"got dim={dim}, expected a multiple of {self.parts}: {type(self).__name__}"
-                " needs it"
-            )
-
-
-class _Product(Scorer):
-    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
-        return torch.linalg.vecdot(query, candidate)
-
-    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        return query @ candidates.mT
-
-
-class _Distance(Scorer):
-    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
-        return -torch.linalg.vector_norm(query - candidate, dim=-1)
-
-    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        if exact:
-            return -kernels.distances(query, candidates, 2)
+        if not self.norm:
+            return query @ candidates.mT
+        if exact or self.norm == 1:
+            return -kernels.distances(query, candidates, self.norm)
         with torch.autocast(query.device.type, enabled=False):  # it subtracts large numbers
             wide = torch.promote_types(query.dtype, torch.float32)
             query, candidates = query.to(wide), candidates.to(wide)
@@ -83,137 +68,47 @@ class _Distance(Scorer):
             square = torch.add(lengths, query @ candidates.mT, alpha=-2)
         return -square.clamp_min(1e-12).sqrt()  # smaller values are rounding errors; gradient 0
 
-
-class TransE(_Distance):
-    """``-||h + r - t||_2`` (Bordes et al. 2013)."""
-
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the expected tail."""
-        return head + relation
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the expected head."""
-        return tail - relation
+    def modulus(self, rows: Tensor) -> Tensor:
+        """Return absolute values of a row's elements ``(..., D / parts)``, for regularizers."""
+        if self.parts == 1:
+            return rows.abs()
+        # keeps the root's gradient finite at 0
+        return (rows.unflatten(-1, (-1, self.parts)).square().sum(-1) + 1e-12).sqrt()
 
 
-class TransEL1(TransE):
-    """``-||h + r - t||_1`` (Bordes et al. 2013); not a matrix product."""
-
-    def score(self, query: Tensor, candidate: Tensor) -> Tensor:
-        """See the base class."""
-        return -(query - candidate).abs().sum(-1)
-
-    def score_all(self, query: Tensor, candidates: Tensor, exact: bool = False) -> Tensor:
-        """See the base class."""
-        return -kernels.distances(query, candidates, 1)
+def _translated(known: Tensor, relation: Tensor, head: bool) -> Tensor:
+    return known - relation if head else known + relation
 
 
-class DistMult(_Product):
-    """``<h, r, t>`` of real rows (Yang et al. 2015)."""
-
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the elementwise product."""
-        return head * relation
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the elementwise product."""
-        return tail * relation
+def _product(known: Tensor, relation: Tensor, head: bool) -> Tensor:
+    return known * relation
 
 
-class ComplEx(_Product):
-    """``Re <h, r, conj(t)>`` of complex rows (Trouillon et al. 2016)."""
-
-    parts = 2
-
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the complex product."""
-        return _complex_product(head, relation)
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the product with the conjugate relation."""
-        return _complex_product(tail, relation, conjugate=True)
+def _complex_product(known: Tensor, relation: Tensor, head: bool) -> Tensor:
+    a, b = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (known, relation))
+    return torch.view_as_real(a * (b.conj() if head else b)).flatten(-2)
 
 
 def _unit_complex(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows.unflatten(-1, (-1, 2)), dim=-1).flatten(-2)
+    return F.normalize(rows.unflatten(-1, (-1, 2)), dim=-1).flatten(-2)
 
 
-class RotatE(_Distance):
-    """``-||h r - t||_2`` of complex rows; each element of ``r`` is a rotation (Sun et al. 2019)."""
-
-    parts = 2
-    relation_normalizer = staticmethod(_unit_complex)
-
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the rotated head."""
-        return _complex_product(head, relation)
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the tail, rotated back."""
-        return _complex_product(tail, relation, conjugate=True)
+def _product_of_halves(known: Tensor, relation: Tensor, head: bool) -> Tensor:
+    if head:
+        return relation * _swapped_halves(known) / 2
+    return _swapped_halves(known * relation) / 2
 
 
-class SimplE(_Product):
-    """``(<h_1, r_1, t_2> + <h_2, r_2, t_1>) / 2``, of rows in two halves (Kazemi & Poole 2018)."""
-
-    parts = 2
-
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the products in the order of a tail's halves."""
-        first, second = (head * relation).chunk(2, dim=-1)
-        return torch.cat([second, first], dim=-1) / 2
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the products in the order of a head's halves."""
-        first, second = tail.chunk(2, dim=-1)
-        return relation * torch.cat([second, first], dim=-1) / 2
-
-    def modulus(self, rows: Tensor) -> Tensor:
-        """Return absolute values, because the halves are real."""
-        return rows.abs()
+def _swapped_halves(rows: Tensor) -> Tensor:
+    return torch.cat(rows.chunk(2, dim=-1)[::-1], dim=-1)
 
 
-def _unit_quaternions(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows.unflatten(-1, (-1, 4)), dim=-1).flatten(-2)
-
-
-class QuatE(_Product):
-    """``-<h r, t>`` of quaternions; ``r`` are rotations (Zhang et al. 2019; PyKEEN's sign)."""
-
-    parts = 4
-    relation_normalizer = staticmethod(_unit_quaternions)
-
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the rotated head."""
-        return _hamilton_product(head, -relation)
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the tail, rotated back."""
-        signs = relation.new_tensor([-1, 1, 1, 1]).repeat(relation.shape[-1] // 4)
-        return _hamilton_product(tail, relation * signs)
-
-
-class HolE(_Product):
-    """``<r, h * t>`` with circular correlation (Nickel et al. 2016)."""
-
-    def tail_query(self, head: Tensor, relation: Tensor) -> Tensor:
-        """Return the circular convolution."""
-        return torch.fft.irfft(torch.fft.rfft(head) * torch.fft.rfft(relation), n=head.shape[-1])
-
-    def head_query(self, tail: Tensor, relation: Tensor) -> Tensor:
-        """Return the circular correlation."""
-        product = torch.fft.rfft(relation).conj() * torch.fft.rfft(tail)
-        return torch.fft.irfft(product, n=tail.shape[-1])
-
-
-def _complex_product(a: Tensor, b: Tensor, conjugate: bool = False) -> Tensor:
-    left, right = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (a, b))
-    return torch.view_as_real(left * (right.conj() if conjugate else right)).flatten(-2)
-
-
-def _hamilton_product(a: Tensor, b: Tensor) -> Tensor:
-    a0, a1, a2, a3 = a.unflatten(-1, (-1, 4)).unbind(-1)
-    b0, b1, b2, b3 = b.unflatten(-1, (-1, 4)).unbind(-1)
+def _hamilton_product(known: Tensor, relation: Tensor, head: bool) -> Tensor:
+    a0, a1, a2, a3 = known.unflatten(-1, (-1, 4)).unbind(-1)
+    b0, b1, b2, b3 = relation.unflatten(-1, (-1, 4)).unbind(-1)
+    b0 = -b0  # PyKEEN's sign; for heads with the conjugate
+    if not head:
+        b1, b2, b3 = -b1, -b2, -b3
     product = [
         a0 * b0 - a1 * b1 - a2 * b2 - a3 * b3,
         a0 * b1 + a1 * b0 + a2 * b3 - a3 * b2,
@@ -223,13 +118,26 @@ def _hamilton_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(product, dim=-1).flatten(-2)
 
 
-SCORERS: dict[str, type[Scorer]] = {
-    "complex": ComplEx,
-    "distmult": DistMult,
-    "hole": HolE,
-    "quate": QuatE,
-    "rotate": RotatE,
-    "simple": SimplE,
-    "transe": TransE,
-    "transe_l1": TransEL1,
+def _unit_quaternions(rows: Tensor) -> Tensor:
+    return F.normalize(rows.unflatten(-1, (-1, 4)), dim=-1).flatten(-2)
+
+
+def _circular(known: Tensor, relation: Tensor, head: bool) -> Tensor:
+    """Convolve, or for heads correlate."""
+    factor = torch.fft.rfft(relation)
+    product = torch.fft.rfft(known) * (factor.conj() if head else factor)
+    return torch.fft.irfft(product, n=known.shape[-1])
+
+
+SCORERS: dict[str, Scorer] = {
+    "complex": Scorer(_complex_product, parts=2, divisor=2),
+    "distmult": Scorer(_product),
+    "hole": Scorer(_circular),
+    "quate": Scorer(_hamilton_product, parts=4, divisor=4, relation_normalizer=_unit_quaternions),
+    "rotate": Scorer(
+        _complex_product, norm=2, parts=2, divisor=2, relation_normalizer=_unit_complex
+    ),
+    "simple": Scorer(_product_of_halves, divisor=2),
+    "transe": Scorer(_translated, norm=2),
+    "transe_l1": Scorer(_translated, norm=1),
 }

@@ -3,15 +3,12 @@
 Seed and epoch determine the data's order, so a resumed run equals an uninterrupted one.
 """
 
-import hashlib
-import os
-import signal
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,112 +16,25 @@ import torch
 from shardemb import checkpoint
 from shardemb.checkpoint.storage import name_of
 from shardemb.comm import collectives, watchdog
-from shardemb.coordinator import NONFINITE, Coordinator
+from shardemb.coordinator import Coordinator
 from shardemb.exceptions import CheckpointError, InputError, OtherDataError, TerminatedError
+from shardemb.kge.config import JobConfig
 from shardemb.kge.data.triples import Triples
-from shardemb.kge.evaluation import EvaluationConfig, check_candidates, evaluate
-from shardemb.kge.losses import LossConfig
-from shardemb.kge.model import KnowledgeGraphModel, ModelConfig
-from shardemb.kge.optimizers import OptimizerConfig
+from shardemb.kge.evaluation import check_candidates, evaluate
+from shardemb.kge.model import KnowledgeGraphModel
 from shardemb.kge.run_folder import RunFolder
-from shardemb.kge.sampling import Sampler, SamplingConfig, seed_of
+from shardemb.kge.sampling import Sampler, seed_of
 from shardemb.utils import logs
+from shardemb.utils.devices import take_gpu
 from shardemb.utils.memory import resident_bytes
 from shardemb.utils.progress import progress_bar
 from shardemb.utils.run_metrics import MetricsFile, plot_metrics, read_metrics, tell
-from shardemb.utils.validation import at_least, one_of
+from shardemb.utils.signals import on_sigterm
 
 _log = logs.logger(__name__)
 
-#: settings of training that may differ in a resumed run
-WHEN_TO_SAVE = ("checkpoint_every", "checkpoint_seconds", "keep", "background_saves")
 #: steps between two records of the loss
 LOG_STEPS = 20
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Epochs, validation, checkpoints, precision and device."""
-
-    #: passes over the triples (or over the queries, with scheme "kvsall")
-    epochs: int = 8
-    #: of initial rows, order and negatives
-    seed: int = 0
-    #: epochs between two validations; 0 for none
-    validate_every: int = 2
-    #: triples of the validation split, drawn by the seed, that are ranked on the way; 0 for all
-    validation_triples: int = 1000
-    #: stop after this many validations without a better MRR, and go back to the best one; 0 for
-    #: never
-    patience: int = 0
-    #: epochs between two checkpoints; the last epoch always makes one
-    checkpoint_every: int = 1
-    #: seconds after which a checkpoint is made within an epoch; 0 for none
-    checkpoint_seconds: float = 0.0
-    #: finished checkpoints that stay
-    keep: int = 2
-    #: write checkpoints while training goes on, from a copy of the rows, instead of waiting for the
-    #: disk
-    background_saves: bool = True
-    #: what a NaN or infinite loss does: "error" ends the run, "warn" tells, "skip" leaves the step
-    #: out, and tells
-    nonfinite: str = "error"
-    #: in which scores are computed: "float32", or "bfloat16" by torch's autocast; rows and their
-    #: state stay float32
-    precision: str = "float32"
-    #: where rows lie: "cpu" or "cuda" (then each rank takes the GPU of its local number)
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        precisions, devices = ("float32", "bfloat16"), ("cpu", "cuda")
-        allowed = {"nonfinite": NONFINITE, "precision": precisions, "device": devices}
-        one_of("training", self, allowed)
-        at_least("training", self, epochs=1, checkpoint_every=1, keep=1)
-        at_least("training", self, seed=0, validate_every=0, validation_triples=0, patience=0)
-        at_least("training", self, checkpoint_seconds=0)
-        if self.patience and not self.validate_every:
-            raise InputError(
-                f"training.patience: got {self.patience} with validate_every = 0, expected"
-                " validations to wait for"
-            )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All sections of a job; ValueError for incompatible ones."""
-
-    model: ModelConfig
-    loss: LossConfig
-    sampling: SamplingConfig
-    optimizer: OptimizerConfig
-    training: TrainingConfig
-    evaluation: EvaluationConfig
-
-    def __post_init__(self) -> None:
-        scheme = self.sampling.scheme
-        if scheme != "negatives" and self.loss.name not in ("softmax", "logistic"):
-            raise InputError(
-                f"loss.name: got {self.loss.name!r} with scheme {scheme!r}, expected 'softmax' or"
-                " 'logistic'"
-            )
-        if scheme == "kvsall" and self.loss.subsampling:
-            raise InputError(
-                "loss.subsampling: got true with sampling.scheme 'kvsall', whose queries stand for"
-                " many triples each"
-            )
-        if self.optimizer.schedule == "plateau" and not self.training.validate_every:
-            raise InputError(
-                "optimizer.schedule: got 'plateau' with training.validate_every = 0, expected"
-                " validations to look at"
-            )
-
-    @property
-    def fingerprint(self) -> str:
-        """A sha256 of all settings that a resumed run must keep."""
-        saving = {key: getattr(TrainingConfig, key) for key in WHEN_TO_SAVE}
-        training = replace(self.training, **saving)
-        same = replace(self, training=training, evaluation=EvaluationConfig())
-        return hashlib.sha256(repr(same).encode()).hexdigest()
 
 
 @dataclass
@@ -152,30 +62,23 @@ class Trainer:
     def __init__(
         self,
         data: Triples,
-        settings: Settings,
+        config: JobConfig,
         run: RunFolder | None,
         resume: bool = False,
         progress: bool = True,
     ) -> None:
         self.rank, self.world_size = collectives.rank_and_size()
-        self.data, self.settings, self.config, self.run = data, settings, settings.training, run
+        self.data, self.settings, self.config, self.run = data, config, config.training, run
         self.device = resolve_device(self.config.device)
-        self.vocabularies = {"entities": data.entities, "relations": data.relations}
-        self.fingerprints = {
-            "settings": settings.fingerprint,
-            **{kind: vocabulary.fingerprint for kind, vocabulary in self.vocabularies.items()},
-            "triples": data.fingerprint,
-        }
+        self.fingerprints = {"settings": config.fingerprint, **data.fingerprints}
         arguments = {"output": str(run), "resume": resume}
         collectives.agree("the training job", {**self.fingerprints, **arguments})
-        if not len(data.valid) and (
-            self.config.patience or settings.optimizer.schedule == "plateau"
-        ):
+        if not len(data.valid) and (self.config.patience or config.optimizer.schedule == "plateau"):
             raise InputError(
                 f"{data.name}: got no valid triples, expected some for training.patience or a"
                 " plateau schedule"
             )
-        check_candidates(settings.evaluation, len(data.entities))
+        check_candidates(config.evaluation, len(data.entities))
         self._make_model()
         self.at = _Progress()
         self.saver: checkpoint.AsyncSaver | None = None
@@ -187,13 +90,13 @@ class Trainer:
         self.coordinator.steps = self.done
         watchdog.at_step(self.done + 1)
         if run is not None and self.rank == 0:
-            run.save_labels(self.vocabularies)
+            run.save_labels(data.vocabularies)
             self.file = MetricsFile(run.metrics, step=self.done, tensorboard=run.tensorboard)
         samples = self.sampler.num_samples
         self.bar = progress_bar(
             total=self.config.epochs * samples,
             initial=self.done / self.sampler.num_steps * samples,
-            unit=" queries" if settings.sampling.scheme == "kvsall" else " triples",
+            unit=" queries" if config.sampling.scheme == "kvsall" else " triples",
             smoothing=0.05,
             disable=self.rank > 0 or not progress,
         )
@@ -201,21 +104,15 @@ class Trainer:
         #: exchanged bytes and updated rows at the last record
         self.counted = (0, 0)
         self.asked_to_end = threading.Event()
-        self.handler: Any = None
-        if threading.current_thread() is threading.main_thread():  # signals need the main thread
-            self.handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.handling_sigterm = ExitStack()
+        self.handling_sigterm.enter_context(on_sigterm(self.asked_to_end.set))
 
     def _make_model(self) -> None:
         data, settings, sampling = self.data, self.settings, self.settings.sampling
         counts, seed = (len(data.entities), len(data.relations)), self.config.seed
         self.against_all = sampling.scheme != "negatives"
         self.model = KnowledgeGraphModel(
-            *counts,
-            settings.model,
-            seed,
-            loss=settings.loss,
-            dense=self.against_all,
-            device=self.device,
+            *counts, settings.model, seed, settings.loss, self.against_all, self.device
         )
         self.optimizer = settings.optimizer.make(self.model)
         clip = settings.optimizer.max_grad_norm or None
@@ -235,11 +132,10 @@ class Trainer:
 
     def _open(self, run: RunFolder, resume: bool) -> None:
         if resume:
-            run.check_labels(self.vocabularies)
+            run.check_labels(self.data.vocabularies)
             self._resume(run)
         else:
-            results = collectives.gather(run.results(), operation="is the run folder new?")[0]
-            if results:
+            if results := collectives.gather(run.results(), operation="is the run new?")[0]:
                 raise FileExistsError(
                     f"{run}: holds {' and '.join(results)} of a run: give another folder, or"
                     " resume=True"
@@ -267,26 +163,18 @@ class Trainer:
         return self.at.epoch * self.sampler.num_steps + self.at.step
 
     @property
-    def stopped_early(self) -> bool:
-        """Whether ``patience`` validations in a row were no better."""
-        return 0 < self.config.patience <= self.at.since_best
-
-    @property
     def ended(self) -> bool:
-        """Whether the run is complete."""
-        return self.at.epoch >= self.config.epochs or (self.stopped_early and self.at.step == 0)
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_end.set()
+        """Whether all epochs are complete, or ``patience`` validations were no better."""
+        stopped_early = 0 < self.config.patience <= self.at.since_best
+        return self.at.epoch >= self.config.epochs or (stopped_early and self.at.step == 0)
 
     def _resume(self, run: RunFolder) -> None:
         paths = checkpoint.checkpoints(run.checkpoints)
         damaged: list[Path] = []
         while paths:
             try:
-                state = checkpoint.load(
-                    paths[-1], self.model, [self.optimizer], fingerprints=self.fingerprints
-                )
+                states, expected = [self.optimizer], self.fingerprints
+                state = checkpoint.load(paths[-1], self.model, states, fingerprints=expected)
             except CheckpointError as error:
                 if len(paths) == 1 or isinstance(error, OtherDataError):
                     raise
@@ -319,14 +207,16 @@ class Trainer:
         """Train an epoch; validate and save as configured."""
         self.model.train()
         at, num_steps = self.at, self.sampler.num_steps
-        seen, total, start, ends = 0, self._zero(), time.perf_counter(), False
-        triples, steps = 0, 0
+        seen, triples, steps, total, start = 0, 0, 0, torch.zeros(()), time.perf_counter()
+        ends = False
         while at.step < num_steps:
             self.settings.optimizer.set_rates(self.optimizer, self.done, self.steps, at.plateau)
             size = self.sampler.size(at.step)
             loss, plain, queries = self._loss(at.epoch, at.step)
             (loss / queries).backward()
-            flags = [self._checkpoint_due, self.asked_to_end.is_set()]
+            waited = time.monotonic() - self.saved_at
+            save = self.rank == 0 and 0 < self.config.checkpoint_seconds <= waited
+            flags = [save, self.asked_to_end.is_set()]
             due, ends = map(bool, self.coordinator.reduce(flags, loss))
             if self.coordinator.step():
                 seen, triples, total = seen + queries, triples + size, total + plain
@@ -337,7 +227,7 @@ class Trainer:
                     self._end()
             if at.step % LOG_STEPS == 0 or at.step == num_steps:
                 self._log(total, seen, triples, steps, time.perf_counter() - start)
-                seen, triples, steps, total, start = 0, 0, 0, self._zero(), time.perf_counter()
+                seen, triples, steps, total, start = 0, 0, 0, torch.zeros(()), time.perf_counter()
             if self.saver is not None:
                 self.saver.check()
             self.bar.update(size)
@@ -349,14 +239,6 @@ class Trainer:
         if ends and not self.ended:
             self._end()
 
-    def _zero(self) -> torch.Tensor:
-        return torch.zeros((), device=self.device)
-
-    @property
-    def _checkpoint_due(self) -> bool:
-        seconds = self.config.checkpoint_seconds
-        return self.rank == 0 and 0 < seconds <= time.monotonic() - self.saved_at
-
     def _loss(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Return this rank's loss with and without regularizers, and all ranks' queries."""
         model, sampler = self.settings.model, self.sampler
@@ -366,7 +248,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             if self.against_all:
                 queries = sampler.queries(epoch, step)
-                loss, plain = self.model.loss_vs_all(queries, self.rank, self.world_size)
+                loss, plain = self.model.loss_vs_all(queries)
                 return loss, plain, len(queries.entities)
             loss, plain = self.model.loss(sampler.batches(epoch, step))
             return loss, plain, sampler.num_corruptions * sampler.size(step)
@@ -436,12 +318,7 @@ class Trainer:
         """Wait for the last checkpoint and restore the SIGTERM handler."""
         if self.saver is not None:
             self.saver.wait()
-        self._leave_signals()
-
-    def _leave_signals(self) -> None:
-        if self.handler is not None:
-            signal.signal(signal.SIGTERM, self.handler)
-            self.handler = None
+        self.handling_sigterm.close()
 
     def _log(
         self, total: torch.Tensor, queries: int, triples: int, steps: int, seconds: float
@@ -499,7 +376,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close progress bar and files; wait for a running save."""
-        self._leave_signals()
+        self.handling_sigterm.close()
         for saver in (self.saver, self.best_saver):
             if saver is not None:
                 saver.close()
@@ -512,12 +389,4 @@ def resolve_device(name: str) -> torch.device:
     """Return the CPU, or this rank's GPU as the current one; ValueError without any."""
     if name == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError(
-            "training.device: got 'cuda', but torch finds no GPU: use 'cpu', or install torch's"
-            " CUDA build"
-        )
-    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device
+    return take_gpu("training.device: got 'cuda'", otherwise="cpu")

@@ -11,31 +11,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardemb.comm import collectives
+from shardemb.sharding.placement import RowPlan
 
 
-def share_of(total: int, rank: int, world_size: int) -> slice:
-    """Return a rank's share of ``total`` queries, in the order of ranks."""
-    block = -(-total // world_size)
-    return slice(min(rank * block, total), min((rank + 1) * block, total))
+def share_of(total: int, plan: RowPlan) -> slice:
+    """Return this rank's share of ``total`` queries, in the order of ranks."""
+    block = -(-total // plan.world_size)
+    return slice(min(plan.rank * block, total), min((plan.rank + 1) * block, total))
 
 
-def gather_queries(query: Tensor, total: int, rank: int, world_size: int) -> Tensor:
+def gather_queries(query: Tensor, total: int, plan: RowPlan) -> Tensor:
     """Gather the queries ``(Q, D)`` of all ranks. A collective, as is its backward."""
-    return query if world_size == 1 else _Gather.apply(query, total, rank, world_size)
+    return query if plan.world_size == 1 else _Gather.apply(query, total, plan)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, total: int, rank: int, world_size: int) -> Tensor:
-        ctx.share = share_of(total, rank, world_size)
+    def forward(ctx: Any, query: Tensor, total: int, plan: RowPlan) -> Tensor:
+        ctx.share = share_of(total, plan)
         return collectives.all_gather_rows(query, operation="queries of all ranks")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         grad = grad.contiguous().clone()
         collectives.all_reduce(grad, operation="gradients of the queries")
-        return grad[ctx.share], None, None, None
+        return grad[ctx.share], None, None
 
 
 def vs_all(

@@ -1,7 +1,7 @@
 """Where a job's ranks run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from shardemb.utils.validation import at_least, one_of
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(RayOptions):
     """Where a job's ranks run; this does not change the results."""
 
     #: who starts the ranks: "local", this process on its machine; "torchrun", which has started
@@ -24,26 +24,13 @@ class LaunchConfig:
     #: Ray: upper bound of an elastic job, which continues with fewer workers when the cluster
     #: shrinks; 0 for exactly ``workers``
     max_workers: int = 0
-    #: of the Ray cluster: "local", one of our own on this machine; "auto", that of this node; or
-    #: HOST:PORT of its head
+
     address: str = "local"
-    #: Ray: logical CPUs of a rank, which also has as many threads
-    cpus_per_worker: float = 1.0
-    #: Ray: other resources of a rank, by name
-    resources_per_worker: dict[str, float] = field(default_factory=dict)
-    #: Ray: "PACK" ranks on few nodes, "SPREAD" them, or one of these "STRICT_"
-    placement: str = "PACK"
-    #: Ray: seconds between two checks whether more ranks fit, up to ``max_workers``
-    resize_seconds: float = 60.0
-    #: Ray: start again from the newest checkpoint after so many failures of workers or nodes
-    max_failures: int = 3
-    #: Ray: seconds to wait until the ranks fit the cluster
-    wait_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("launch", self, {"launcher": ("local", "torchrun", "ray")})
         at_least("launch", self, workers=1, max_workers=0)
-        _ = self.ray_options  # checks its settings
         if 0 < self.max_workers < self.workers:
             raise InputError(
                 f"launch.max_workers: got {self.max_workers}, expected 0 or at least workers ="
@@ -54,19 +41,6 @@ class LaunchConfig:
                 f"launch.max_workers: got {self.max_workers} with launcher {self.launcher!r},"
                 " expected launcher 'ray'"
             )
-
-    @property
-    def ray_options(self) -> RayOptions:
-        """The settings for Ray."""
-        return RayOptions(
-            address=self.address,
-            cpus_per_worker=self.cpus_per_worker,
-            resources_per_worker=self.resources_per_worker,
-            placement=self.placement,
-            max_failures=self.max_failures,
-            wait_seconds=self.wait_seconds,
-            resize_seconds=self.resize_seconds,
-        )
 
 
 def run(
@@ -88,7 +62,6 @@ def run(
     if config.launcher == "torchrun":
         return run_under_torchrun(fn, *args, timeout_s=timeout_s, backend=backend)
     workers = (config.workers, config.max_workers) if config.max_workers else config.workers
-    options = config.ray_options
     return run_on_ray(
-        fn, workers, *args, options=options, gpus=gpus, timeout_s=timeout_s, storage=storage
+        fn, workers, *args, options=config, gpus=gpus, timeout_s=timeout_s, storage=storage
     )

@@ -2,17 +2,15 @@
 
 import multiprocessing
 import os
-import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from types import FrameType
 from typing import Any
 
 from shardemb.exceptions import InputError, WorkerError
+from shardemb.utils.signals import on_sigterm
 
 
 def run_local(
@@ -60,31 +58,14 @@ def run_local(
                 sender.close()
                 channels.append(receiver)
                 ranks.append(process)
-            with _forwarding_sigterm(ranks):
+            # the ranks may save before they end
+            with on_sigterm(lambda: [process.terminate() for process in ranks]):
                 return _collect(channels, ranks)
         finally:
             for process in ranks:
                 process.kill()
             for process in ranks:
                 process.join()
-
-
-@contextmanager
-def _forwarding_sigterm(ranks: list[Any]) -> Iterator[None]:
-    """Forward SIGTERM to the ranks, which may save before they end."""
-    if threading.current_thread() is not threading.main_thread():  # signals need the main thread
-        yield
-        return
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for process in ranks:
-            process.terminate()
-
-    before = signal.signal(signal.SIGTERM, forward)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _collect(channels: list[Connection], ranks: list[Any]) -> Any:
@@ -130,16 +111,12 @@ def _rank_main(
         import torch.distributed as dist
 
         from shardemb.comm import watchdog
+        from shardemb.utils.devices import take_gpu
 
         watchdog.set_timeout(timeout_s)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
         if backend == "nccl":
-            if not torch.cuda.is_available():
-                raise InputError(
-                    "got backend 'nccl', but torch finds no GPU: use 'gloo', or install torch's"
-                    " CUDA build"
-                )
-            torch.cuda.set_device(rank % torch.cuda.device_count())
+            take_gpu("got backend 'nccl'", otherwise="gloo")
         dist.init_process_group(
             backend,
             init_method=f"file://{store}",

@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +44,21 @@ class RayOptions:
         ValueError: a setting out of range; names it.
     """
 
-    #: see :func:`connected`
-    address: str | None = "local"
-    #: logical CPUs of a rank; torch takes as many threads, one at least
+    #: of the Ray cluster: "local", one of our own on this machine; "auto", that of this node; or
+    #: HOST:PORT of its head
+    address: str | None = "local"  # None: this process's connection
+    #: Ray: logical CPUs of a rank, which also has as many threads
     cpus_per_worker: float = 1.0
-    #: others, by name ("memory" in bytes)
-    resources_per_worker: Mapping[str, float] = field(default_factory=dict)
-    #: "PACK", "SPREAD", "STRICT_PACK" or "STRICT_SPREAD"
+    #: Ray: other resources of a rank, by name
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    #: Ray: "PACK" ranks on few nodes, "SPREAD" them, or one of these "STRICT_"
     placement: str = "PACK"
-    #: how often the ranks may start again
-    max_failures: int = 3
-    #: seconds to wait until the ranks fit the cluster
-    wait_seconds: float = 60.0
-    #: seconds between two checks whether more ranks fit
+    #: Ray: seconds between two checks whether more ranks fit, up to ``max_workers``
     resize_seconds: float = 60.0
+    #: Ray: start again from the newest checkpoint after so many failures of workers or nodes
+    max_failures: int = 3
+    #: Ray: seconds to wait until the ranks fit the cluster
+    wait_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         placements = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -126,11 +129,9 @@ def connected(
         host, _, port = address.rpartition(":")
         if error := _refusal(host, port):  # Ray itself would try for 15 minutes
             raise _missing(address, error) from error
-        # this node's other address does not reach a Ray on 127.0.0.1
-        alone = (
-            host in ("127.0.0.1", "localhost", "[::1]")
-            and _refusal(ray.util.get_node_ip_address(), port) is not None
-        )
+        if host in ("127.0.0.1", "localhost", "[::1]"):
+            # this node's other address does not reach a Ray on 127.0.0.1
+            alone = _refusal(ray.util.get_node_ip_address(), port) is not None
     variables = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     options = {"address": address, "log_to_driver": log_to_driver, "configure_logging": False}
     with ExitStack() as stack:
@@ -163,9 +164,8 @@ def _on_loopback(ray: Any) -> Iterator[None]:
 
 
 def _missing(address: str, error: OSError) -> ConnectionError:
-    return ConnectionError(
-        f"Ray at {address!r}: {error}: is the cluster up, and its address right?"
-    )
+    hint = "is the cluster up, and its address right?"
+    return ConnectionError(f"Ray at {address!r}: {error}: {hint}")
 
 
 def _refusal(host: str, port: str) -> OSError | None:
@@ -225,12 +225,11 @@ def run_on_ray(
     least, most = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= least <= most:
         raise InputError(f"got {workers} workers, expected at least 1, or (least, most)")
-    local = options.address == "local"
-    cpus = math.ceil(most * options.cpus_per_worker) if local else None
+    cpus = math.ceil(most * options.cpus_per_worker) if options.address == "local" else None
     with connected(options.address, cpus=cpus):
         _require_capacity(least, options, gpus)
-        work = _Work(fn, args, timeout_s, math.floor(options.cpus_per_worker), local)
-        outcome = _fit(work, workers, options, gpus, storage)
+        main = partial(_rank_main, fn, args, timeout_s, math.floor(options.cpus_per_worker))
+        outcome = _fit(main, workers, options, gpus, timeout_s, storage)
     if isinstance(outcome, WorkerError):
         raise outcome
     return outcome
@@ -263,21 +262,12 @@ def _require_capacity(workers: int, options: RayOptions, gpus: bool) -> None:
         time.sleep(min(1.0, options.wait_seconds))
 
 
-@dataclass(frozen=True)
-class _Work:
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    timeout_s: float
-    threads: int
-    #: whether all ranks are on this machine
-    local: bool
-
-
 def _fit(
-    work: _Work,
+    main: Callable[[], Any],
     workers: int | tuple[int, int],
     options: RayOptions,
     gpus: bool,
+    timeout_s: float,
     storage: Path | None,
 ) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -285,18 +275,16 @@ def _fit(
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     settings = _SETTINGS | {
-        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(work.timeout_s),  # of a report
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(work.timeout_s + 30),
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(timeout_s),  # of a report
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(timeout_s + 30),
     }
-    variables = logs.environment() | ({"GLOO_SOCKET_IFNAME": "lo"} if work.local else {})
+    local = options.address == "local"  # all ranks are on this machine
+    variables = logs.environment() | ({"GLOO_SOCKET_IFNAME": "lo"} if local else {})
     with _environment(settings):
         trainer = TorchTrainer(
-            _rank_main,
-            train_loop_config={"work": work},
+            main,
             # longer than the watchdog's, which names the rank
-            torch_config=TorchConfig(
-                "nccl" if gpus else "gloo", timeout_s=round(work.timeout_s + 10)
-            ),
+            torch_config=TorchConfig("nccl" if gpus else "gloo", timeout_s=round(timeout_s + 10)),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpus,
@@ -312,7 +300,7 @@ def _fit(
                     max_failures=options.max_failures, controller_failure_limit=3
                 ),
                 worker_runtime_env={"env_vars": variables},
-                logging_config=LoggingConfig(log_level="ERROR" if work.local else "WARNING"),
+                logging_config=LoggingConfig(log_level="ERROR" if local else "WARNING"),
             ),
         )
         try:
@@ -343,22 +331,18 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 def _in_thread(call: Callable[[], Any]) -> Any:
     """Call in another thread, so that SIGINT raises in this one at once."""
-    results: list[Any] = []
-    errors: list[BaseException] = []
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            results.append(call())
+            future.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="shardemb-ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)  # a join without timeout would delay signals
-    if errors:
-        raise errors[0]
-    return results[0]
+    threading.Thread(target=run, name="shardemb-ray-train", daemon=True).start()
+    while not wait([future], timeout=0.5).done:  # without a timeout it would delay signals
+        pass
+    return future.result()
 
 
 def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> run_metrics.Listener:
@@ -381,20 +365,21 @@ def _listener(rank: int, report: Callable[[dict[str, Any]], None]) -> run_metric
     return listener
 
 
-def _rank_main(config: dict[str, Any]) -> Any:
+def _rank_main(
+    fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float, threads: int
+) -> Any:
     import ray.train
     import torch
     import torch.distributed as dist
 
-    work = config["work"]
     rank = dist.get_rank()
-    torch.set_num_threads(max(1, work.threads))
-    watchdog.set_timeout(work.timeout_s)
+    torch.set_num_threads(max(1, threads))
+    watchdog.set_timeout(timeout_s)
     run_metrics.listen(_listener(rank, ray.train.report))
     if rank == 0:  # Ray Train does not report restarts
         _log.info("Ray Train starts %d ranks", dist.get_world_size())
     try:
-        return watchdog.attend(work.fn, *work.args)
+        return watchdog.attend(fn, *args)
     except Exception as error:
         elsewhere = watchdog.raised_elsewhere()
         if elsewhere is not None and not elsewhere.restart_may_help:

@@ -14,25 +14,18 @@ _log = logs.logger(__name__)
 def run_under_torchrun(
     fn: Callable[..., Any], *args: Any, timeout_s: float = 300, backend: str = "gloo"
 ) -> Any:
-    """Run ``fn(*args)`` on this rank; every rank of torchrun calls this.
+    """Run ``fn(*args)`` on this rank, and return its result; every rank of torchrun calls this.
 
-    Args:
-        fn: ``torch.distributed`` gives its rank.
-        args: of the function.
-        timeout_s: seconds that a collective waits for a missing rank.
-        backend: "gloo" or "nccl".
-
-    Returns:
-        This rank's result.
+    Arguments: see :func:`~shardemb.launch.run_local`.
 
     Raises:
         ValueError: torchrun did not start this process.
         Exception: the function's own.
     """
-    import torch
     import torch.distributed as dist
 
     from shardemb.comm import watchdog
+    from shardemb.utils.devices import take_gpu
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise InputError(
@@ -41,7 +34,7 @@ def run_under_torchrun(
         )
     watchdog.set_timeout(timeout_s)
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        take_gpu("got backend 'nccl'", otherwise="gloo")
     limit = timedelta(seconds=timeout_s + 10)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     # torchrun's store keeps the addresses of a failed attempt

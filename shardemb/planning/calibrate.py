@@ -20,12 +20,13 @@ import torch
 from shardemb import kernels
 from shardemb.comm import collectives
 from shardemb.exceptions import InputError
+from shardemb.kge.config import TrainingConfig
 from shardemb.kge.data.triples import Triples
 from shardemb.kge.job import train
 from shardemb.kge.model import ModelConfig
 from shardemb.kge.optimizers import OptimizerConfig
 from shardemb.kge.sampling import SamplingConfig
-from shardemb.kge.trainer import LOG_STEPS, TrainingConfig
+from shardemb.kge.trainer import LOG_STEPS
 from shardemb.launch.local import run_local
 from shardemb.planning.cost_model import Job, Machine, estimate
 from shardemb.utils import memory, run_metrics
@@ -86,6 +87,7 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         backend = "nccl" if gpu else "gloo"
         pair = run_local(_pair, 2, device, threads, effort, backend=backend)
     processor = torch.cuda.get_device_name() if gpu else memory.cpu_name()
+    unknown: Any = dict.fromkeys(_SHAPES, 0.0)
     host, today = platform.node() or "this machine", date.today().isoformat()
     machine = Machine(
         name=f"{processor}, {threads} thread(s) a rank",
@@ -97,19 +99,16 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         matmul_flops=alone["matmul"],
         row_bandwidth=alone["rows"],
         contention=max(1.0, alone["matmul"] / pair["matmul"]) if several else 1.0,
-        overhead_seconds=0.0,
         exchange_overhead_seconds=0.0,
-        query_seconds=0.0,
-        score_seconds=0.0,
-        id_seconds=0.0,
+        **unknown,
         latency_seconds=pair.get("latency_seconds", 0.0),
         exchange_bandwidth=pair.get("exchange", 0.0),
         network_bandwidth=0.0,
         process_bytes=alone["process_bytes"],
     )
     # every shape has some of the other costs: Gauss-Seidel iteration
-    for name, shape in [*_SHAPES.items()] * 5:
-        job = _job(shape, 1, effort)
+    for name in [*_SHAPES] * 5:
+        job = _job(name, 1, effort)
         queries = job.sides * job.rank_triples
         units = {
             "id_seconds": sum(job.draws),
@@ -120,14 +119,14 @@ def calibrate(device: str = "cpu", threads: int = 1, effort: Effort | None = Non
         left = alone[name] - (estimate(job, without).step_seconds or 0.0)
         machine = replace(machine, **{name: max(0.0, left) / units.get(name, 1)})
     if several:
-        job = _job(_SHAPES["overhead_seconds"], 2, effort)
+        job = _job("overhead_seconds", 2, effort)
         left = pair["step"] - (estimate(job, machine).step_seconds or 0.0)
         machine = replace(machine, exchange_overhead_seconds=max(0.0, left))
     return machine
 
 
-def _job(shape: tuple[int, int, int], workers: int, effort: Effort) -> Job:
-    dim, triples, negatives = shape
+def _job(cost: str, workers: int, effort: Effort) -> Job:
+    dim, triples, negatives = _SHAPES[cost]
     return Job(
         entities=effort.entities,
         relations=_RELATIONS,
@@ -143,8 +142,8 @@ def _job(shape: tuple[int, int, int], workers: int, effort: Effort) -> Job:
 def _alone(device: str, threads: int, effort: Effort) -> dict[str, Any]:
     with _threads(threads):
         measured: dict[str, Any] = {}
-        for name, shape in _SHAPES.items():
-            measured[name] = _step(shape, device, effort)
+        for name in _SHAPES:
+            measured[name] = _step(name, device, effort)
             # after the first shape, which has almost no rows
             measured.setdefault("process_bytes", _process_bytes(device))
         return measured | {"matmul": _matmul(device, effort), "rows": _rows(device, effort)}
@@ -174,7 +173,7 @@ def _pair(device: str, threads: int, effort: Effort) -> dict[str, Any]:
             "matmul": matmul,
             "latency_seconds": latency,
             "exchange": effort.message_bytes / max(1e-9, seconds - latency),
-            "step": _step(_SHAPES["overhead_seconds"], device, effort),
+            "step": _step("overhead_seconds", device, effort),
         }
 
 
@@ -220,14 +219,12 @@ def _rows(device: str, effort: Effort) -> float:
     return 8192 * 512 / taken
 
 
-def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
+def _step(cost: str, device: str, effort: Effort) -> float:
     """Return seconds of a training step on random triples. A collective."""
-    dim, triples, negatives = shape
-    workers = collectives.rank_and_size()[1]
-    steps = LOG_STEPS * (effort.windows * (10 if shape == _SHAPES["overhead_seconds"] else 1) + 1)
-    generator, batch_size = torch.Generator().manual_seed(0), triples * workers
-    sizes = effort.entities, _RELATIONS, effort.entities
-    columns = [torch.randint(n, (batch_size * steps,), generator=generator) for n in sizes]
+    job = _job(cost, collectives.rank_and_size()[1], effort)
+    steps = LOG_STEPS * (effort.windows * (10 if cost == "overhead_seconds" else 1) + 1)
+    generator, sizes = torch.Generator().manual_seed(0), (job.entities, _RELATIONS, job.entities)
+    columns = [torch.randint(n, (job.batch_size * steps,), generator=generator) for n in sizes]
     entities, relations = (Vocabulary(map(str, range(size))) for size in sizes[:2])
     none = torch.empty(0, 3, dtype=torch.int32)
     train_triples = torch.stack(columns, dim=1).int()
@@ -236,9 +233,9 @@ def _step(shape: tuple[int, int, int], device: str, effort: Effort) -> float:
     with run_metrics.listening(lambda kind, step, figures: seconds.append(figures["step_seconds"])):
         train(
             data,
-            ModelConfig(dim=dim, reciprocal=False, n3=0.0),
+            ModelConfig(dim=job.dim, reciprocal=False, n3=0.0),
             sampling=SamplingConfig(
-                batch_size=batch_size, chunk_size=triples, num_negatives=negatives
+                batch_size=job.batch_size, chunk_size=job.chunk_size, num_negatives=job.negatives
             ),
             optimizer=OptimizerConfig(schedule="constant"),
             training=TrainingConfig(epochs=1, validate_every=0, device=device),

@@ -9,6 +9,7 @@ part of a step is its work over a rate of a :class:`Machine`, measured by
 import dataclasses
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from shardemb.exceptions import InputError
 from shardemb.kge.optimizers import OPTIMIZERS
 from shardemb.sharding.exchange import message_bytes
 from shardemb.sharding.placement import RowPlan
-from shardemb.utils.files import read_text, replacing
+from shardemb.utils.files import read_text, write_json
 from shardemb.utils.validation import at_least, one_of, within
 
 #: passes over (query, column) and (query, negative) in ComplEx's forward and backward, and over
@@ -80,13 +81,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         where = f"machine {self.name!r}"
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            valid = isinstance(value, int | float) and 0 <= value < math.inf
-            if field.type in (int, float) and not valid:
-                raise InputError(
-                    f"{where}: {field.name}: got {value!r}, expected a finite number, at least 0"
-                )
+        numbers = [field.name for field in dataclasses.fields(self) if field.type in (int, float)]
+        at_least(where, self, **dict.fromkeys(numbers, 0.0))
         at_least(where, self, memory_bytes=1, ranks_per_host=1, cores=1)
         at_least(where, self, matmul_flops=1, row_bandwidth=1, contention=1)
 
@@ -111,18 +107,16 @@ class Machine:
     def save(self, path: Path, **more: Any) -> None:
         """Write the figures, and ``more``, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            text = json.dumps({**more, "machine": dataclasses.asdict(self)}, indent=1)
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {**more, "machine": dataclasses.asdict(self)})
 
 
-def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 50e9) -> Machine:
+def _from_data_sheet(name: str, memory: int, bandwidth: float) -> Machine:
     reached = 0.6  # share of the data sheet's rates that well-made kernels reach
     return Machine(
         name=name,
         source=(
-            f"NVIDIA's data sheet (SXM, 8 GPUs a host, NVLink 450 GB/s, {network / 1e9:.0f} GB/s of"
-            f" network a GPU) at {reached:.0%}; latencies and overheads assumed; not measured"
+            "NVIDIA's data sheet (SXM, 8 GPUs a host, NVLink 450 GB/s, 50 GB/s of network a GPU) at"
+            f" {reached:.0%}; latencies and overheads assumed; not measured"
         ),
         memory_bytes=memory,
         ranks_per_host=8,
@@ -138,7 +132,7 @@ def _from_data_sheet(name: str, memory: int, bandwidth: float, network: float = 
         id_seconds=1e-9,
         latency_seconds=2e-5,
         exchange_bandwidth=reached * 450e9,
-        network_bandwidth=reached * network,
+        network_bandwidth=reached * 50e9,
         process_bytes=2 * _GIB,
     )
 
@@ -377,16 +371,10 @@ def _seconds(
     return parts
 
 
-def fewest_workers(
-    job: Job, machine: Machine, batch_grows: bool = True, most: int = MOST_WORKERS
-) -> int | None:
-    """Return the fewest ranks that hold the job; None if ``most`` are too few.
+def fewest_workers(job: Job, machine: Machine, batch_grows: bool = True) -> int | None:
+    """Return the fewest ranks that hold a job; None if MOST_WORKERS are too few.
 
-    Args:
-        job: with any number of ranks.
-        machine: the machine to plan for.
-        batch_grows: keep each rank's chunks; otherwise keep the batch.
-        most: most ranks to try.
+    ``batch_grows`` keeps each rank's chunks, instead of the batch.
     """
     chunks = job.chunks
 
@@ -398,13 +386,10 @@ def fewest_workers(
     high = 1
     while not fits(high):
         high *= 2
-        if high > most:
+        if high > MOST_WORKERS:
             return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    low = high // 2 + 1
+    return low + bisect_left(range(low, high), True, key=fits)
 
 
 def assumptions(result: Estimate, notes: Mapping[str, str]) -> list[str]:

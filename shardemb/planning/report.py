@@ -1,8 +1,8 @@
 """``shardemb plan``: the cost of a configuration on a graph of some size, as text."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from shardemb.planning.cost_model import (
     estimate,
     fewest_workers,
 )
-from shardemb.utils.files import cache_folder, replacing
+from shardemb.utils.files import cache_folder, write_json
 from shardemb.utils.validation import bytes_of
 
 #: settings that an estimate ignores, and their values in it
@@ -51,9 +51,7 @@ class Plan:
         """Write everything as JSON."""
         more = {"fewest_workers": self.fewest, "assumed": self.assumed}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            text = json.dumps({**self.estimate.to_json(), **more}, indent=1)
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {**self.estimate.to_json(), **more})
 
     def text(self) -> str:
         """Return a readable page."""
@@ -153,7 +151,7 @@ def plan(
     if batch_size is None and sampling.batch_size != SamplingConfig().batch_size:
         batch_size = sampling.batch_size
     notes = {"settings": _settings(config, _COUNTED)}
-    if others := [key for key, counted in _NOT_COUNTED.items() if _setting(config, key) != counted]:
+    if others := [k for k, counted in _NOT_COUNTED.items() if attrgetter(k)(config) != counted]:
         counted = ", ".join(repr(_NOT_COUNTED[key]) for key in others)
         notes["not counted"] = f"{_settings(config, others)}; as if it were {counted}"
     job = Job(
@@ -175,17 +173,17 @@ def plan(
     fewest = None
     if machine is not None:
         fewest = fewest_workers(job, machine, batch_grows=batch_size is None)
-    if workers is None and machine is not None:
-        if fewest is None:
-            raise OutOfMemoryError(
-                f"plan: {entities:,} rows x {job.dim} columns with {job.optimizer} do not fit"
-                f" {MOST_WORKERS:,} ranks of {machine.name}: use fewer columns, or more memory a"
-                " rank"
-            )
-        batch = batch_size or sampling.chunk_size * fewest
-        job = dataclasses.replace(job, workers=fewest, batch_size=batch)
     if workers is None:
-        why = "the fewest that fit" if machine else "as nobody said how many"
+        why = "as nobody said how many"
+        if machine is not None:
+            if fewest is None:
+                raise OutOfMemoryError(
+                    f"plan: {entities:,} rows x {job.dim} columns with {job.optimizer} do not fit"
+                    f" {MOST_WORKERS:,} ranks of {machine.name}: use fewer columns, or more memory"
+                    " a rank"
+                )
+            why, batch = "the fewest that fit", batch_size or sampling.chunk_size * fewest
+            job = dataclasses.replace(job, workers=fewest, batch_size=batch)
         notes["workers"] = f"{job.workers:,}, {why}"
     if batch_size is None:
         notes["batch size"] = f"{job.batch_size:,} triples, a chunk a rank"
@@ -194,12 +192,7 @@ def plan(
 
 
 def _settings(config: JobConfig, keys: Any) -> str:
-    return ", ".join(f"{key} = {_setting(config, key)!r}" for key in keys)
-
-
-def _setting(config: JobConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return ", ".join(f"{key} = {attrgetter(key)(config)!r}" for key in keys)
 
 
 def calibrated() -> Path:

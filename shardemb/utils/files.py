@@ -1,12 +1,13 @@
 """Files that are complete or absent, hashes of files, and UTF-8 text."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from shardemb.exceptions import InputError
 
@@ -24,6 +25,17 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:  # Ctrl-C too
         remove(partial)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole, or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON whole, or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def move(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shardemb.utils.files import replacing
+from shardemb.utils.files import write_text
 
 
 class MetricsFile:
@@ -20,9 +20,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None) -> None:
         old = read_metrics(path) if step and path.exists() else []
         kept = [record for record in old if record["step"] <= step and record["kind"] != "test"]
-        with replacing(path) as partial:
-            text = "".join(json.dumps(record) + "\n" for record in kept)
-            partial.write_text(text, encoding="utf-8")
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard is not None:

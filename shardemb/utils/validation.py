@@ -11,20 +11,22 @@ from shardemb.exceptions import InputError
 def one_of(section: str, settings: Any, allowed: Mapping[str, Iterable[Any]]) -> None:
     """Raise ValueError unless each named setting is one of its allowed values."""
     for name, values in allowed.items():
-        value = getattr(settings, name)
-        if value not in values:
-            raise InputError(
-                f"{section}.{name}: got {value!r}, expected one of {', '.join(map(repr, values))}"
-            )
+        choice(f"{section}.{name}", getattr(settings, name), values)
+
+
+def choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise ValueError unless a setting is one of its allowed values."""
+    if value not in allowed:
+        raise InputError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
 def at_least(section: str, settings: Any, **least: float) -> None:
     """Raise ValueError unless each named setting is finite and at least its lower bound."""
     for name, low in least.items():
         value = getattr(settings, name)
-        if not low <= value < math.inf:
+        if not isinstance(value, int | float) or not low <= value < math.inf:
             kind = "" if isinstance(value, int) else "a finite number, "
-            raise InputError(f"{section}.{name}: got {value}, expected {kind}at least {low}")
+            raise InputError(f"{section}.{name}: got {value!r}, expected {kind}at least {low}")
 
 
 def within(section: str, settings: Any, **ranges: tuple[float, float]) -> None:

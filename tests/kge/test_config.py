@@ -79,7 +79,7 @@ def test_reads_what_it_writes(tmp_path: Path) -> None:
             "[model]\nn3 = " + "9" * 400,
             ": model.n3: got an integer of 1329 bits, expected at most 63",
         ),
-        ("[model]\ndim = 7", ": model.dim: got dim=7, expected a multiple of 2"),
+        ("[model]\ndim = 7", ": model.dim: got 7, expected a multiple of 2"),
         (
             "[model]\nconstrainer_kwargs = {maxnorm = nan}",
             ": model.constrainer_kwargs.maxnorm: got nan, expected a number",

@@ -87,7 +87,7 @@ def step(rank: int, world_size: int, case: Case) -> list[tuple[Tensor, Tensor, T
         if sampler.config.scheme == "negatives":
             total, plain = model.loss(sampler.batches(0, number))
         else:
-            total, plain = model.loss_vs_all(sampler.queries(0, number), rank, world_size)
+            total, plain = model.loss_vs_all(sampler.queries(0, number))
         (total / 50).backward()
         coordinator.step()
         with torch.no_grad():
@@ -113,7 +113,7 @@ def oracle(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
         r = relation[relation_id + RELATIONS * (head and config.reciprocal)]
         r = r if scorer.relation_normalizer is None else scorer.relation_normalizer(r[None])[0]
         by_head = head and not config.reciprocal
-        return r, scorer.head_query(known, r) if by_head else scorer.tail_query(known, r)
+        return r, scorer.query(known, r, by_head)
 
     def penalty(*rows: Tensor) -> Tensor:
         moduli = [scorer.modulus(row) for row in rows]
@@ -197,7 +197,7 @@ def _few_rows(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     sampler = Sampler(
         triples, 2, 1, SamplingConfig(scheme="1vsall", batch_size=1), 0, rank, world_size
     )
-    total, plain = model.loss_vs_all(sampler.queries(0, 0), rank, world_size)
+    total, plain = model.loss_vs_all(sampler.queries(0, 0))
     total.backward()
     return plain, sum(table._stored_rows()["weight"].sum() for table in (model.entity,))  # type: ignore[return-value]
 
@@ -248,7 +248,7 @@ def test_scores_in_bfloat16_are_near(scheme: str) -> None:
     def loss() -> tuple[Tensor, Tensor]:
         if scheme == "negatives":
             return model.loss(sampler.batches(0, 0))
-        return model.loss_vs_all(sampler.queries(0, 0), 0, 1)
+        return model.loss_vs_all(sampler.queries(0, 0))
 
     exact = loss()[1]
     with torch.autocast("cpu", torch.bfloat16):

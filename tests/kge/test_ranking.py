@@ -70,16 +70,14 @@ def _expected(
     scorer: str, entity: torch.Tensor, relation: torch.Tensor, reciprocal: bool, filtered: bool
 ) -> list[Comparison]:
     """One query after the other, from scores of one product."""
-    function, found = SCORERS[scorer](), []
+    function, found = SCORERS[scorer], []
     known = {(h, r, t) for h, r, t in TRIPLES.tolist()}
     for side in SIDES:
         lines = []
         for h, r, t in ASKED.tolist():
             asked, answer, kind = (t, h, r + 3 * reciprocal) if side == "head" else (h, t, r)
             by_head = side == "head" and not reciprocal
-            query = (function.head_query if by_head else function.tail_query)(
-                entity[[asked]], relation[[kind]]
-            )
+            query = function.query(entity[[asked]], relation[[kind]], by_head)
             scores = function.score_all(query, entity, exact=True)[0]
             triples = [(e, r, t) if side == "head" else (h, r, e) for e in range(len(entity))]
             others = scores[
@@ -184,7 +182,7 @@ def test_drawn_candidates(rank_pool, world_size: int, filtered: bool) -> None:
                         for e, one in zip(drawn, triples, strict=True)
                         if e != answer and not (filtered and one in known)
                     ]
-                    query = SCORERS["complex"]().tail_query(entity[[asked]], relation[[kind]])
+                    query = SCORERS["complex"].query(entity[[asked]], relation[[kind]], False)
                     scores = (query * entity).sum(1)
                     lines.append(
                         (

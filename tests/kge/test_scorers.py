@@ -10,6 +10,7 @@ import torch
 from pykeen.nn import modules
 from torch import Tensor
 
+from shardemb.kge.model import ModelConfig
 from shardemb.kge.scorers import SCORERS
 
 
@@ -57,13 +58,13 @@ def normalized(name: str, relation: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_are_pykeens(name: str, dim: int) -> None:
     inputs = head, relation, tail = rows(name, dim)
-    scorer, (interaction, adapt) = SCORERS[name](), INTERACTIONS[name]
+    scorer, (interaction, adapt) = SCORERS[name], INTERACTIONS[name]
     expected = interaction(*adapt(head, normalized(name, relation), tail))
     gradients = torch.autograd.grad(expected.sum(), inputs)
     unit = normalized(name, relation)
     for query, answer in (
-        (scorer.tail_query(head, unit), tail),
-        (scorer.head_query(tail, unit), head),
+        (scorer.query(head, unit, False), tail),
+        (scorer.query(tail, unit, True), head),
     ):
         score = scorer.score(query, answer)
         torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
@@ -77,16 +78,16 @@ def test_scores_are_pykeens(name: str, dim: int) -> None:
 def test_shared_candidates_are_scored_as_single_ones(name: str, side: str, exact: bool) -> None:
     head, relation, tail = rows(name, 12)
     relation = normalized(name, relation)
-    scorer, (interaction, adapt) = SCORERS[name](), INTERACTIONS[name]
+    scorer, (interaction, adapt) = SCORERS[name], INTERACTIONS[name]
     candidates = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(5)).requires_grad_()
     head, relation, tail = (
         x[:6].unflatten(0, (2, 3)) for x in (head, relation, tail)
     )  # two groups of three queries
     if side == "tail":
-        query = scorer.tail_query(head, relation)
+        query = scorer.query(head, relation, False)
         triples = head.unsqueeze(2), relation.unsqueeze(2), candidates.unsqueeze(1)
     else:
-        query = scorer.head_query(tail, relation)
+        query = scorer.query(tail, relation, True)
         triples = candidates.unsqueeze(1), relation.unsqueeze(2), tail.unsqueeze(2)
     expected = interaction(*adapt(*(x.expand(2, 3, 5, 12) for x in triples)))
     scores = scorer.score_all(query, candidates, exact=exact)
@@ -101,10 +102,10 @@ def test_shared_candidates_are_scored_as_single_ones(name: str, side: str, exact
 @pytest.mark.parametrize("name", ["transe", "rotate", "transe_l1"])
 def test_a_candidate_at_its_query_has_a_gradient(name: str) -> None:
     query = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    scores = SCORERS[name]().score_all(query, query.detach())
+    scores = SCORERS[name].score_all(query, query.detach())
     assert torch.isfinite(torch.autograd.grad(scores.sum(), query)[0]).all()
 
 
 def test_a_dimension_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="got dim=6, expected a multiple of 4: QuatE needs it"):
-        SCORERS["quate"]().check_dim(6)
+    with pytest.raises(ValueError, match="dim: got 6, expected a multiple of 4 for 'quate'"):
+        ModelConfig(scorer="quate", dim=6)

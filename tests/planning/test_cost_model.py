@@ -327,8 +327,8 @@ def test_calibration_finds_the_machine_that_its_times_come_from(
     )
     effort = calibrate.Effort()
     times = {
-        name: estimate(calibrate._job(shape, 1, effort), known).step_seconds
-        for name, shape in calibrate._SHAPES.items()
+        name: estimate(calibrate._job(name, 1, effort), known).step_seconds
+        for name in calibrate._SHAPES
     }
     alone = {
         "matmul": known.matmul_flops,
@@ -340,11 +340,7 @@ def test_calibration_finds_the_machine_that_its_times_come_from(
         "matmul": known.matmul_flops / 1.25,
         "latency_seconds": known.latency_seconds,
         "exchange": known.exchange_bandwidth,
-        "step": (
-            estimate(
-                calibrate._job(calibrate._SHAPES["overhead_seconds"], 2, effort), known
-            ).step_seconds
-        ),
+        "step": estimate(calibrate._job("overhead_seconds", 2, effort), known).step_seconds,
     }
     monkeypatch.setattr(calibrate, "_alone", lambda *_: alone)
     monkeypatch.setattr(calibrate, "run_local", lambda *_, **__: pair)
@@ -432,7 +428,7 @@ def test_the_page_shows_what_the_command_prints(capsys) -> None:
         ("--entities 1e9 --device nothing.json", "nothing.json"),
         ("--entities 1e9 --set sampling.scheme=1vsall", "got sampling.scheme '1vsall'"),
         ("--entities 1e9 --set sampling.schema=1vsall", "unknown key 'sampling.schema'"),
-        ("--entities 1e9 --dim 3", "model.dim: got dim=3, expected a multiple of 2"),
+        ("--entities 1e9 --dim 3", "model.dim: got 3, expected a multiple of 2"),
         ("--entities 0", "plan.entities: got 0, expected at least 1"),
         ("--entities 1e9 --workers 1e6", "plan.workers: got 1000000, expected 1 to 65536"),
         ("--entities 1e12 --dim 4096 --device h100 --memory 1GiB", "do not fit 65,536 ranks"),

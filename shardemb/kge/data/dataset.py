@@ -46,11 +46,8 @@ def read(
                 f"{path}: is damaged (its sha256 does not match): make the dataset anew"
             )
     vocabularies = {kind: _vocabulary(folder, kind, description) for kind in VOCABULARIES}
-    return (
-        description,
-        {split: _triples(folder, split, description) for split in SPLITS},
-        vocabularies,
-    )
+    triples = {split: _triples(folder, split, description) for split in SPLITS}
+    return description, triples, vocabularies
 
 
 def dtype_of(*counts: int) -> str:

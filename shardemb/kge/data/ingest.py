@@ -6,15 +6,12 @@ necessary. The result is bitwise that of :meth:`shardemb.kge.Triples.load`.
 
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +22,16 @@ import pyarrow as pa
 from shardemb import __version__, vocabulary
 from shardemb.exceptions import InputError, OutOfMemoryError
 from shardemb.kge.data.dataset import DESCRIPTION, FORMAT, dtype_of
-from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
-from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks
-from shardemb.utils.files import fsync, sha256_of
+from shardemb.kge.data.splits import SPLITS, UNSEEN, Unseen, find, held_out, judge, mixed
+from shardemb.kge.data.triple_files import BLOCK, COLUMNS, blocks, in_order
+from shardemb.utils.files import fsync, sha256_of, write_json
 from shardemb.utils.memory import available_bytes, resident_bytes
 from shardemb.utils.progress import progress_bar
-from shardemb.utils.validation import bytes_of
+from shardemb.utils.validation import bytes_of, choice
 from shardemb.vocabulary import column_of, numbers
 
 #: rows read from DuckDB at once
 PAGE = 1 << 18
-#: dataset.json counts the triples of this many relations, the most frequent ones
-COUNTED = 10_000
 #: columns with the labels of each vocabulary
 _COLUMNS = {"entities": ("head", "tail"), "relations": ("relation",)}
 #: DuckDB's function of a label whose value orders the ids
@@ -87,7 +82,7 @@ def ingest(
     paths = [Path(source) for source in listed]
     out, limit = Path(out), _memory(memory)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    check_unseen(unseen)
+    choice("unseen", unseen, UNSEEN)
     if threads < 1:
         raise InputError(f"threads: got {threads}, expected at least 1")
     files = find(paths)
@@ -106,8 +101,7 @@ def ingest(
             description = job.run(files, valid, test, unseen, literals)
         finally:
             job.close()
-        text = json.dumps(description, indent=1, ensure_ascii=False)
-        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / DESCRIPTION, description)
     return out
 
 
@@ -181,6 +175,8 @@ class _Job:
         self.name, self.folder, self.progress = name, folder, progress
         self.work = folder / "work"
         self.work.mkdir()
+        #: triples with literals
+        self.dropped = 0
         # blocks being read and tables on their way into DuckDB; some exist twice
         self.readers, self.writers = min(threads, 16), min(threads, 4)
         self.group = max(BLOCK, min(limit >> 7, 32 << 20))
@@ -193,16 +189,16 @@ class _Job:
                 f" holds {held >> 20:,} MiB, expected about {(_OWN - own) * 4 // 3 >> 20:,} MiB"
                 " more: raise --memory or lower --threads"
             )
-        config: Any = {"memory_limit": f"{own >> 10}KiB", "threads": threads}
-        config["temp_directory"] = str(self.work / "spilled")
+        config: Any = {
+            "memory_limit": f"{own >> 10}KiB",
+            "threads": threads,
+            "temp_directory": str(self.work / "spilled"),
+            "arrow_large_buffer_size": True,
+            "checkpoint_threshold": "1TB",  # no log: tables are written once
+        }
         self.database = duckdb.connect(str(self.work / "tables.duckdb"), config=config)
-        for setting in (
-            "arrow_large_buffer_size = true",
-            "checkpoint_threshold = '1TB'",  # no log: tables are written once
-            "enable_progress_bar = true",
-            "enable_progress_bar_print = false",
-        ):
-            self.database.execute(f"SET {setting}")
+        shown = "SET enable_progress_bar = true; SET enable_progress_bar_print = false"
+        self.database.execute(shown)
         self.pool = ThreadPoolExecutor(self.writers)
 
     def close(self) -> None:
@@ -223,7 +219,7 @@ class _Job:
         unseen: str,
         literals: str,
     ) -> dict[str, Any]:
-        dropped = self.read(files, literals)
+        self.read(files, literals)
         if "" in files:
             self.hold_out(valid, test)
         unseen_triples = self.settle_unseen(unseen)
@@ -233,7 +229,7 @@ class _Job:
         self.number(dtype)
         triples = {s: self.write_triples(number, s, dtype) for number, s in enumerate(SPLITS)}
         duplicates = "SELECT split, sum(n - 1) FROM counted GROUP BY split"
-        repeated = dict(self.rows(duplicates, "finding duplicates"))
+        repeated = dict(self.query(duplicates, "finding duplicates"))
         stats = {path: path.stat() for paths in files.values() for path in paths}
         return {
             "format": FORMAT,
@@ -248,8 +244,7 @@ class _Job:
             "dtype": dtype,
             "duplicates": {s: int(repeated.get(number, 0)) for number, s in enumerate(SPLITS)},
             "unseen": {"fate": unseen, "triples": unseen_triples},
-            "literals": {"fate": literals, "dropped": dropped},
-            "relation_triples": self.count_relations(),
+            "literals": {"fate": literals, "dropped": self.dropped},
             "fingerprints": fingerprints,
             "files": self.hashes(),
         }
@@ -263,40 +258,38 @@ class _Job:
                 bar.update()
         return entries
 
-    def read(self, files: dict[str, list[Path]], literals: str) -> int:
+    def read(self, files: dict[str, list[Path]], literals: str) -> None:
         keys = ", ".join(f"{column} UHUGEINT" for column in COLUMNS)
         self.query(f"CREATE TABLE read (split TINYINT, row UBIGINT, mixed UBIGINT, {keys})")
         for kind in _COLUMNS:
             self.query(f"CREATE TABLE read_{kind} (key UHUGEINT, label VARCHAR)")
-        dropped = 0
-        sizes = sum(path.stat().st_size for paths in files.values() for path in paths)
-        pending: set[Future[None]] = set()
-        with self.bar(total=sizes, desc="reading", unit="B") as bar:
+        for _ in in_order(self.insert, self.groups(files, literals), self.writers):
+            pass
+        pa.default_memory_pool().release_unused()
+
+    def groups(
+        self, files: dict[str, list[Path]], literals: str
+    ) -> Iterator[tuple[str, int, pa.Table]]:
+        """Yield triples of a split and the row of the first, for an insertion each."""
+        sizes = {path: path.stat().st_size for paths in files.values() for path in paths}
+        before = 0
+        with self.bar(total=sum(sizes.values()), desc="reading", unit="B") as bar:
             for split, paths in files.items():
                 row, held = 0, []
                 for path in paths:
-                    size, done = path.stat().st_size, 0
                     for block in blocks(path, literals, self.readers):
-                        dropped += block.dropped
+                        self.dropped += block.dropped
                         held.append(block.table)
-                        bar.update(int(size * block.part) - done)
-                        done = int(size * block.part)
+                        bar.update(before + int(sizes[path] * block.part) - bar.n)
                         if sum(table.nbytes for table in held) >= self.group:
-                            pending.add(self.pool.submit(self.insert, split, row, held))
+                            yield split, row, pa.concat_tables(held)
                             row, held = row + sum(map(len, held)), []
-                        while len(pending) > self.writers:
-                            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                            for future in finished:
-                                future.result()
+                    before += sizes[path]
                 if held:
-                    pending.add(self.pool.submit(self.insert, split, row, held))
-            for future in pending:
-                future.result()
-        pa.default_memory_pool().release_unused()
-        return dropped
+                    yield split, row, pa.concat_tables(held)
 
-    def insert(self, split: str, first: int, tables: list[pa.Table]) -> None:
-        table = pa.concat_tables(tables)
+    def insert(self, group: tuple[str, int, pa.Table]) -> None:
+        split, first, table = group
         rows = np.arange(first, first + len(table), dtype=np.uint64)
         table = table.append_column("row", column_of(rows))
         table = table.append_column("mixed", column_of(mixed(rows)))
@@ -318,15 +311,12 @@ class _Job:
         num_valid, num_test = held_out(self.name, count, valid, test)
         first = f"SELECT mixed FROM read ORDER BY mixed LIMIT {num_valid + num_test}"
         self.query(f"CREATE TABLE first AS {first}", "splitting")
-        for number, start, stop in ((2, 0, num_test), (1, num_test, num_test + num_valid)):
-            bounds = (
-                "SELECT min(mixed) AS a, max(mixed) AS b FROM first"
-                f" WHERE rowid BETWEEN {start} AND {stop - 1}"
-            )
-            self.query(
-                f"UPDATE read SET split = {number} FROM ({bounds}) WHERE mixed BETWEEN a AND b",
-                "splitting",
-            )
+        last_test, last_valid = (
+            f"(SELECT max(mixed) FROM first WHERE rowid < {count})"
+            for count in (num_test, num_test + num_valid)
+        )
+        split = f"CASE WHEN mixed <= {last_test} THEN 2 ELSE 1 END"
+        self.query(f"UPDATE read SET split = {split} WHERE mixed <= {last_valid}", "splitting")
 
     def settle_unseen(self, unseen: str) -> dict[str, int]:
         for kind, columns in _COLUMNS.items():
@@ -349,16 +339,12 @@ class _Job:
         )
         self.query(f"CREATE TABLE strange AS SELECT * FROM read WHERE split > 0 AND ({is_unseen})")
         reports = []
-        for number, split in enumerate(SPLITS):
-            count, total = (
-                self.value(f"SELECT count(*) FROM {table} WHERE split = {number}")
-                for table in ("strange", "read")
-            )
-            if count:
-                labels = {kind: self.unseen_labels(number, kind) for kind in _COLUMNS}
-                reports.append(Unseen(split, count, total, labels))
-        if text := judge(self.name, reports, unseen):
-            warnings.warn(text, stacklevel=4)
+        counts = "SELECT split, count(*) FROM strange GROUP BY split ORDER BY split"
+        for number, count in self.query(counts):
+            total = self.value(f"SELECT count(*) FROM read WHERE split = {number}")
+            labels = {kind: self.unseen_labels(number, kind) for kind in _COLUMNS}
+            reports.append(Unseen(SPLITS[number], count, total, labels))
+        judge(self.name, reports, unseen)
         if unseen == "drop" and reports:
             self.query(f"DELETE FROM read WHERE split > 0 AND ({is_unseen})")
             for kind in _COLUMNS:
@@ -374,7 +360,7 @@ class _Job:
             f"SELECT key, min(place) AS place FROM ({places})"
             f" WHERE key IN (SELECT key FROM unseen_{kind}) GROUP BY key"
         )
-        labels = self.rows(
+        labels = self.query(
             f"SELECT any_value(label) FROM read_{kind}"
             f" JOIN ({first} ORDER BY place LIMIT 3) USING (key) GROUP BY key, place ORDER BY place"
         )
@@ -388,20 +374,15 @@ class _Job:
         return self.value(f"SELECT count(*) FROM {kind}")
 
     def write_labels(self, kind: str) -> str:
-        columns = (
-            "label, (key >> 64)::UBIGINT AS hash, (key & 18446744073709551615)::UBIGINT AS lower"
-        )
+        columns = f"label, (key >> 64)::UBIGINT AS hash, (key & {2**64 - 1})::UBIGINT AS lower"
 
         def batches() -> Iterator[pa.RecordBatch]:
             last = None
             for first, page in self.pages(kind, columns, vocabulary.BATCH, f"writing {kind}"):
                 upper, lower = numbers(page["hash"]), numbers(page["lower"])
                 same = (upper[1:] == upper[:-1]) & (lower[1:] == lower[:-1])
-                if (upper[0], lower[0]) == last or same.any():
-                    raise InputError(
-                        f"{self.name}: got two {kind} of one MD5, which were made to be so,"
-                        " expected none"
-                    )
+                if (upper[0], lower[0]) == last or same.any():  # which somebody has made to be so
+                    raise InputError(f"{self.name}: got two {kind} of one MD5, expected none")
                 last = upper[-1], lower[-1]
                 ids = column_of(np.arange(first, first + len(page)))
                 yield pa.record_batch([page["label"], page["hash"], ids], schema=vocabulary.SCHEMA)
@@ -445,14 +426,6 @@ class _Job:
                 file.write(rows.tobytes())
         return last - first
 
-    def count_relations(self) -> dict[str, dict[str, int]]:
-        counts = ", ".join(f"count(*) FILTER (split = {number})" for number in range(3))
-        rows = self.rows(
-            f"SELECT label, {counts} FROM numbered JOIN relations ON relation = relations.rowid"
-            f" GROUP BY label ORDER BY count(*) DESC, label LIMIT {COUNTED}"
-        )
-        return {label: dict(zip(SPLITS, numbers, strict=True)) for label, *numbers in rows}
-
     def pages(
         self,
         table: str,
@@ -467,29 +440,22 @@ class _Job:
         with self.bar(total=last - first, desc=shown, unit=" rows") as bar:
             for start in range(first, last, size):
                 end = min(start + size, last)
-                query = (
-                    f"SELECT {columns} FROM {table}"
-                    f" WHERE rowid BETWEEN {start} AND {end - 1} ORDER BY rowid"
-                )
-                (page,) = self.wait(partial(self.page, query)).combine_chunks().to_batches()
+                rows = f"rowid BETWEEN {start} AND {end - 1}"
+                query = f"SELECT {columns} FROM {table} WHERE {rows} ORDER BY rowid"
+                (page,) = self.table(query).combine_chunks().to_batches()
                 if len(page) != end - start:
-                    raise RuntimeError(
-                        f"DuckDB gave {len(page)} of the rows {start} to {end} of {table}"
-                    )
+                    raise RuntimeError(f"DuckDB gave {len(page)} of {table}[{start}:{end}]")
                 yield start, page
                 bar.update(len(page))
 
-    def page(self, query: str) -> pa.Table:
-        return self.database.sql(query).to_arrow_table()
+    def table(self, query: str) -> pa.Table:
+        return self.wait(lambda: self.database.sql(query).to_arrow_table())
 
-    def rows(self, query: str, shown: str = "") -> list[tuple[Any, ...]]:
+    def query(self, query: str, shown: str = "") -> list[tuple[Any, ...]]:
         return self.wait(lambda: self.database.execute(query).fetchall(), shown)
 
     def value(self, query: str) -> int:
-        return self.rows(query)[0][0]
-
-    def query(self, query: str, shown: str = "") -> None:
-        self.wait(lambda: self.database.execute(query), shown)
+        return self.query(query)[0][0]
 
     def wait(self, function: Callable[[], Any], shown: str = "") -> Any:
         """Run a query in a thread, with a progress bar; an interrupt ends it at once."""

@@ -1,5 +1,6 @@
 """The files of each split of a graph, and the order of its triples."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,8 @@ def find(sources: Sequence[Path]) -> dict[str, list[Path]]:
     """
     if len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
-        if any(_candidates(folder, split) for split in SPLITS) or not _has_parts(folder):
+        has_parts = any(path.name.endswith(SUFFIXES) for path in folder.iterdir())
+        if not has_parts or any(_candidates(folder, split) for split in SPLITS):
             return {split: _files_of(folder, split) for split in SPLITS}
         for path in _parts(folder):
             if path.name.lower().startswith(_SPLIT_LIKE):
@@ -64,10 +66,6 @@ def _files_of(folder: Path, split: str) -> list[Path]:
             f"expected one of {', '.join(split + suffix for suffix in SUFFIXES)}"
         )
     return _parts(files[0]) if files[0].name == split else files
-
-
-def _has_parts(folder: Path) -> bool:
-    return any(path.name.endswith(SUFFIXES) for path in folder.iterdir())
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -132,21 +130,14 @@ class Unseen(NamedTuple):
         return f"{self.triples} of {self.total} {self.split} triples hold {' and '.join(kinds)}"
 
 
-def judge(name: str, reports: Sequence[Unseen], unseen: str) -> str:
-    """Return a warning about unseen labels, or ""; ValueError if ``unseen`` is "error"."""
+def judge(name: str, reports: Sequence[Unseen], unseen: str) -> None:
+    """Warn about unseen labels; ValueError if ``unseen`` is "error"."""
     if not reports:
-        return ""
+        return
     text = f"{name}: {', '.join(map(str, reports))} that no training triple holds"
     if unseen == "error":
-        raise InputError(
-            f"{text}, expected none: unseen='drop' drops these triples, unseen='keep' keeps them"
-        )
+        raise InputError(f"{text}, expected none: unseen='drop' drops these, 'keep' keeps them")
+    fate = "they stay untrained; unseen='drop' drops these triples"
     if unseen == "drop":
-        return f"{text}: dropped these triples"
-    return f"{text}: they stay untrained; unseen='drop' drops these triples"
-
-
-def check_unseen(unseen: str) -> None:
-    """Raise ValueError for an unknown policy."""
-    if unseen not in UNSEEN:
-        raise InputError(f"unseen: got {unseen!r}, expected one of {', '.join(map(repr, UNSEEN))}")
+        fate = "dropped these triples"
+    warnings.warn(f"{text}: {fate}", stacklevel=5)

@@ -24,6 +24,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from shardemb.exceptions import InputError
+from shardemb.utils.validation import choice
 from shardemb.vocabulary import column_of, text_column
 
 SUFFIXES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".nt", ".nt.gz", ".parquet")
@@ -96,10 +97,7 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
             0).
         OSError: the file cannot be opened.
     """
-    if literals not in LITERALS:
-        raise InputError(
-            f"literals: got {literals!r}, expected one of {', '.join(map(repr, LITERALS))}"
-        )
+    choice("literals", literals, LITERALS)
     if path.is_dir():  # Arrow would read all files of a folder
         raise IsADirectoryError(f"{path}: got a folder, expected a file of triples")
     if path.exists() and not path.is_file():
@@ -109,10 +107,10 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     threads = threads or len(os.sched_getaffinity(0))
     if suffix == ".parquet":
-        parsed = _in_order(partial(_parquet_block, path), _parquet_batches(path), threads)
+        parsed = in_order(partial(_parquet_block, path), _parquet_batches(path), threads)
     else:
         parse = partial(_nt_block, path, literals) if suffix == ".nt" else partial(_tsv_block, path)
-        parsed = _in_order(parse, _lines(path), threads)
+        parsed = in_order(parse, _lines(path), threads)
     count, dropped = 0, 0
     for block in parsed:
         count, dropped = count + len(block.table), dropped + block.dropped
@@ -122,7 +120,7 @@ def blocks(path: Path, literals: str = "error", threads: int | None = None) -> I
         raise InputError(f"{path}: got a file without triples{but}, expected at least one")
 
 
-def _in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
+def in_order(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
     """Apply a function in threads, a few items ahead, in order, errors included."""
     pending: deque[Future[U]] = deque()
     iterator, failure = iter(items), None
@@ -157,9 +155,8 @@ def _surely_labels(column: pa.ChunkedArray, forbidden: str = "") -> bool:
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    names = [
-        re.sub(r"_(id|name|label|entity)$", "", field.strip("#\"' ").casefold()) for field in fields
-    ]
+    suffix = re.compile(r"_(id|name|label|entity)$")
+    names = [suffix.sub("", field.strip("#\"' ").casefold()) for field in fields]
     return any(
         all(name in known for name, known in zip(names, order, strict=True))
         for order in permutations(_HEADER)
@@ -333,9 +330,8 @@ def _nt_block(path: Path, literals: str, lines: _Lines) -> Block:
 
 def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
     """Parse lines with Arrow; return which ones are surely triples, and these."""
-    lines = pa.LargeStringArray.from_buffers(
-        len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text)
-    )
+    buffers = pa.py_buffer(bounds), pa.py_buffer(text)
+    lines = pa.LargeStringArray.from_buffers(len(bounds) - 1, *buffers)
     none = np.zeros(len(lines), dtype=bool), SCHEMA.empty_table()
     try:
         lines.validate(full=True)
@@ -356,7 +352,7 @@ def _fast_nt(text: bytes, bounds: np.ndarray) -> tuple[np.ndarray, pa.Table]:
     return np.array(match.is_valid().to_pylist()), pa.table(columns, schema=SCHEMA)
 
 
-def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, str, str] | None:
+def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[Any, ...] | None:
     """Return a triple; None for comments, empty lines and dropped literals."""
     match = _NT_LINE.fullmatch(line)
     if match is None:
@@ -367,29 +363,30 @@ def _nt_line(path: Path, number: int, line: str, literals: str) -> tuple[str, st
         )
         raise _malformed(path, number, repr(line[:80]), expected)
     head, blank_head, relation, tail, blank_tail, text, kind, language = match.groups()
-    if text is not None and literals != "keep":
-        if literals == "error":
-            expected = (
-                "an IRI or a blank node: literals 'drop' leaves such triples out, 'keep' makes"
-                " entities of them (shardemb ingest --literals)"
-            )
-            raise _malformed(path, number, f"the literal {text[:80]!r}", expected)
-        tail = None
-    triple: list[Any] = []
-    for iri, blank in ((head, blank_head), (relation, None), (tail, blank_tail), (kind, None)):
-        if iri is not None:
-            iri = _unescaped(path, number, iri)
-            if not (_ABSOLUTE.fullmatch(iri) and _is_label(iri)):
-                expected = "an absolute one, such as http://a.b/c, no spaces"
-                raise _malformed(path, number, f"the IRI {iri[:80]!r}", expected)
-        triple.append(blank if iri is None else iri)
-    if text is None:
-        return triple[0], triple[1], triple[2]
-    text = _unescaped(path, number, text).translate(_CANONICAL)
-    if literals == "drop":
-        return None
-    suffix = language or (f"^^<{triple[3]}>" if kind is not None else "")
-    return triple[0], triple[1], f'"{text}"{suffix}'
+    if text is not None and literals == "error":
+        expected = (
+            "an IRI or a blank node: literals 'drop' leaves such triples out, 'keep' makes"
+            " entities of them (shardemb ingest --literals)"
+        )
+        raise _malformed(path, number, f"the literal {text[:80]!r}", expected)
+    head, relation, tail, kind = (
+        blank if iri is None else _iri(path, number, iri)
+        for iri, blank in ((head, blank_head), (relation, None), (tail, blank_tail), (kind, None))
+    )
+    if text is not None:
+        text = _unescaped(path, number, text).translate(_CANONICAL)
+        if literals == "drop":
+            return None
+        tail = f'"{text}"{language or (f"^^<{kind}>" if kind is not None else "")}'
+    return head, relation, tail
+
+
+def _iri(path: Path, number: int, text: str) -> str:
+    iri = _unescaped(path, number, text)
+    if not (_ABSOLUTE.fullmatch(iri) and _is_label(iri)):
+        expected = "an absolute one, such as http://a.b/c, no spaces"
+        raise _malformed(path, number, f"the IRI {iri[:80]!r}", expected)
+    return iri
 
 
 def _unescaped(path: Path, number: int, text: str) -> str:

@@ -1,7 +1,6 @@
 """Head-relation-tail triples with dense ids."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from shardemb.exceptions import InputError
 from shardemb.kge.data import dataset as dataset_folder
-from shardemb.kge.data.splits import SPLITS, Unseen, check_unseen, find, held_out, judge, mixed
+from shardemb.kge.data.splits import SPLITS, UNSEEN, Unseen, find, held_out, judge, mixed
 from shardemb.kge.data.triple_files import SCHEMA, SUFFIXES, read
+from shardemb.utils.validation import choice
 from shardemb.vocabulary import Vocabulary, column_of, numbers, text_column
 
 #: graphs in the package
@@ -90,7 +90,7 @@ class Triples:
             OSError: a file cannot be opened.
         """
         name, path = str(dataset), Path(dataset)
-        check_unseen(unseen)
+        choice("unseen", unseen, UNSEEN)
         if name.startswith("pykeen:"):
             path = _pykeen_folder(name.removeprefix("pykeen:"))
         elif not path.is_file():
@@ -151,7 +151,7 @@ class Triples:
         Raises:
             ValueError: no training triple, or unseen labels with "error".
         """
-        check_unseen(unseen)
+        choice("unseen", unseen, UNSEEN)
         if not len(train[0]):
             raise InputError(f"{name}: got no training triples, expected at least one")
         tables = {
@@ -196,13 +196,23 @@ class Triples:
         unseen: str,
     ) -> "Triples":
         train, valid, test = (torch.from_numpy(arrays[split]) for split in SPLITS)
-        entities, relations = vocabularies["entities"], vocabularies["relations"]
-        return cls(name, train, valid, test, entities, relations, dataset, unseen)
+        return cls(name, train, valid, test, **vocabularies, dataset=dataset, unseen=unseen)
 
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of the hashes of the splits' arrays, as ingest writes them."""
         return _fingerprint(dataset_folder.sha256_of_array(split.numpy()) for split in self.splits)
+
+    @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """The labels of "entities" and "relations"."""
+        return {"entities": self.entities, "relations": self.relations}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of "entities", "relations" and "triples"."""
+        labels = {kind: vocabulary.fingerprint for kind, vocabulary in self.vocabularies.items()}
+        return {**labels, "triples": self.fingerprint}
 
     @property
     def splits(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,8 +259,7 @@ def _settle_unseen(
             reports.append(Unseen(split, int((~known).sum()), len(part), strange))
         if unseen == "drop":
             codes[split] = part[known]
-    if text := judge(name, reports, unseen):
-        warnings.warn(text, stacklevel=4)
+    judge(name, reports, unseen)
 
 
 def _pykeen_folder(name: str) -> Path:
