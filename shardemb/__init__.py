@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardemb.serving.store import Store, open_store
     from shardemb.sharding.options import Fused, Sharding, TorchRec
     from shardemb.sharding.placement import RowPlan
+    from shardemb.sharding.wrappers import exclude_from_ddp
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "checkpoint",
     "clip_grad_norm_",
+    "exclude_from_ddp",
     "open_store",
     "optim",
     "set_timeout",
@@ -53,6 +55,7 @@ _MODULES = {
     "Fused": "sharding.options",
     "Sharding": "sharding.options",
     "TorchRec": "sharding.options",
+    "exclude_from_ddp": "sharding.wrappers",
     "Store": "serving.store",
     "open_store": "serving.store",
     "checkpoint": "checkpoint",

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import nn
 from shardemb import kernels
 from shardemb.comm import collectives, watchdog
 from shardemb.embedding import Embedding, deferred_updates
-from shardemb.exceptions import InputError, InputTypeError, NonfiniteError
+from shardemb.exceptions import InputError, InputTypeError, NonfiniteError, UsageError
 from shardemb.optim import RowWiseOptimizer, merged_gradient, moves_touched_rows_only, why_refused
 from shardemb.utils.types import few
 
@@ -57,9 +58,10 @@ class Coordinator:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: an optimizer of a sparse table that takes no sparse gradients, or moves rows
-            without a gradient (momentum, weight decay) despite a constrainer; a table with its own
-            process group; clipping with a fused table.
+        ValueError: an optimizer with parameters that are not in ``model``, or of a sparse table
+            that takes no sparse gradients, or moves rows without a gradient (momentum, weight
+            decay) despite a constrainer; a table with its own process group; two tables of one
+            name on several ranks; clipping with a fused table.
     """
 
     def __init__(
@@ -99,19 +101,57 @@ class Coordinator:
                 self._by_sum |= parameters
             if table.kernel == "sparse":
                 self._sparse |= parameters
-        self._replicated = [p for p in model.parameters() if p.requires_grad and p not in sharded]
+        self._sharded = sharded
+        self._first_parameters = {*model.parameters()}
+        self._note_parameters()
+        if max_grad_norm is not None:
+            _check_clipping(self.tables, max_grad_norm)
         collectives.agree("the coordinator", _description(self))
         if collectives.rank_and_size()[1] > 1:
+            _check_names(self.tables)
             with torch.no_grad():
                 for tensor in [*model.parameters(), *model.buffers()]:
                     if tensor not in sharded:
                         operation = "the coordinator: values of rank 0"
                         collectives.broadcast(tensor, operation=operation)
-        if max_grad_norm is not None:
-            _check_clipping(self.tables, max_grad_norm)
+
+    def _parameters_now(self) -> list[Any]:
+        """Describe what freezing, or another parameter or group of an optimizer, would change."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [
+            *((id(p), p.requires_grad) for p in self.model.parameters()),
+            *([id(p) for p in group["params"]] for group in groups),
+        ]
+
+    def _note_parameters(self) -> None:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
+                strangers = [p for p in group["params"] if p not in self._first_parameters]
+                if strangers:
+                    shapes = few([str(tuple(p.shape)) for p in strangers])
+                    raise InputError(
+                        f"the coordinator: {type(optimizer).__name__} has {len(strangers)}"
+                        f" parameter(s) that are not in its model, of shapes {shapes}, so their"
+                        " gradients would be neither reduced nor cleared: pass the module that"
+                        " holds them all, such as torch.nn.ModuleList([table, layer])"
+                    )
                 self._check_optimizer(optimizer, group)
+        parameters = self.model.parameters()
+        self._replicated = [p for p in parameters if p.requires_grad and p not in self._sharded]
+        self._known_parameters = self._parameters_now()
+
+    def _take_in_changes(self) -> None:
+        """Take in what was frozen or unfrozen since, and groups of the model's parameters."""
+        if self._parameters_now() == self._known_parameters:
+            return
+        named = self.model.named_parameters()
+        added = [name for name, p in named if p not in self._first_parameters]
+        if added:
+            raise UsageError(
+                f"the coordinator: its model has got other parameters since it was made:"
+                f" {few(added)}: make a new Coordinator(model, optimizers, steps={self.steps})"
+            )
+        self._note_parameters()
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         parameters = set(group["params"])
@@ -232,10 +272,10 @@ class Coordinator:
                 optimizer.step()
         for table in self.tables:
             table._embeddings.synchronize_replicas()
-        with deferred_updates(self._constrained):  # PyKEEN's models call their tables
+        with deferred_updates(self.tables):  # PyKEEN's models call their tables
             for module in self._updated:
                 module.post_parameter_update()
-        for table in self._constrained:
+        for table in self.tables:
             table.post_parameter_update()
         self._end_step(skipped=False)
         return True
@@ -248,6 +288,8 @@ class Coordinator:
         self.skipped += skipped
         self._reduced, self._skips, self._checked = False, False, False
         self.model.zero_grad()
+        for table in self.tables:
+            table._embeddings.end_step()
         self.steps += 1
         watchdog.at_step(self.steps + 1)
 
@@ -269,6 +311,7 @@ class Coordinator:
         Raises:
             FloatingPointError: a rank's loss is bad, and ``nonfinite`` is "error".
         """
+        self._take_in_changes()
         self._reduced = True
         if loss is None or self.nonfinite is None:
             return self._reduce(flags)
@@ -412,6 +455,15 @@ def _tables_in(model: nn.Module) -> list[Embedding]:
             f"got {type(model).__name__}, expected the torch.nn.Module that holds the tables"
         )
     return [module for module in model.modules() if isinstance(module, Embedding)]
+
+
+def _check_names(tables: list[Embedding]) -> None:
+    twice = [name for name, count in Counter(table.name for table in tables).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"the coordinator: got several tables named {few(twice)}, expected one of each name, by"
+            " which ranks and checkpoints tell them apart: pass Embedding(name=...)"
+        )
 
 
 def _check_clipping(tables: list[Embedding], max_norm: float, norm_type: float = 2.0) -> None:

@@ -19,13 +19,14 @@ from shardemb.comm import collectives
 from shardemb.exceptions import InputError, InputTypeError, UsageError
 from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_initializer
 from shardemb.regularizers import resolve_regularizer
-from shardemb.sharding.exchange import Exchange
+from shardemb.sharding.exchange import Exchange, default_name
 from shardemb.sharding.fused_table import FusedTable
 from shardemb.sharding.lookup import LocalLookup, Lookup
 from shardemb.sharding.options import Fused, Sharding, resolve_options
 from shardemb.sharding.placement import RowPlan
 from shardemb.sharding.table import ParameterTable, RowOptions, Table
 from shardemb.sharding.torchrec_table import TorchRecLookup, TorchRecTable, make_groups
+from shardemb.sharding.wrappers import check_wrappers
 from shardemb.transforms import (
     is_plain_normalize,
     probe_constrainer,
@@ -169,7 +170,8 @@ class Embedding(Representation):
         initialize: run the initializer now instead of filling rows with N(0, 1); halves the time
             for a large table.
         device: of the rows.
-        name: for errors and checkpoints.
+        name: for errors, checkpoints and messages between ranks; by default "embedding", and then
+            "embedding-2", ... on several ranks.
         kwargs: of :class:`Representation`: ``normalizer``, ``regularizer``, ``dropout``,
             ``unique``, ...
 
@@ -199,14 +201,16 @@ class Embedding(Representation):
         seed: int | None = None,
         initialize: bool = False,
         device: torch.device | str = "cpu",
-        name: str = "embedding",
+        name: str | None = None,
         **kwargs: Any,
     ) -> None:
         max_id = _one_max_id(max_id, num_embeddings)
         shape = _one_shape(embedding_dim, shape)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         super().__init__(max_id=max_id, shape=shape, **kwargs)
-        self.name = name
+        group = sharding.process_group if isinstance(sharding, Sharding) else None
+        self._group = None if not dist.is_initialized() or group is dist.group.WORLD else group
+        self.name = name = default_name(self._group) if name is None else name
         self.kernel, fused, self.sharding = resolve_options(name, kernel, sharding)
         self._check_numbers(max_id, dtype, seed)
         self.is_complex, self._seed = dtype.is_complex, seed
@@ -221,8 +225,6 @@ class Embedding(Representation):
             and self.sharding.placement == "row_wise"
         )
         self._updates_deferred = False
-        group = self.sharding.process_group if dist.is_initialized() else None
-        self._group = None if group is dist.group.WORLD else group
         rank, self._world_size = collectives.rank_and_size(self._group)
         self._warn_without_group()
         options = {
@@ -324,6 +326,7 @@ class Embedding(Representation):
 
         With a ``seed`` the rows are the same each time.
         """
+        self._check_placement()
         self._fill(self.initializer, self._shared_seed({"call": "reset_parameters"}))
 
     def post_parameter_update(self) -> None:
@@ -332,8 +335,11 @@ class Embedding(Representation):
         The first call constrains all rows, later ones those with a gradient since the last call.
         Dense gradients, and constrainers that are not idempotent, need all rows each time.
         """
-        if self.constrainer is not None and not self._updates_deferred:
+        if self._updates_deferred:
+            return
+        if self.constrainer is not None:
             self._embeddings.constrain_(self._row_constrainer, self._constrains_changed_only)
+        self._embeddings.end_step()
 
     @property
     def _row_constrainer(self) -> RowFunction:
@@ -368,6 +374,10 @@ class Embedding(Representation):
             return indices, indices.inverse
         return super()._unique(indices)
 
+    def _send(self, ids: Any, wait: bool = True) -> Any:
+        self._check_placement()
+        return self._lookup.send(ids, wait)
+
     def prefetch(self, indices: Tensor) -> Prefetched:
         """Send the ids of a later lookup to their rows' owners. A collective.
 
@@ -381,7 +391,7 @@ class Embedding(Representation):
             IndexError, IdTypeError: as :meth:`forward`.
         """
         indices, inverse = self._unique(indices)
-        request = self._lookup.send(indices.reshape(-1), wait=False)
+        request = self._send(indices.reshape(-1), wait=False)
         return Prefetched(self, tuple(indices.shape), inverse, request)
 
     def _plain_forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
@@ -393,11 +403,12 @@ class Embedding(Representation):
                 )
             return self._as_seen(self._lookup.rows(indices.request), indices.shape)
         if indices is None:
+            self._check_placement()
             if self.plan.world_size == 1 and not torch.is_grad_enabled():
                 return self._as_seen(self._embeddings.weight.contiguous(), (self.max_id,))
             indices = torch.arange(self.max_id, device=self._embeddings.device)
         ids = indices.reshape(-1) if isinstance(indices, Tensor) else indices
-        rows = self._lookup.rows(self._lookup.send(ids))
+        rows = self._lookup.rows(self._send(ids))
         return self._as_seen(rows, tuple(indices.shape))
 
     @property
@@ -433,6 +444,7 @@ class Embedding(Representation):
             raise InputError(
                 f"table {self.name!r}: got layout={layout!r}, expected 'pykeen' or 'torch'"
             )
+        self._check_placement()
         weight, plan = self._embeddings.weight.detach(), self.plan
         if plan.world_size > 1:
             group = self._group if self._groups is None else self._groups.shard
@@ -476,14 +488,21 @@ class Embedding(Representation):
                 " another number of ranks use shardemb.checkpoint or full_state_dict"
             )
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Freeze the table, or let it train again."""
-        super().requires_grad_(requires_grad)
-        if isinstance(self._embeddings, FusedTable):
-            self._embeddings.trainable = requires_grad
-        return self
+    def _check_placement(self) -> None:
+        """Raise unless the rows are as the table has made them, for the ranks that there are."""
+        if self.sharding.placement == "replicated":
+            return
+        check_wrappers(self._embeddings)
+        world_size = collectives.rank_and_size(self._group)[1]
+        if world_size != self._world_size:
+            raise UsageError(
+                f"table {self.name!r}: it was made for {self._world_size} rank(s), its process"
+                f" group has {world_size} now: make tables after"
+                " torch.distributed.init_process_group, under Lightning in configure_model()"
+            )
 
     def _require_default_group(self, who: str) -> None:
+        self._check_placement()
         if self._group is not None:
             raise InputError(
                 f"table {self.name!r} lies on a process group of its own, {who} takes the default"

@@ -1,6 +1,7 @@
 """Loads checkpoints into the tables of any number of ranks."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from shardemb.checkpoint import safetensors_io
 from shardemb.checkpoint.manifest import Manifest, SavedShard, Verify, dtype_name
+from shardemb.checkpoint.plain_values import from_json
 from shardemb.checkpoint.safetensors_io import DTYPES, Layout
 from shardemb.checkpoint.shards import (
     LocalShard,
@@ -45,6 +47,7 @@ def load(
     optimizer_state: bool = True,
     cast: bool = False,
     grow: bool = False,
+    strict: bool = True,
     fingerprints: Mapping[str, str] | None = None,
     verify: Verify = "sha256",
 ) -> dict[str, Any]:
@@ -64,6 +67,8 @@ def load(
         optimizer_state: False loads rows alone, without the state of a fused optimizer.
         cast: convert rows to the tables' dtype.
         grow: allow tables with more rows than saved; the new rows stay as initialized.
+        strict: False loads the parameters and buffers that both the model and the checkpoint have,
+            as torch's load_state_dict, and warns of the others by name.
         fingerprints: must equal the saved ones of the same names.
         verify: "sha256" checks the hash of every file that is read, "size" only its size.
 
@@ -78,7 +83,7 @@ def load(
     if tables is not None and not isinstance(tables, Mapping):
         tables = {name: name for name in tables}
     job = _Load(
-        path, model, list(optimizers), list(schedulers), tables, optimizer_state, cast, grow
+        path, model, list(optimizers), list(schedulers), tables, optimizer_state, cast, grow, strict
     )
 
     def run(stage: Callable[..., None], *args: Any) -> None:
@@ -108,12 +113,15 @@ class _Load:
     optimizer_state: bool
     cast: bool
     grow: bool
+    strict: bool
     #: name in the checkpoint, and the shard that takes its rows
     wanted: list[tuple[str, LocalShard]] = field(default_factory=list)
     #: stored tensors of each table to load
     rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     #: the new state of each optimizer's parameters
     states: list[tuple[torch.optim.Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
+    #: the saved hyper-parameters of each optimizer
+    groups: list[list[dict[str, Any]]] = field(default_factory=list)
     #: these states' tensors to allocate: index in `wanted`, state, key, device
     missing: list[tuple[int, dict[str, Any], str, torch.device]] = field(default_factory=list)
 
@@ -122,6 +130,8 @@ class _Load:
 
     def plan(self, fingerprints: Mapping[str, str]) -> None:
         tables = tables_of(self.model)
+        for table in tables.values():
+            table._require_default_group("a checkpoint")
         try:
             self.manifest = Manifest(self.path)
         except CheckpointError as error:
@@ -129,6 +139,7 @@ class _Load:
             wanted = f"table {names}" if names else "a model without tables"
             raise CheckpointError(f"{error}; wanted for {wanted}") from error
         values = self.manifest.values
+        self.state = from_json(values["state"], f"{self.path}: state")
         for name, expected in fingerprints.items():
             got = values["fingerprints"].get(name, expected)
             if got != expected:
@@ -137,7 +148,11 @@ class _Load:
                     " other data"
                 )
         shards, names_of, stored = local_shards(self.model)
-        chosen = {name: name for name in tables} if self.tables is None else self.tables
+        if self.tables is None:
+            both = [name for name in tables if self.strict or name in values["tables"]]
+            chosen: Mapping[str, str] = {name: name for name in both}
+        else:
+            chosen = self.tables
         for name, saved in chosen.items():
             if name not in tables or saved not in values["tables"]:
                 has = {key: entry["name"] for key, entry in sorted(values["tables"].items())}
@@ -174,7 +189,8 @@ class _Load:
         self, shards: Mapping[str, LocalShard], in_tables: set[str], tables: Mapping[str, Any]
     ) -> None:
         others = shards.keys() - in_tables
-        for name in sorted(others):
+        missing = others - self.manifest.shards.keys() if not self.strict else set()
+        for name in sorted(others - missing):
             self._want(name, shards[name], False)
         saved = self.manifest.values["tables"]
         fused = {dotted(table, key) for table in saved for key in saved[table]["stored"]}
@@ -184,10 +200,17 @@ class _Load:
             if not name.startswith("optimizer.") and name not in others | in_tables | fused
         ]
         unused += [dotted(table, "weight") for table in saved if table not in tables]
-        if unused:
+        missing |= {dotted(table, "weight") for table in tables if table not in saved}
+        if unused and self.strict:
             raise self._error(
                 f"holds {unused}, which the model does not have: name the tables to load,"
-                f" tables={sorted(tables)}"
+                f" tables={sorted(tables)}, or pass strict=False"
+            )
+        if unused or missing:
+            warnings.warn(
+                f"{self.path}: not loaded: {sorted(unused)}, which the model does not have; kept:"
+                f" {sorted(missing)}, which the checkpoint does not have",
+                stacklevel=4,
             )
 
     def _check_fused(self, table: Embedding, got: Mapping[str, Any] | None) -> None:
@@ -214,9 +237,11 @@ class _Load:
         saved_names = {dotted(a, "weight"): dotted(b, "weight") for a, b in chosen.items()}
         for number, optimizer in enumerate(self.optimizers):
             saved = self.manifest.values["optimizers"][number]
+            groups = from_json(saved["groups"], f"{self.path}: {saved['class']}")
+            self.groups.append(groups)
             parameters = known_parameters(optimizer, names)
             if self.tables is None:
-                self._check_groups(number, optimizer.param_groups, saved["groups"], names)
+                self._check_groups(number, optimizer.param_groups, groups, names)
             for parameter in parameters:
                 name = names[parameter]
                 if self.tables is not None and name not in saved_names:
@@ -311,7 +336,8 @@ class _Load:
         for scheduler, saved in zip(
             self.schedulers, self.manifest.values["schedulers"], strict=False
         ):
-            self._restore(scheduler, saved["state"])
+            state = from_json(saved["state"], f"{self.path}: {saved['class']}")
+            self._restore(scheduler, state)
         tasks: dict[str, list[tuple[str, SavedShard, LocalShard]]] = {}
         for name, local in self.wanted:
             for saved_shard in self.manifest.shards[name]:
@@ -354,12 +380,12 @@ class _Load:
                 fused = values["tables"][name]["optimizer"]
                 if fused is not None:
                     tables[name].set_learning_rate(fused["lr"])
-            for optimizer, saved in zip(self.optimizers, values["optimizers"], strict=False):
-                for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
+            for optimizer, groups in zip(self.optimizers, self.groups, strict=False):
+                for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
                     _set_hyperparameters(group, saved_group)
         if self.generators:
             set_rng_state(self.generators)
-        return values["state"]
+        return self.state
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -373,7 +399,7 @@ def _alike(value: Any, own: Any) -> bool:
         return True
     if isinstance(own, list | tuple):
         # a scheduler's lists grow
-        fits = isinstance(value, list) and (isinstance(own, list) or len(value) == len(own))
+        fits = type(value) is type(own) and (isinstance(own, list) or len(value) == len(own))
         return fits and all(map(_alike, value, own))
     if isinstance(own, bool) or isinstance(value, bool):
         return type(own) is type(value)
@@ -391,7 +417,7 @@ def _set_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> Non
         if isinstance(group.get(key), Tensor):
             group[key].fill_(value)
         else:
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+            group[key] = value
 
 
 def _common(saved: SavedShard, local: LocalShard) -> range | None:

@@ -14,12 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardemb import kernels
-from shardemb.checkpoint import safetensors_io
+from shardemb.checkpoint import plain_values, safetensors_io
 from shardemb.checkpoint.manifest import FORMAT, MANIFEST, check_schema, dtype_name, finished
 from shardemb.checkpoint.shards import (
     LocalShard,
@@ -94,12 +95,13 @@ def save(
         step: number of the checkpoint.
         model: its tables, other parameters and buffers are saved.
         optimizers: their state and hyper-parameters are saved.
-        state: JSON, such as the position in the data; :func:`load` returns it.
+        state: plain values, such as the position in the data: None, bools, numbers, strings, and
+            lists, tuples, sets and dicts of these; :func:`load` returns it as it was.
         keep: number of finished checkpoints to keep, up to this step; later steps stay.
-        options: ``schedulers``: learning-rate schedulers, or anything whose ``state_dict`` is JSON;
-            ``seed``: the run's, for the manifest; ``fingerprints``: hashes of the data, such as
-            {"vocabulary": ...}, which :func:`load` compares; ``nonfinite``: what NaN or infinite
-            rows do, "error" (the default), "warn" or "ignore".
+        options: ``schedulers``: learning-rate schedulers, or anything whose ``state_dict`` has such
+            values; ``seed``: the run's, for the manifest; ``fingerprints``: hashes of the data,
+            such as {"vocabulary": ...}, which :func:`load` compares; ``nonfinite``: what NaN or
+            infinite rows do, "error" (the default), "warn" or "ignore".
 
     Returns:
         The checkpoint's location.
@@ -133,13 +135,13 @@ def _snapshot(
     shards, names, stored = local_shards(model, optimizers)
     manifest = _manifest(step, fingerprints or {}) | {
         "seed": seed,
-        "state": dict(state or {}),
+        "state": plain_values.to_json(dict(state or {}), "state"),
         "tables": {
             prefix: _describe(table) | {"stored": sorted(stored[prefix])}
             for prefix, table in tables.items()
         },
         "optimizers": [_scalars(optimizer, names) for optimizer in optimizers],
-        "schedulers": [{"class": type(s).__name__, "state": s.state_dict()} for s in schedulers],
+        "schedulers": [_scheduler_state(scheduler) for scheduler in schedulers],
     }
     return _Snapshot(_written_by_this_rank(shards), manifest, keep, nonfinite, rng_state())
 
@@ -186,7 +188,8 @@ def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> d
     def plain(key: str, value: Any) -> Any:
         if key == "params":
             return [names[parameter] for parameter in value]
-        return value.item() if isinstance(value, Tensor) else value
+        value = value.item() if isinstance(value, Tensor | np.generic) else value
+        return plain_values.to_json(value, f"{type(optimizer).__name__}'s {key}")
 
     groups = [{key: plain(key, group[key]) for key in group} for group in optimizer.param_groups]
     state = {
@@ -194,6 +197,11 @@ def _scalars(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> d
         for parameter, values in optimizer.state.items()
     }
     return {"class": type(optimizer).__name__, "groups": groups, "state": state}
+
+
+def _scheduler_state(scheduler: Any) -> dict[str, Any]:
+    name = type(scheduler).__name__
+    return {"class": name, "state": plain_values.to_json(scheduler.state_dict(), name)}
 
 
 def _write(folder: Location, snapshot: _Snapshot, group: Any = None) -> Location:

@@ -9,15 +9,19 @@ Every rank takes part in every lookup and backward, with an empty batch if it ha
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from shardemb import kernels
 from shardemb.comm import collectives
+from shardemb.comm.watchdog import PeerWatchdog, watch
+from shardemb.exceptions import InputError
 from shardemb.kernels import Merged
 from shardemb.sharding.lookup import Lookup, id_error
 from shardemb.sharding.options import Sharding
@@ -50,6 +54,34 @@ class Route:
     wait: Callable[[], None] = lambda: None
 
 
+#: tables made on a group, by name: every rank makes the same ones in the same order
+_tables: WeakKeyDictionary[PeerWatchdog, Counter[str]] = WeakKeyDictionary()
+
+
+def _number_of(group: Any, name: str) -> int:
+    """Count a table, or a default name, of a group."""
+    counts = _tables.setdefault(watch(group), Counter())
+    counts[name] += 1
+    return counts[name]
+
+
+def default_name(group: Any) -> str:
+    """Return "embedding"; on several ranks the next ones are "embedding-2", ..."""
+    several = collectives.rank_and_size(group)[1] > 1
+    number = _number_of(group, "") if several else 1
+    return "embedding" if number == 1 else f"embedding-{number}"
+
+
+class _Pending:
+    """Lives as long as a lookup's graph."""
+
+    def __init__(self, exchange: "Exchange") -> None:
+        self.exchange, self.done = exchange, False
+
+
+#: by group and name, the last lookup with a gradient
+_pending: WeakKeyDictionary[PeerWatchdog, WeakValueDictionary[str, _Pending]] = WeakKeyDictionary()
+
 #: ids per rank, their row numbers ``(n,)``, the permutation, the duplicates
 _ToSend = tuple[list[int], Tensor, Tensor, Merged | None]
 
@@ -63,6 +95,9 @@ class Exchange(Lookup):
         self._scale = 1.0 / plan.world_size if options.gradient_reduction == "mean" else 1.0
         self._bounds: Tensor | None = None
         self._lookups = 0
+        number = _number_of(group, plan.table)
+        #: tells tables of one name, such as a model's and its successor's, apart
+        self._label = f"table {plan.table!r}" + f" (the {number}th so named)" * (number > 1)
 
     def send(self, ids: Any, wait: bool = True) -> Route:
         """See :class:`Lookup`. A collective; RanksDisagreeError for ranks in other operations."""
@@ -89,7 +124,19 @@ class Exchange(Lookup):
         )
 
     def _operation(self, number: int, what: str) -> str:
-        return f"lookup {number} of table {self.plan.table!r}: {what}"
+        return f"lookup {number} of {self._label}: {what}"
+
+    def await_backward(self) -> _Pending:
+        """Note a lookup with a gradient; ValueError if another table of this name awaits its."""
+        names = _pending.setdefault(watch(self.group), WeakValueDictionary())
+        other = names.get(self.plan.table)
+        if other is not None and not other.done and other.exchange is not self:
+            raise InputError(
+                f"{self.plan.where}: another table of this name has been looked up and awaits its"
+                " backward: pass Embedding(name=...), by which ranks tell them apart"
+            )
+        names[self.plan.table] = pending = _Pending(self)
+        return pending
 
     def _prepare_few(self, slots: Tensor) -> _ToSend:
         numbers = slots.tolist()
@@ -179,6 +226,8 @@ class _ReturnRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, looked_up: Tensor, route: Route, exchange: Exchange) -> Tensor:
         ctx.route, ctx.exchange = route, exchange
+        if ctx.needs_input_grad[0]:
+            ctx.pending = exchange.await_backward()
         rows = exchange._transfer_rows(looked_up, route, "rows")
         return kernels.take(rows, route.permutation)
 
@@ -186,6 +235,7 @@ class _ReturnRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         route, exchange, grad = ctx.route, ctx.exchange, kernels.contiguous(grad)
+        ctx.pending.done = True
         if route.merged is not None:
             by_owner = route.merged.sum(grad)
         else:

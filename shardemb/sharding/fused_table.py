@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardemb import kernels
 from shardemb.exceptions import InputError, UsageError
@@ -38,12 +38,21 @@ class FusedTable(Table):
                 f"table {plan.table!r}: got dtype {options.dtype} with kernel='fused', FBGEMM"
                 " trains float32 and float16: use one of these, or kernel='sparse'"
             )
-        self.optimizer, self.trainable = optimizer, options.trainable
+        self.optimizer = optimizer
+        #: empty: whoever freezes the parameters of a model finds this one, as rows are a buffer
+        self.trains = nn.Parameter(
+            torch.empty(0, device=options.device), requires_grad=options.trainable
+        )
         #: of the next backward
         self.learning_rate = optimizer.lr
         #: two lookups before a backward would not sum their gradients
         self._one_lookup = optimizer.name != "sgd"
         self._build(options.dtype, options.device)
+
+    @property
+    def _updates(self) -> bool:
+        """Whether the backward of a lookup made now updates rows; not in evaluation mode."""
+        return self.trains.requires_grad and self.training and torch.is_grad_enabled()
 
     def _build(self, dtype: torch.dtype, device: torch.device) -> None:
         plan = self.plan
@@ -57,6 +66,8 @@ class FusedTable(Table):
         self.register_buffer("weight", rows[: plan.num_local, : plan.dim])
         self._offsets = torch.arange(1, device=device)
         self._pending: weakref.ref[_Pending] | None = None
+        #: whether a backward has updated rows in this step
+        self._updated = False
 
     def _engine_options(self, dtype: torch.dtype) -> dict[str, Any]:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -110,9 +121,14 @@ class FusedTable(Table):
             self.weight.copy_(rows)
         self.load_optimizer_state(optimizer_state)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}trains"]
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
     ) -> None:
+        state_dict[f"{prefix}trains"] = self.trains
         # FBGEMM owns the memory: always copy, even with load_state_dict(assign=True)
         copied = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, copied, *args)
@@ -123,7 +139,7 @@ class FusedTable(Table):
         RuntimeError for a second lookup before the first one's backward, except with SGD: their
         gradients would not be summed.
         """
-        if not (self.trainable and torch.is_grad_enabled()):
+        if not self._updates:
             return kernels.take(self.weight, rows)
         out = self._trained(rows, lambda: self._tbe(rows, self._bag_offsets(len(rows))))
         return self._await_backward(out)
@@ -133,6 +149,10 @@ class FusedTable(Table):
         pending = self._pending() if self._pending is not None else None
         return pending is not None and not pending.done
 
+    def end_step(self) -> None:
+        """Let the next lookup's backward update rows again; for accumulation is refused."""
+        self._updated = False
+
     def _trained(self, rows: Tensor, engine: Callable[[], Tensor]) -> Tensor:
         if self._one_lookup and self._waits_for_backward:
             raise UsageError(
@@ -140,6 +160,12 @@ class FusedTable(Table):
                 f" make two {self.optimizer.name} updates of a row in one step: look all ids up at"
                 " once (torch.cat), use kernel='sparse', or look up rows that are not trained under"
                 " torch.no_grad()"
+            )
+        if self._one_lookup and self._updated:
+            raise UsageError(
+                f"table {self.plan.table!r}: a second backward in one step would make two"
+                f" {self.optimizer.name} updates of a row: end each step with Coordinator.step() or"
+                " Embedding.post_parameter_update(); to accumulate gradients use kernel='sparse'"
             )
         if len(rows):
             out = engine()
@@ -152,7 +178,16 @@ class FusedTable(Table):
 
     def _await_backward(self, out: Tensor) -> Tensor:
         pending = _Pending()
-        out.register_hook(lambda grad: setattr(pending, "done", True))
+
+        def before_backward(grad: Tensor) -> None:
+            if pending.done and self._one_lookup:
+                raise UsageError(
+                    f"table {self.plan.table!r}: a second backward of one lookup would make two"
+                    f" {self.optimizer.name} updates: add the losses first, or use kernel='sparse'"
+                )
+            pending.done = self._updated = True
+
+        out.register_hook(before_backward)
         self._pending = weakref.ref(pending)
         return out
 

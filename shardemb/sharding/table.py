@@ -103,7 +103,24 @@ class Table(nn.Module):
         self._track = options.track
         self._changed = RowSet(plan.num_local)
         self._passes_over_all = 0
+        #: identity of the DistributedDataParallel that is known to leave the rows alone
+        self.checked_wrapper = 0
         self.touch_all()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":  # FSDP assigns its own tensors
+            self.check_weight()
+
+    def check_weight(self) -> None:
+        """Raise UsageError if a wrapper has replaced the rows of one of several ranks."""
+        weight = self._buffers.get("weight", self._parameters.get("weight"))
+        if self.plan.world_size > 1 and type(weight) not in (nn.Parameter, Tensor):
+            raise UsageError(
+                f"{self.plan.where}: its rows are no longer the Parameter that it has made, but"
+                f" {type(weight).__name__}: leave its parameters out of FSDP (ignored_params=),"
+                " tensor parallelism and parametrizations"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +151,9 @@ class Table(nn.Module):
 
     def reset_optimizer_state(self) -> None:
         """Zero the state of backward's optimizer, in place."""
+
+    def end_step(self) -> None:
+        """Note that the optimizers have made their updates."""
 
     def synchronize_replicas(self) -> None:
         """Average the moved rows over the ranks with replicas. A collective."""

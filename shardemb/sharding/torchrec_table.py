@@ -320,7 +320,7 @@ class TorchRecTable(FusedTable):
         (sharding,) = sent.context.sharding_contexts
         sharding.lengths_after_input_dist = owned[0].lengths().view(-1, owned[0].stride())
         rows = owned[0].values()
-        trained = self.trainable and torch.is_grad_enabled()
+        trained = self._updates
         if trained:
             rows = self._trained(rows, lambda: self.torchrec_module.compute(sent.context, owned)[0])
             self._stale |= self._cached

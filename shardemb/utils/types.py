@@ -12,8 +12,8 @@ Shape legend, used in every docstring:
 =====  ==============================================================
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,6 @@ def normalize_name(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
-def few(ids: list[int]) -> str:
-    """List the five smallest ids, for messages."""
+def few(ids: Sequence[Any]) -> str:
+    """List the five smallest ids, or names, for messages."""
     return ", ".join(map(str, sorted(ids)[:5])) + ", ..." * (len(ids) > 5)
