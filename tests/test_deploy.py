@@ -176,11 +176,8 @@ def test_the_batch_script_makes_a_token_of_its_own_and_takes_it_away(
     assert not Path(environment["RAY_AUTH_TOKEN_PATH"]).exists()
     assert words[words.index("--address") + 1] == "127.0.0.1:6379"
     arguments = cli.parser().parse_args(words[words.index("--") + 2 :])
-    assert (str(arguments.workers), arguments.use_gpu, arguments.resume) == (
-        workers,
-        gpus > 0,
-        True,
-    )
+    gpu = getattr(arguments, "training.device") == "cuda"
+    assert (str(arguments.workers), gpu, arguments.resume) == (workers, gpus > 0, True)
     missing = subprocess.run(
         ["bash", DEPLOY / "slurm/train.sbatch"], capture_output=True, text=True, check=False
     )
@@ -384,7 +381,7 @@ def test_a_job_that_is_tried_again_goes_on() -> None:
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"] is True
     assert arguments.resume
-    assert arguments.use_gpu
+    assert getattr(arguments, "training.device") == "cuda"
     assert Path("/mnt/shardemb") in arguments.output.parents
     least, most = map(int, arguments.workers.split(":"))
     assert 0 < least <= most == sum(group["replicas"] for group in CLUSTER["workerGroupSpecs"])

@@ -99,7 +99,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(
     for told in run_ranks(_train, ranks, parts, at, False):
         match = re.fullmatch(r"SIGTERM came in step (\d+): saved as step-(\d+)", told["error"])
         assert match
-        step = {2: 3, 3: 4, 9: 9}[at]  # a save looks for a failure too
+        step = at + 1
         assert int(match[1]) == int(match[2]) == step
     assert (
         checkpoint.verify(checkpoint.checkpoints(parts / "checkpoints")[-1]).values["step"] == step

@@ -269,7 +269,7 @@ def test_time_worked_out_by_hand() -> None:
     )  # two ranks take turns on a core, and get in each other's way
     assert (found.ids, found.distinct, found.touched) == (ids, ids, 4 * ids)
     rows = ids * 3 / 4 * 40
-    asked = 3 * (3 + 61) * 8  # all three others in one message each
+    asked = ids * 3 / 4 * 8
     ring = 2 * 3 / 4 * 3 * 10 * 4
     assert found.exchange == pytest.approx(
         {"ids": asked, "rows": rows, "gradients": rows, "relation gradients": ring}

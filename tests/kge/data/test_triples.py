@@ -409,7 +409,7 @@ def test_unseen_entities_and_relations(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         Triples.load(tmp_path, unseen="error")
     assert str(error.value).startswith(
-        f"{tmp_path}: {UNTRAINED}, expected none: unseen='drop' drops these triples"
+        f"{tmp_path}: {UNTRAINED}, expected none: unseen='drop' drops these, 'keep' keeps them"
     )
     with pytest.raises(
         ValueError, match="unseen: got 'dorp', expected one of 'keep', 'drop', 'error'"
