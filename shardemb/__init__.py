@@ -10,6 +10,7 @@ from shardemb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from shardemb import checkpoint, optim
+    from shardemb.amp import GradScaler
     from shardemb.comm.watchdog import set_timeout
     from shardemb.coordinator import Coordinator, clip_grad_norm_
     from shardemb.embedding import Embedding, Representation
@@ -26,6 +27,7 @@ __all__ = [
     "Embedding",
     "Fused",
     "FusedOptimizer",
+    "GradScaler",
     "PeerFailureError",
     "Representation",
     "RowPlan",
@@ -45,6 +47,7 @@ __all__ = [
 
 _MODULES = {
     "Coordinator": "coordinator",
+    "GradScaler": "amp",
     "clip_grad_norm_": "coordinator",
     "Embedding": "embedding",
     "Representation": "embedding",

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase as BatchNorm
 
 from shardemb import kernels
+from shardemb.amp import GradScaler
 from shardemb.comm import collectives, watchdog
 from shardemb.embedding import Embedding, deferred_updates
 from shardemb.exceptions import InputError, InputTypeError, NonfiniteError, UsageError
@@ -33,7 +35,7 @@ class Coordinator:
        sparse tables in the same pass. Fused tables were updated in backward; TorchRec's replicas
        are averaged now, a collective;
     4. ``post_parameter_update()`` of each module that has one: tables constrain their changed rows;
-    5. clear the gradients.
+    5. copy rank 0's buffers that have changed, such as BatchNorm's, and clear the gradients.
 
     ``nonfinite`` checks the gradients first: a pass over them and an all-reduce of one number.
     Checking the loss instead is almost free: :meth:`backward` does it before fused tables are
@@ -114,6 +116,14 @@ class Coordinator:
                     if tensor not in sharded:
                         operation = "the coordinator: values of rank 0"
                         collectives.broadcast(tensor, operation=operation)
+        self._batch_norms: list[Any] = [
+            module
+            for module in model.modules()
+            if isinstance(module, BatchNorm) and module.running_mean is not None
+        ]
+        #: of each whole buffer, its version in the last step
+        known = sharded.union(*([n.running_mean, n.running_var] for n in self._batch_norms))
+        self._buffers = {b: b._version for b in model.buffers() if b not in known}
 
     def _parameters_now(self) -> list[Any]:
         """Describe what freezing, or another parameter or group of an optimizer, would change."""
@@ -246,18 +256,25 @@ class Coordinator:
         warnings.warn(f"{text}{left_out}", stacklevel=4)
         return skips
 
-    def step(self) -> bool:
+    def step(self, scaler: GradScaler | None = None) -> bool:
         """Do all five parts; see the class.
+
+        Args:
+            scaler: has scaled the loss; unscales the gradients before they are clipped, and is
+                updated.
 
         Returns:
             Whether the parameters were updated; False for a skipped step.
 
         Raises:
             FloatingPointError: on all ranks, a gradient is bad and ``nonfinite`` is "error".
+            ValueError: a scaler with a fused table.
         """
         if not self._reduced:
             self.reduce()
-        if self.nonfinite is not None and not self._checked:
+        if scaler is not None:
+            self._unscale(scaler)
+        elif self.nonfinite is not None and not self._checked:
             self._skips = self._must_skip(self._gradient_fault())
         if self._skips:
             self._end_step(skipped=True)
@@ -265,11 +282,11 @@ class Coordinator:
         if self.max_grad_norm is not None:
             clip_grad_norm_(self.model, self.max_grad_norm)
         for optimizer in self.optimizers:
+            options: dict[str, Any] = {}
             if isinstance(optimizer, RowWiseOptimizer):
                 in_step = [table._constrainer_in_step() for table in self._constrained]
-                optimizer.step(constrain={k: f for part in in_step for k, f in part.items()})
-            else:
-                optimizer.step()
+                options = {"constrain": {k: f for part in in_step for k, f in part.items()}}
+            optimizer.step(**options)
         for table in self.tables:
             table._embeddings.synchronize_replicas()
         with deferred_updates(self.tables):  # PyKEEN's models call their tables
@@ -277,8 +294,40 @@ class Coordinator:
                 module.post_parameter_update()
         for table in self.tables:
             table.post_parameter_update()
+        self._copy_buffers()
         self._end_step(skipped=False)
         return True
+
+    def _copy_buffers(self) -> None:
+        """Copy rank 0's buffers that this step has changed, such as BatchNorm's, to all ranks."""
+        if collectives.rank_and_size()[1] == 1:
+            return
+        for buffer, version in self._buffers.items():
+            if buffer._version != version:
+                collectives.broadcast(buffer, operation="the coordinator: buffers of rank 0")
+                self._buffers[buffer] = buffer._version
+        for norm in self._batch_norms:  # their kernels do not count versions
+            if norm.training:
+                for buffer in (norm.running_mean, norm.running_var):
+                    collectives.broadcast(buffer, operation="the coordinator: BatchNorm of rank 0")
+
+    def _unscale(self, scaler: GradScaler) -> None:
+        """Unscale all gradients; skip the step if one of any rank is infinite."""
+        fused = [table.name for table in self.tables if table.kernel == "fused"]
+        if fused or not isinstance(scaler, GradScaler):
+            raise InputError(
+                f"the coordinator: got {type(scaler).__module__}.{type(scaler).__name__} and fused"
+                f" tables {fused}, expected shardemb.GradScaler, which sees all ranks' gradients,"
+                " and no table that backward updates with scaled ones: use kernel='sparse'"
+            )
+        infinite = 0.0
+        for optimizer in self.optimizers:
+            scaler.unscale_(optimizer)
+            infinite += sum(
+                flag.item() for flag in scaler._found_inf_per_device(optimizer).values()
+            )
+        self._skips |= infinite > 0
+        scaler.update()
 
     def forget(self) -> None:
         """Skip a step whose gradients exist already."""

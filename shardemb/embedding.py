@@ -33,6 +33,7 @@ from shardemb.transforms import (
     resolve_constrainer,
     resolve_normalizer,
 )
+from shardemb.utils.compiling import not_compiled
 from shardemb.utils.types import Initializer, RowFunction
 
 
@@ -357,6 +358,7 @@ class Embedding(Representation):
         x = stored.reshape(*prefix, *self._shape)
         return torch.view_as_complex(x) if self.is_complex else x
 
+    @not_compiled
     def forward(self, indices: "Tensor | Prefetched | None" = None) -> Tensor:
         """Look rows up as :meth:`Representation.forward`. A collective on several ranks.
 

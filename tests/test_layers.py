@@ -18,7 +18,7 @@ ORDER = [
     "kge",
     "serving",
     "checkpoint",
-    "pykeen", "coordinator", "embedding", "initializers",
+    "pykeen", "coordinator", "amp", "embedding", "initializers",
     "sharding",
     "launch",
     "comm",

@@ -373,3 +373,160 @@ def _updated_twice(rank: int, world_size: int, name: str) -> None:
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_two_fused_updates_in_a_step_are_refused(run_ranks, name: str, ranks: int) -> None:
     run_ranks(_updated_twice, ranks, name)
+
+
+# --------------------
+# mixed precision, clipping, buffers, averages, compilation
+
+
+def _overflow(rank: int, world_size: int, how: str, kernel: str) -> tuple[list[float], bool]:
+    """Each rank trains its own rows; the loss overflows on rank 0 in the second of four steps."""
+    sharding = shardemb.Sharding(gradient_reduction="sum")
+    table = Embedding(12, shape=4, seed=0, initialize=True, kernel=kernel, sharding=sharding)
+    model = nn.ModuleDict({"t": table, "h": _head()})
+    before, optimizer = _whole(table), torch.optim.SGD(model.parameters(), lr=1.0)
+    coordinator = Coordinator(model, optimizer)
+    scaler = shardemb.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    if how == "torch":
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scales, ids = [], table.plan.local_ids()
+    for step in range(4):
+        loss = table(ids).sum()
+        if step == 1 and rank == 0:
+            loss = loss * 1e38
+        scaler.scale(loss).backward()
+        if how == "coordinator":
+            coordinator.step(scaler)
+        elif how == "torch":
+            with pytest.raises(UsageError, match=r"use shardemb\.GradScaler"):
+                scaler.step(optimizer)
+            with pytest.raises(ValueError, match=r"expected shardemb\.GradScaler"):
+                coordinator.step(scaler)
+            return [], True
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return scales, torch.allclose(before - _whole(table), torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+@pytest.mark.parametrize("how", ["coordinator", "loop"])
+def test_an_overflow_on_one_rank_is_seen_by_all(
+    run_ranks, how: str, kernel: str, ranks: int
+) -> None:
+    for scales, moved in run_ranks(_overflow, ranks, how, kernel):
+        assert scales == [1024.0, 512.0, 512.0, 1024.0]
+        assert moved
+
+
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+def test_a_scaler_that_sees_one_rank_is_refused(run_ranks, kernel: str) -> None:
+    run_ranks(_overflow, 2, "torch", kernel)
+
+
+def _scaled_fused(rank: int, world_size: int) -> None:
+    table = Embedding(12, shape=4, kernel="fused")
+    coordinator, scaler = Coordinator(table), shardemb.GradScaler("cpu")
+    with pytest.raises(ValueError, match=r"fused tables \['embedding'\]"):
+        coordinator.step(scaler)
+
+
+def test_a_scaler_with_a_fused_table_is_refused(run_ranks) -> None:
+    run_ranks(_scaled_fused, 1)
+
+
+def _clipped_by_torch(rank: int, world_size: int, kernel: str) -> None:
+    table = Embedding(13, shape=4, seed=0, initialize=True, kernel=kernel)
+    before = _whole(table)
+    optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+    (table(torch.arange(13)) * (1 + torch.arange(13.0))[:, None]).sum().backward()
+    if world_size > 1:
+        with pytest.raises((RuntimeError, NotImplementedError)) as caught:
+            nn.utils.clip_grad_norm_(table.parameters(), 1.0)
+        assert kernel == "sparse" or "use shardemb.clip_grad_norm_" in str(caught.value)
+    norm = shardemb.clip_grad_norm_(table, 1.0)
+    if kernel == "dense":
+        nn.utils.clip_grad_value_(table.parameters(), 10.0)  # by element, so right on a shard
+    optimizer.step()
+    expected = (1 + torch.arange(13.0)).square().sum().mul(4).sqrt()
+    torch.testing.assert_close(norm.float(), expected)
+    torch.testing.assert_close((before - _whole(table)).norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+def test_torchs_clipping_is_refused(run_ranks, kernel: str, ranks: int) -> None:
+    run_ranks(_clipped_by_torch, ranks, kernel)
+
+
+def _batch_norm(rank: int, world_size: int) -> list[torch.Tensor]:
+    model = nn.ModuleDict({"t": Embedding(13, shape=4, seed=0), "n": nn.BatchNorm1d(4)})
+    model.register_buffer("constant", torch.ones(3))
+    coordinator = Coordinator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        model["n"](model["t"](torch.arange(4) + 3 * rank)).square().mean().backward()
+        coordinator.step()
+    return [buffer.clone() for buffer in model["n"].buffers()]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_buffers_follow_rank_0(run_ranks, ranks: int) -> None:
+    first, *others = run_ranks(_batch_norm, ranks)
+    assert not torch.equal(first[0], torch.zeros(4))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+def _averaged(rank: int, world_size: int, kernel: str, use_buffers: bool) -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = nn.ModuleDict({"t": Embedding(13, shape=4, seed=0, kernel=kernel, name="t")})
+    coordinator = Coordinator(model, torch.optim.SGD(model.parameters(), lr=0.3))
+    average = get_ema_multi_avg_fn(0.9)
+    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
+    expected = None
+    for step in range(4):
+        model["t"](torch.arange(4) + 3 * rank + step).sum().backward()
+        coordinator.step()
+        ema.update_parameters(model)
+        rows = _whole(model["t"])
+        expected = rows if expected is None else 0.9 * expected + 0.1 * rows
+    torch.testing.assert_close(_whole(ema.module["t"]), expected)
+    ids = torch.arange(13)
+    torch.testing.assert_close(ema.module["t"](ids).detach(), expected)
+    other = nn.ModuleDict({"t": Embedding(13, shape=4, seed=5, kernel=kernel, name="u")})
+    other.load_state_dict(ema.module.state_dict())
+    torch.testing.assert_close(_whole(other["t"]), expected)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+def test_moving_averages(run_ranks, kernel: str, use_buffers: bool, ranks: int) -> None:
+    run_ranks(_averaged, ranks, kernel, use_buffers)
+
+
+def _compiled(rank: int, world_size: int, backend: str) -> tuple[int, torch.Tensor]:
+    from torch._dynamo.utils import counters
+
+    model = _Wrapped("sparse")
+    coordinator = Coordinator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    run: Any = model if backend == "none" else torch.compile(model, backend=backend)
+    for step in range(6):
+        run(torch.arange(5) + rank + step).backward()
+        coordinator.step()
+    return counters["stats"]["unique_graphs"], _whole(model.table)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_has_one_graph(run_ranks, backend: str, ranks: int) -> None:
+    """The lookup stays outside of it."""
+    for (_, expected), (graphs, rows) in zip(
+        run_ranks(_compiled, ranks, "none"), run_ranks(_compiled, ranks, backend), strict=True
+    ):
+        assert graphs == 1
+        torch.testing.assert_close(rows, expected)

@@ -130,7 +130,7 @@ class Exchange(Lookup):
         """Note a lookup with a gradient; ValueError if another table of this name awaits its."""
         names = _pending.setdefault(watch(self.group), WeakValueDictionary())
         other = names.get(self.plan.table)
-        if other is not None and not other.done and other.exchange is not self:
+        if other is not None and not other.done and other.exchange._label != self._label:
             raise InputError(
                 f"{self.plan.where}: another table of this name has been looked up and awaits its"
                 " backward: pass Embedding(name=...), by which ranks tell them apart"

@@ -3,6 +3,7 @@
 Lookups take row numbers of this shard; other modules handle other ranks.
 """
 
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,9 +98,6 @@ class Table(nn.Module):
         super().__init__()
         kernels.keep_freed_blocks()
         self.plan = plan
-        if plan.world_size > 1:
-            #: :meth:`_row_range`, for the state dict
-            self.register_buffer("rows", torch.tensor(self._row_range()))
         self._track = options.track
         self._changed = RowSet(plan.num_local)
         self._passes_over_all = 0
@@ -126,6 +124,11 @@ class Table(nn.Module):
     def device(self) -> torch.device:
         """The rows' device."""
         return self.weight.device
+
+    @property
+    def rows(self) -> Tensor:
+        """:meth:`_row_range`, for state dicts, whose readers look their keys up here."""
+        return torch.tensor(self._row_range())
 
     def _row_range(self) -> tuple[int, ...]:
         plan = self.plan
@@ -167,6 +170,11 @@ class Table(nn.Module):
         """Mark every row as changed."""
         self._changed.add_all()
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.plan.world_size > 1:  # not a buffer, which would be averaged with the others
+            destination[f"{prefix}rows"] = self.rows
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         *_, error_msgs = args
         plan, key, expected = self.plan, f"{prefix}rows", self._row_range()
@@ -188,9 +196,7 @@ class Table(nn.Module):
                 )
                 return
             state_dict[f"{prefix}weight"] = weight[plan.local_ids().to(weight.device)]
-            state_dict[key] = self.rows
-        if plan.world_size == 1:
-            state_dict.pop(key, None)
+        state_dict.pop(key, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.touch_all()
 
@@ -233,11 +239,16 @@ class ParameterTable(Table):
         self.weight = nn.Parameter(weight, requires_grad=options.trainable)
         #: rows with a gradient that no optimizer is known to have applied
         self._waiting = RowSet(plan.num_local)
-        _hook_into_optimizers(self)
+        self._add_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._add_hooks()
+
+    def _add_hooks(self) -> None:
         _hook_into_optimizers(self)
+        if self.plan.world_size > 1 and not self.sparse:
+            self.weight.register_post_accumulate_grad_hook(_mark_as_shard)
 
     def _got_gradient(self, rows: Tensor) -> None:
         self._waiting.add(rows)
@@ -270,6 +281,28 @@ class ParameterTable(Table):
             out = F.embedding(rows, self.weight)
         self._watch(out, rows)
         return out
+
+
+class _ShardGradient(Tensor):
+    """The dense gradient of one rank's rows: its norm is not that of the table's gradient."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.linalg.vector_norm or function is torch._foreach_norm:
+            raise UsageError(
+                "got the gradient of one rank's rows of a sharded table, whose norm other ranks do"
+                " not share: use shardemb.clip_grad_norm_ instead of torch's, which takes the norm"
+                " over all ranks"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def _mark_as_shard(weight: Tensor) -> None:
+    if type(weight.grad) is Tensor:
+        weight.grad = weight.grad.as_subclass(_ShardGradient)
 
 
 class _SparseLookup(torch.autograd.Function):
@@ -310,7 +343,8 @@ def _remove_unused_hooks() -> None:
 
 
 def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTable, dict[str, Any]]]:
-    by_id = {id(table._parameters["weight"]): table for table in _tables}
+    # parametrizations and pruning replace the Parameter
+    by_id = {id(table._parameters.get("weight")): table for table in _tables}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) in by_id:
@@ -321,8 +355,24 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     for table, group in _tables_of(optimizer):
         grad = table.weight.grad
         why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
+        if why is None and table.plan.world_size > 1 and _in_torchs_scaler():
+            why = (
+                "torch.amp.GradScaler looks for infinite gradients in this rank's rows alone, so"
+                " that ranks would skip different steps: use shardemb.GradScaler"
+            )
         if why is not None:
             raise UsageError(f"table {table.plan.table!r}: {why}")
+
+
+def _in_torchs_scaler() -> bool:
+    """Whether the optimizer's step was called by a GradScaler that sees one rank only."""
+    frame: Any = sys._getframe(2)  # hooks get no reference to it
+    for _ in range(6):
+        scaler = frame.f_locals.get("self") if frame is not None else None
+        if isinstance(scaler, torch.amp.GradScaler):
+            return not getattr(scaler, "sees_all_ranks", False)
+        frame = frame.f_back if frame is not None else None
+    return False
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

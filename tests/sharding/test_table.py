@@ -41,6 +41,7 @@ def test_fused_updates_equal_torch_optim(name: str, dim: int) -> None:
         rows = torch.randint(501, (0 if step == 2 else 300,))
         factors = torch.randn(len(rows), dim)
         (table.lookup(rows) * factors).sum().backward()
+        table.end_step()
         optimizer.zero_grad()
         (oracle(rows) * factors).sum().backward()
         optimizer.step()
@@ -68,6 +69,7 @@ def test_a_second_pending_lookup_is_refused_only_when_it_would_be_wrong() -> Non
     ):
         table.lookup(torch.tensor([2]))
     first.sum().backward()
+    table.end_step()
     second = table.lookup(torch.tensor([2]))  # after backward
     del second
     third = table.lookup(torch.tensor([2]))  # after a lookup that was given up
@@ -119,6 +121,7 @@ def test_only_rows_that_got_a_gradient_are_constrained(kind: str) -> None:
     assert done == seen[-1] == (3 if kind == "sparse" else 2)
     assert torch.all(table.weight[50] == 9)
     assert torch.equal(table.weight.detach()[[0, 90]], before[[0, 90]])
+    table.end_step()
     table.lookup(torch.arange(101).repeat(2)).sum().backward()
     assert table.constrain_(count, changed_only=True) == 101
     assert table.weight.abs().max() <= 0.5
