@@ -530,3 +530,78 @@ def test_a_compiled_model_has_one_graph(run_ranks, backend: str, ranks: int) -> 
     ):
         assert graphs == 1
         torch.testing.assert_close(rows, expected)
+
+
+# --------------------
+# other people's savers
+
+
+def _savers(rank: int, world_size: int, folder: str, kernel: str) -> None:
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import save_model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    def make(seed: int) -> nn.ModuleDict:
+        table = Embedding(13, shape=4, seed=seed, initialize=True, kernel=kernel, name="t")
+        return nn.ModuleDict({"t": table, "h": _head()})
+
+    model, other = make(0), make(5)
+    rows, text = _whole(model["t"]), "would keep the rows of one rank alone"
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    savers: list[Callable[[], Any]] = [
+        lambda: dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/a"),
+        lambda: dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/b"),
+        lambda: get_model_state_dict(model, options=full),
+        lambda: save_model(model, f"{folder}/{rank}.safetensors"),
+    ]
+    for save in savers if world_size > 1 else ():
+        with pytest.raises(BaseException, match=text):  # the planner wraps it
+            save()
+    # each rank's own file, which torch.load reads without running code
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    state = torch.load(f"{folder}/{rank}.pt", weights_only=True)
+    assert type(state["t._embeddings.weight"]) is torch.Tensor
+    for assign in (False, True):
+        for saved in (state, model.state_dict()):
+            other = make(5)
+            other.load_state_dict(saved, assign=assign)
+            assert torch.equal(_whole(other["t"]), rows)
+            other["t"](torch.arange(4)).sum().backward()
+    if world_size > 1:
+        dist.barrier()
+        strange = torch.load(f"{folder}/{(rank + 1) % world_size}.pt")
+        with pytest.raises(RuntimeError, match="to load at another number of ranks use"):
+            make(5).load_state_dict(strange)
+    whole = model["t"].full_state_dict()
+    dcp.save({"t": whole}, checkpoint_id=f"{folder}/c")
+    dcp.load({"t": (state := make(5)["t"].full_state_dict())}, checkpoint_id=f"{folder}/c")
+    other = make(6)
+    other["t"].load_state_dict(state)
+    assert torch.equal(_whole(other["t"]), rows)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("kernel", ["sparse", "dense", "fused"])
+def test_savers_that_would_keep_one_ranks_rows(
+    run_ranks, tmp_path, kernel: str, ranks: int
+) -> None:
+    run_ranks(_savers, ranks, str(tmp_path), kernel)
+
+
+@pytest.mark.parametrize("how", ["parametrize", "prune", "weight_norm"])
+def test_other_tables_train_on_beside_a_reparametrized_one(how: str) -> None:
+    from torch.nn.utils import parametrizations, prune
+
+    strange = Embedding(5, shape=4, kernel="dense")
+    if how == "prune":
+        prune.l1_unstructured(strange._embeddings, "weight", amount=0.5)
+    elif how == "weight_norm":
+        parametrizations.weight_norm(strange._embeddings, "weight")
+    else:
+        nn.utils.parametrize.register_parametrization(strange._embeddings, "weight", nn.Tanh())
+    table = Embedding(5, shape=4, seed=0)
+    before = _whole(table)
+    optimizer = torch.optim.SGD([*table.parameters(), *strange.parameters()], lr=0.1)
+    (table(torch.arange(3)).sum() + strange(torch.arange(3)).sum()).backward()
+    optimizer.step()
+    assert torch.allclose((before - _whole(table))[:3], torch.tensor(0.1))

@@ -14,6 +14,7 @@ from torch import Tensor
 from shardemb import kernels
 from shardemb.checkpoint.manifest import Manifest, SavedShard, Verify, checkpoints
 from shardemb.checkpoint.manifest import verify as verify_all
+from shardemb.checkpoint.plain_values import from_json
 from shardemb.checkpoint.safetensors_io import Layout
 from shardemb.checkpoint.storage import is_remote
 from shardemb.exceptions import CheckpointError, InputError
@@ -87,8 +88,8 @@ class Store(Tables["StoredTable"]):
         self.manifest = Manifest(path) if verify is None else verify_all(path, verify)
         values = self.manifest.values
         self.step = values["step"]
-        self.state: dict[str, Any] = values["state"]
-        self.normalizers = normalizers
+        self.state: dict[str, Any] = from_json(values["state"], f"{path}: state")
+        self.normalizers, self._verify = normalizers, verify
         unknown = normalizers.keys() - values["tables"].keys()
         if unknown:
             raise CheckpointError(
@@ -96,6 +97,9 @@ class Store(Tables["StoredTable"]):
                 f" {sorted(values['tables'])}"
             )
         self.tables = {prefix: StoredTable(self, prefix) for prefix in values["tables"]}
+
+    def __reduce__(self) -> Any:  # by its path: another process maps the same files
+        return Store, (self.path, self.normalizers, self._verify)
 
 
 class StoredTable(Table):
@@ -120,6 +124,9 @@ class StoredTable(Table):
         self.dtype = torch.promote_types(stored, torch.complex32) if self.is_complex else stored
         #: most rows of a chunk
         self.chunk_rows = max(1, _CHUNK // max(1, self._width))
+
+    def __reduce__(self) -> Any:
+        return Store.__getitem__, (self._store, self._prefix)
 
     @cached_property
     def normalizer(self) -> RowFunction | None:

@@ -172,13 +172,21 @@ class Table(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.plan.world_size > 1:  # not a buffer, which would be averaged with the others
-            destination[f"{prefix}rows"] = self.rows
+        if self.plan.world_size == 1:
+            return
+        _refuse_savers_of_whole_models(self.plan)
+        key = f"{prefix}weight"
+        if not keep_vars and key in destination:
+            destination[key] = destination[key].as_subclass(_SavedRows)
+        # not a buffer, which would be averaged with the others
+        destination[f"{prefix}rows"] = self.rows
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         *_, error_msgs = args
         plan, key, expected = self.plan, f"{prefix}rows", self._row_range()
         weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, _SavedRows):  # load_state_dict(assign=True) keeps the tensor
+            state_dict[f"{prefix}weight"] = weight.as_subclass(Tensor)
         if key in state_dict:
             got = tuple(state_dict[key].tolist())
             if got != expected:
@@ -226,6 +234,41 @@ class Table(nn.Module):
 
     def _take_changed(self) -> Tensor | None:
         return self._changed.take()
+
+
+_ONE_RANKS_ROWS = (
+    "a state dict holds one rank's rows of a sharded table, and this saver would keep the rows of"
+    " one rank alone: use shardemb.checkpoint, or save Embedding.full_state_dict()"
+)
+
+
+class _SavedRows(Tensor):
+    """A rank's rows in a state dict, an ordinary tensor but for torch.distributed.checkpoint."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __create_write_items__(self, name: str, value: Any) -> Any:
+        """Asked when the planner saves."""
+        raise UsageError(f"{name}: {_ONE_RANKS_ROWS}")
+
+    def __create_chunk_list__(self) -> Any:
+        """Asked when the planner loads."""
+        raise UsageError(_ONE_RANKS_ROWS)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _refuse_savers_of_whole_models(plan: RowPlan) -> None:
+    """Raise UsageError if the state dict is for a file that should hold the whole model."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        info = frame.f_locals.get("info")
+        full = module.startswith("torch.distributed.checkpoint") and info is not None
+        if (full and getattr(info, "full_state_dict", False)) or module == "safetensors.torch":
+            raise UsageError(f"{plan.where}: {_ONE_RANKS_ROWS}")
+        frame = frame.f_back
 
 
 class ParameterTable(Table):

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -404,3 +406,19 @@ def test_reading_needs_no_process_group_and_no_training_code(tmp_path: Path) -> 
     assert "'shardemb.embedding'" not in out
     assert "fbgemm" not in out
     assert manifest.MANIFEST == "manifest.json"
+
+
+def test_a_store_is_pickled_and_copied_by_its_path(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"t": shardemb.Embedding(10_000, shape=8, seed=0, name="t")})
+    shardemb.checkpoint.save(tmp_path / "checkpoints", 1, model, state={"seen": {3: (1, 2)}})
+    store = shardemb.open_store(tmp_path)
+    assert store.state == {"seen": {3: (1, 2)}}
+    text = pickle.dumps(store)
+    assert len(text) < 1000
+    for other in (pickle.loads(text), copy.deepcopy(store), copy.copy(store)):
+        assert torch.equal(other.lookup([1, 7]), store.lookup([1, 7]))
+        assert torch.equal(other.lookup([1], raw=True), store.lookup([1], raw=True))
+        assert other.state == store.state
+    table = pickle.loads(pickle.dumps(store["t"]))
+    assert torch.equal(table.lookup([3]), store.lookup([3]))
+    assert table.name == "t"
