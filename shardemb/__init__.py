@@ -11,10 +11,12 @@ from shardemb.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from shardemb import checkpoint, optim
     from shardemb.amp import GradScaler
+    from shardemb.batches import join_batches
     from shardemb.comm.watchdog import set_timeout
     from shardemb.coordinator import Coordinator, clip_grad_norm_
     from shardemb.embedding import Embedding, Representation
     from shardemb.optim import FusedOptimizer, RowWiseAdagrad
+    from shardemb.pooling import embedding_bag
     from shardemb.serving.store import Store, open_store
     from shardemb.sharding.options import Fused, Sharding, TorchRec
     from shardemb.sharding.placement import RowPlan
@@ -39,7 +41,9 @@ __all__ = [
     "__version__",
     "checkpoint",
     "clip_grad_norm_",
+    "embedding_bag",
     "exclude_from_ddp",
+    "join_batches",
     "open_store",
     "optim",
     "set_timeout",
@@ -48,6 +52,8 @@ __all__ = [
 _MODULES = {
     "Coordinator": "coordinator",
     "GradScaler": "amp",
+    "embedding_bag": "pooling",
+    "join_batches": "batches",
     "clip_grad_norm_": "coordinator",
     "Embedding": "embedding",
     "Representation": "embedding",

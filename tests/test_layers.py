@@ -18,7 +18,7 @@ ORDER = [
     "kge",
     "serving",
     "checkpoint",
-    "pykeen", "coordinator", "amp", "embedding", "initializers",
+    "pykeen", "coordinator", "pooling", "amp", "batches", "embedding", "initializers",
     "sharding",
     "launch",
     "comm",
