@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self
+from operator import index
+from typing import Any, Literal, Self, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from shardemb import kernels
 from shardemb.comm import collectives
-from shardemb.exceptions import InputError, InputTypeError, UsageError
+from shardemb.exceptions import InputError, InputTypeError, NotRowWiseError, UsageError
 from shardemb.initializers import PretrainedInitializer, fill_rows, resolve_initializer
 from shardemb.regularizers import resolve_regularizer
 from shardemb.sharding.exchange import Exchange, default_name
@@ -219,15 +220,11 @@ class Embedding(Representation):
         self.initializer: Initializer = resolve_initializer(initializer, initializer_kwargs)
         self.constrainer: RowFunction | None = resolve_constrainer(constrainer, constrainer_kwargs)
         #: whether constraining changed rows is enough; replicas also change on other ranks
-        self._constrains_changed_only = (
-            self.constrainer is not None
-            and probe_constrainer(self.constrainer, self.shape, dtype, name)
-            and self.kernel != "dense"
-            and self.sharding.placement == "row_wise"
-        )
+        self._constrains_changed_only, self._constrains_rows_alone = False, True
         self._updates_deferred = False
         rank, self._world_size = collectives.rank_and_size(self._group)
         self._warn_without_group()
+        self._probe_constrainer(dtype)
         options = {
             **{"max_id": max_id, "shape": str(self.shape), "dtype": str(dtype), "seed": seed},
             **{"trainable": trainable, "unique": self.unique, "initialize": initialize},
@@ -252,6 +249,20 @@ class Embedding(Representation):
         self._embeddings = self._make_table(fused, rows)
         self._lookup = self._make_lookup()
         self._fill(self.initializer if initialize else nn.init.normal_, drawn)
+
+    def _probe_constrainer(self, dtype: torch.dtype) -> None:
+        if self.constrainer is None:
+            return
+        try:
+            skips = probe_constrainer(self.constrainer, self.shape, dtype, self.name, self.max_id)
+        except NotRowWiseError:
+            if self._world_size > 1 or self.kernel != "dense":
+                raise
+            self._constrains_rows_alone = False  # as in PyKEEN: it gets the whole table
+            return
+        self._constrains_changed_only = (
+            skips and self.kernel != "dense" and self.sharding.placement == "row_wise"
+        )
 
     def _check_numbers(self, max_id: int, dtype: torch.dtype, seed: Any) -> None:
         if max_id < 0 or any(size < 0 for size in self.shape):
@@ -338,7 +349,11 @@ class Embedding(Representation):
         """
         if self._updates_deferred:
             return
-        if self.constrainer is not None:
+        if self.constrainer is not None and not self._constrains_rows_alone:
+            with torch.no_grad():
+                weight = self._embeddings.weight.detach()
+                weight.copy_(self._constrain_stored(weight))
+        elif self.constrainer is not None:
             self._embeddings.constrain_(self._row_constrainer, self._constrains_changed_only)
         self._embeddings.end_step()
 
@@ -589,14 +604,14 @@ def _describe(function: Any) -> str:
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:
-    if isinstance(shape, int):
-        return (shape,)
+    if isinstance(shape, SupportsIndex) and not isinstance(shape, Tensor):  # numpy's integers too
+        return (index(shape),)
     if (
         isinstance(shape, Sequence)
         and not isinstance(shape, str)
-        and all(isinstance(n, int) for n in shape)
+        and all(isinstance(n, SupportsIndex) for n in shape)
     ):
-        return tuple(shape)
+        return tuple(map(index, shape))
     raise InputTypeError(
         f"Invalid type for shape: ({type(shape)}) {shape}: expected an int or a sequence of ints"
     )
@@ -609,11 +624,11 @@ def _one_max_id(max_id: int | None, num_embeddings: int | None) -> int:
             f" {num_embeddings}; the size of a row is embedding_dim= or shape="
         )
     if max_id is not None:
-        return max_id
+        return index(max_id)
     if num_embeddings is None:
         raise InputError("Must provide max_id")
     warnings.warn("prefer using 'max_id' over 'num_embeddings'", DeprecationWarning, stacklevel=3)
-    return num_embeddings
+    return index(num_embeddings)
 
 
 def _one_shape(embedding_dim: int | None, shape: int | Sequence[int] | None) -> tuple[int, ...]:

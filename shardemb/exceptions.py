@@ -5,6 +5,7 @@ Each class is also the built-in class that Python, PyTorch or PyKEEN would raise
 
     ShardembError
     ├── InputError (ValueError)
+    │   ├── NotRowWiseError
     │   └── RanksDisagreeError
     ├── InputTypeError (TypeError)
     │   └── IdTypeError (RuntimeError)
@@ -43,6 +44,10 @@ class ShardembError(Exception):
 
 class InputError(ShardembError, ValueError):
     """An argument, a setting or a file's content that cannot be used."""
+
+
+class NotRowWiseError(InputError):
+    """A constrainer whose result for a row depends on other rows, or on the row's position."""
 
 
 class RanksDisagreeError(InputError):

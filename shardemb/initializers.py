@@ -2,13 +2,14 @@
 
 A table is filled in blocks of :data:`BLOCK_ROWS` slots (see :mod:`shardemb.sharding.placement`),
 each with its own random stream; a smaller table is one block of all ids. A rank makes whole blocks
-and keeps its rows, so any initializer works whose values do not depend on the number of rows. Of
-known ones that do, the scale is corrected (fan-out of Glorot and Kaiming, quaternions), or every
-rank makes the whole table (orthogonal, sparse, eye, dirac).
+and keeps its rows. This needs an initializer that fills each row by itself: those of this module,
+most of torch.nn.init and PyKEEN, and functions that :func:`row_wise` marks. Where the scale depends
+on the number of rows (Glorot, Kaiming, quaternions), it is corrected. With any other initializer
+every rank makes the whole table, once, and keeps its rows.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -127,8 +128,47 @@ _BY_NAME: dict[str, Initializer] = {
     "xavieruniformnorm": xavier_uniform_norm_,
     "zeros": init.zeros_,
 }
-#: rows depend on other rows: each rank makes the whole table
+#: rows depend on other rows
 _WHOLE_TABLE = {init.dirac_, init.eye_, init.orthogonal_, init.sparse_}
+#: fill each row by itself, from the generator alone
+_ROW_WISE = {*_BY_NAME.values(), init.xavier_uniform_, init.xavier_normal_} - _WHOLE_TABLE
+#: of pykeen.nn.init, which this module does not import
+_ROW_WISE_IN_PYKEEN = {function.__name__ for function in (
+    init_phases, normal_norm_, uniform_norm_, xavier_normal_, xavier_normal_norm_,
+    xavier_uniform_, xavier_uniform_norm_,
+)}  # fmt: skip
+
+
+def row_wise(initializer: Initializer) -> Initializer:
+    """Mark a function that fills each row by itself, from torch's default generator alone.
+
+    It is then called for blocks of rows, in any order, and a rank makes its own rows only. A
+    function that knows positions, or seeds a generator of its own, must not be marked.
+    """
+    initializer.fills_each_row = True  # type: ignore[attr-defined]
+    return initializer
+
+
+def _is_row_wise(function: Any) -> bool:
+    module, name = getattr(function, "__module__", ""), getattr(function, "__name__", "")
+    return (
+        getattr(function, "fills_each_row", False)
+        or (isinstance(function, Hashable) and function in _ROW_WISE)
+        or (module == "pykeen.nn.init" and name in _ROW_WISE_IN_PYKEEN)
+    )
+
+
+def _pretrained(initializer: Any) -> Tensor | None:
+    """Return the tensor of a PretrainedInitializer, ours or PyKEEN's, that is called as it is."""
+    call = type(initializer).__call__
+    theirs = getattr(call, "__module__", ""), getattr(call, "__qualname__", "")
+    if call is PretrainedInitializer.__call__ or theirs == (
+        "pykeen.nn.init",
+        "PretrainedInitializer.__call__",
+    ):
+        tensor: Tensor = initializer.tensor
+        return tensor
+    return None
 
 
 def _row_count_scale(
@@ -176,8 +216,8 @@ def fill_rows(
         MemoryError: the initializer needs the whole table, which does not fit.
     """
     total = plan.num_rows
-    pretrained = getattr(initializer, "tensor", None)
-    if isinstance(pretrained, Tensor):  # ours or PyKEEN's PretrainedInitializer: rows by id
+    pretrained = _pretrained(initializer)
+    if pretrained is not None:  # rows by id
         real = torch.view_as_real(pretrained) if pretrained.is_complex() else pretrained
         if tuple(real.shape) != (total, *shape):
             got = tuple(real.shape)
@@ -186,7 +226,7 @@ def fill_rows(
         return
     first, last = plan.first, plan.first + len(out)
     function, _, kwargs = parts_of(initializer)
-    whole = function in _WHOLE_TABLE
+    whole = not _is_row_wise(function)
     by_id = whole or total <= BLOCK_ROWS  # rows of one block may depend on each other, as in PyKEEN
     size = max(1, total) if by_id else BLOCK_ROWS
     # without rows, make an empty block: all ranks raise the same errors
@@ -226,8 +266,9 @@ def _make(initializer: Initializer, empty: Tensor, whole: bool) -> Tensor:
         if free is not None and need > free:
             raise OutOfMemoryError(
                 f"initializer {initializer} makes the whole table at once, {tuple(empty.shape)}:"
-                f" about {need:,} bytes, {free:,} are free: use another one, or save the rows and"
-                " load them with Embedding.load_state_dict"
+                f" about {need:,} bytes, {free:,} are free: if it fills each row by itself, mark it"
+                " with shardemb.initializers.row_wise; or save the rows, and load them with"
+                " Embedding.load_state_dict"
             )
         torch.set_num_threads(1)  # the last bits of a factorization depend on the number of threads
     try:

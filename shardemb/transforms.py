@@ -4,6 +4,7 @@ A constrainer runs on a rank's changed rows, so it must treat each row alone;
 :func:`probe_constrainer` checks that when the table is made.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardemb.exceptions import InputError, InputTypeError, UnknownNameError
+from shardemb.exceptions import InputError, InputTypeError, NotRowWiseError, UnknownNameError
 from shardemb.utils.types import RowFunction, normalize_name
 
 
@@ -38,6 +39,8 @@ def clamp_norm(
     return torch.where(norm < maxnorm, x, x / norm.clamp_min(eps) * maxnorm)
 
 
+#: most numbers that a constrainer of one's own is tried on
+_PROBED = 4_000_000
 _CONSTRAINERS = {
     "normalize": F.normalize,
     "complexnormalize": complex_normalize,
@@ -96,15 +99,21 @@ def parts_of(function: Any) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
 
 @torch.no_grad()
 def probe_constrainer(
-    constrainer: RowFunction, shape: tuple[int, ...], dtype: torch.dtype, table: str
+    constrainer: RowFunction,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    table: str,
+    num_rows: int = 8,
 ) -> bool:
-    """Check on 8 random rows that a constrainer treats each row alone.
+    """Check on random rows that a constrainer treats each row alone, and not by its position.
 
     Args:
         constrainer: function of rows ``(n, *shape)`` of ``dtype``.
         shape: of one row.
         dtype: of the rows.
         table: name for errors.
+        num_rows: of the table; a function of one's own is tried on as many, up to 4 million
+            numbers.
 
     Returns:
         Whether it is idempotent (to 1e-5), so that unchanged rows may be skipped.
@@ -114,7 +123,7 @@ def probe_constrainer(
     """
     plain, _, kwargs = parts_of(constrainer)
     if plain is clamp_norm and kwargs and kwargs.get("dim") is None:
-        raise InputError(
+        raise NotRowWiseError(
             f"table {table!r}: constrainer clamp_norm without dim is a norm over the whole table,"
             " which no shard has: pass constrainer_kwargs=dict(maxnorm=..., dim=-1)"
         )
@@ -123,9 +132,12 @@ def probe_constrainer(
         try:
             scales = 1e-3, 1.0, 1e3  # some change large rows only
             idempotent = [_probe(constrainer, scale, shape, dtype, table) for scale in scales]
+            if plain not in _CONSTRAINERS.values():
+                most = _PROBED // max(1, math.prod(shape))
+                _probe(constrainer, 1.0, shape, dtype, table, max(8, min(num_rows, most)))
         except Exception as error:
             error.add_note(
-                f"table {table!r}: constrainer {constrainer} was tried on 8 rows of shape {shape}"
+                f"table {table!r}: constrainer {constrainer} was tried on rows of shape {shape}"
                 f" and {dtype}"
             )
             raise
@@ -133,10 +145,15 @@ def probe_constrainer(
 
 
 def _probe(
-    constrainer: RowFunction, scale: float, shape: tuple[int, ...], dtype: torch.dtype, table: str
+    constrainer: RowFunction,
+    scale: float,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    table: str,
+    num_rows: int = 8,
 ) -> bool:
     generator = torch.Generator().manual_seed(0)
-    rows = scale * torch.randn(8, *shape, dtype=dtype, generator=generator)
+    rows = scale * torch.randn(num_rows, *shape, dtype=dtype, generator=generator)
     whole = constrainer(rows.clone())
     if whole.shape != rows.shape:
         raise InputError(
@@ -148,11 +165,12 @@ def _probe(
         "atol": 1e-6,
         "equal_nan": True,
     }
-    parts = torch.cat([constrainer(rows[:3].clone()), constrainer(rows[3:].clone())])
-    if not torch.allclose(whole, parts, **loose):
-        raise InputError(
+    order = torch.randperm(num_rows, generator=generator)
+    parts = torch.cat([constrainer(rows[part]) for part in order.split(max(3, num_rows // 2))])
+    if not torch.allclose(whole[order], parts, **loose):
+        raise NotRowWiseError(
             f"table {table!r}: constrainer {constrainer} is not row-wise (the result for a row"
-            " depends on the other rows), so it cannot run on shards; give it a dimension, e.g."
-            " constrainer_kwargs=dict(dim=-1)"
+            " depends on the other rows, or on its position), so it cannot run on shards; give it a"
+            " dimension, e.g. constrainer_kwargs=dict(dim=-1), or use kernel='dense' in one process"
         )
     return torch.allclose(constrainer(whole.clone()), whole, **loose)

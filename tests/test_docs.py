@@ -30,8 +30,9 @@ PAGES = {
 }
 FENCE = re.compile(r"^(?:<!-- ([\w ]+) -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: above a block: bash that this test runs (all of it parses, most would take long, or needs a
-#: cluster); Python that starts Ray
-RUNS, RAY = "runs", "needs ray"
+#: cluster); Python that starts Ray; a script that torchrun starts on two ranks, and that runs alone
+#: too
+RUNS, RAY, RANKS = "runs", "needs ray", "two ranks"
 
 
 class Block(NamedTuple):
@@ -98,6 +99,7 @@ def running(page: str, ray: bool) -> list[Block]:
         block
         for block in BLOCKS[page]
         if block.language == "python" or (block.language, block.note) == ("bash", RUNS)
+        if block.note != RANKS or "WORLD_SIZE" in block.text
     ]
     return [block for block in wanted if (block.note == RAY) == ray]
 
@@ -105,6 +107,27 @@ def running(page: str, ray: bool) -> list[Block]:
 @pytest.mark.parametrize("page", [page for page in BLOCKS if running(page, ray=False)])
 def test_the_blocks_of_a_page_run(page: str, run_ranks: Callable[..., Any], tmp_path: Path) -> None:
     run_ranks(_run, 1, running(page, ray=False), tmp_path, timeout=200.0)
+
+
+SCRIPTS = [block.text for page in BLOCKS.values() for block in page if block.note == RANKS]
+
+
+@pytest.mark.parametrize("number", range(len(SCRIPTS)))
+def test_the_scripts_run_on_two_ranks(number: int, tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(SCRIPTS[number])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [*command, "loop.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.ray
@@ -116,7 +139,7 @@ def test_the_blocks_with_ray_run(page: str, run_ranks: Callable[..., Any], tmp_p
 
 def test_notes_above_blocks_are_known() -> None:
     notes = [block.note for page in BLOCKS.values() for block in page]
-    assert set(notes) == {"", RUNS, RAY}
+    assert set(notes) == {"", RUNS, RAY, RANKS}
     assert sum(len(re.findall("^```\\w", text, re.MULTILINE)) for text in PAGES.values()) == len(
         notes
     )  # none is missed

@@ -1,9 +1,17 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from shardemb.initializers import BLOCK_ROWS, PretrainedInitializer, fill_rows, resolve_initializer
+from shardemb import Embedding
+from shardemb.initializers import (
+    BLOCK_ROWS,
+    PretrainedInitializer,
+    fill_rows,
+    resolve_initializer,
+    row_wise,
+)
 from shardemb.sharding.placement import RowPlan
 from shardemb.utils.types import normalize_name
 
@@ -139,14 +147,13 @@ def test_pretrained_rows_go_to_their_shard() -> None:
         table(initializer, 4, rows=500)
 
 
-def test_a_table_of_one_block_may_be_any_function(world_size: int) -> None:
-    """In PyKEEN a callable may return the table; here too while it is called once."""
-    wanted = torch.arange(BLOCK_ROWS * 6.0).view(BLOCK_ROWS, 3, 2)
-    assert torch.equal(
-        table(lambda x: wanted, world_size, rows=BLOCK_ROWS), wanted.view(BLOCK_ROWS, 6)
-    )
+@pytest.mark.parametrize("rows", [BLOCK_ROWS, BLOCK_ROWS + 1])
+def test_a_function_may_return_the_table(world_size: int, rows: int) -> None:
+    """As in PyKEEN."""
+    wanted = torch.arange(rows * 6.0).view(rows, 3, 2)
+    assert torch.equal(table(lambda x: wanted, world_size, rows=rows), wanted.view(rows, 6))
     with pytest.raises(ValueError, match="returned shape"):
-        table(lambda x: torch.ones(BLOCK_ROWS + 1, 3, 2), world_size, rows=BLOCK_ROWS + 1)
+        table(lambda x: torch.ones(rows + 1, 3, 2), world_size, rows=rows)
 
 
 def test_errors() -> None:
@@ -156,3 +163,78 @@ def test_errors() -> None:
         resolve_initializer(3, None)
     with pytest.raises(ValueError, match="returned shape"):
         table(lambda x: x[:, :1], 1)
+
+
+# --------------------
+# people's own initializers, of tables of several blocks
+
+_KNOWN = torch.randn(10_007, 4, generator=torch.Generator().manual_seed(1))
+
+
+def _seeded(x: torch.Tensor) -> torch.Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def _first_rows(x: torch.Tensor) -> torch.Tensor:
+    torch.nn.init.ones_(x)
+    x[:100] = _KNOWN[:100]
+    return x
+
+
+class _Normalized(PretrainedInitializer):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(super().__call__(x), dim=-1)
+
+
+class _Calibrated:
+    """Has a tensor, of another shape, and is no PretrainedInitializer."""
+
+    tensor = 3 * torch.ones(7)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.constant_(x, float(self.tensor.mean()))
+
+
+def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.init.orthogonal_(x)
+
+
+#: initializer, and the whole table that it makes
+OWN: dict[str, tuple[Any, torch.Tensor | None]] = {
+    "seeded": (_seeded, _seeded(torch.empty(10_007, 4))),
+    "the first rows": (_first_rows, _first_rows(torch.empty(10_007, 4))),
+    "a pretrained one, normalized": (
+        _Normalized(_KNOWN),
+        torch.nn.functional.normalize(_KNOWN, dim=-1),
+    ),
+    "calibrated": (_Calibrated(), 3 * torch.ones(10_007, 4)),
+    "orthogonal": (_orthogonal, None),
+}
+
+
+def _own(rank: int, world_size: int, name: str) -> torch.Tensor:
+    table = Embedding(10_007, shape=4, initializer=OWN[name][0], seed=0, initialize=True)
+    return table.full_state_dict("torch")["weight"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", OWN)
+def test_an_initializer_of_ones_own_makes_the_whole_table(rank_pool, name: str, ranks: int) -> None:
+    for rows in rank_pool(_own, ranks, name):
+        if OWN[name][1] is not None:
+            assert torch.equal(rows, OWN[name][1])
+        else:
+            assert torch.allclose(rows.T @ rows, torch.eye(4), atol=1e-4)
+
+
+def test_a_marked_initializer_makes_blocks() -> None:
+    seen = []
+
+    @row_wise
+    def own(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return torch.nn.init.normal_(x)
+
+    rows = Embedding(10_007, shape=4, initializer=own, seed=0, initialize=True)(None)
+    assert seen == [4096, 4096, 1815]
+    assert torch.equal(rows, Embedding(10_007, shape=4, seed=0, initialize=True)(None))

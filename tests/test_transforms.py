@@ -1,9 +1,11 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from shardemb import Embedding
 from shardemb.regularizers import resolve_regularizer
 from shardemb.transforms import (
     is_plain_normalize,
@@ -152,3 +154,33 @@ def test_which_normalize_is_the_plain_one() -> None:
         partial(F.normalize, torch.ones(1, 1)),
     ):
         assert is_plain_normalize(function) == (getattr(function, "keywords", None) == {"p": 2.0})
+
+
+def _beyond(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x[1000:] = torch.nn.functional.normalize(x[1000:], dim=-1)
+    return x
+
+
+def _mean_free(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(0)
+
+
+@pytest.mark.parametrize("function", [_beyond, _mean_free])
+def test_a_constrainer_that_mixes_rows_takes_the_whole_table_of_one_process(function: Any) -> None:
+    for kernel in ("sparse", "fused"):
+        with pytest.raises(ValueError, match=r"or on its position.*use kernel='dense' in one"):
+            Embedding(5000, shape=4, constrainer=function, kernel=kernel)
+    table = Embedding(5000, shape=4, constrainer=function, kernel="dense")
+    before = table(None).detach().clone()
+    table.post_parameter_update()
+    assert torch.equal(table(None).detach(), function(before))
+
+
+def _refused_on_ranks(rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match="cannot run on shards"):
+        Embedding(5000, shape=4, constrainer=_beyond, kernel="dense")
+
+
+def test_a_constrainer_that_mixes_rows_is_refused_on_ranks(run_ranks) -> None:
+    run_ranks(_refused_on_ranks, 2)
