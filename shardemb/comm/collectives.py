@@ -359,8 +359,7 @@ def agree(
 
     The error, on all ranks, names the differing keys and two values of the first.
     """
-    # `what` may differ between ranks
-    gathered = gather((dict(values), share), group=group, operation="do all ranks agree?")
+    gathered = gather((dict(values), share), group=group, operation=f"{what}: do all ranks agree?")
     first = gathered[0][0]
     for rank, (other, _) in enumerate(gathered):
         differ = [key for key in {**first, **other} if first.get(key) != other.get(key)]
