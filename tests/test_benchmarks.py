@@ -86,7 +86,7 @@ def test_an_unknown_section_is_refused() -> None:
         (
             "quality",
             (
-                f"{ROOT / 'configs' / 'codex-s-complex.toml'} --set dataset=wordnet --set"
+                f"{ROOT / 'configs' / 'codex-s-complex.toml'} --data {{tmp_path}} --set"
                 " training.epochs=1 --set model.dim=4 --set sampling.scheme=negatives --set"
                 " sampling.num_negatives=2 --set training.validation_triples=100"
             ),
@@ -127,6 +127,7 @@ def test_a_benchmark_runs_and_says_how(
     tmp_path: Path, script: str, arguments: str, keys: set[str]
 ) -> None:
     path = tmp_path / "result.json"
+    (tmp_path / "codex-s").symlink_to(ROOT / "shardemb" / "kge" / "data" / "wordnet")
     done = _run(script, *arguments.format(tmp_path=tmp_path).split(), "--output", path)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(path.read_text())
