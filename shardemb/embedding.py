@@ -420,8 +420,8 @@ class Embedding(Representation):
                 )
             return self._as_seen(self._lookup.rows(indices.request), indices.shape)
         if indices is None:
-            self._check_placement()
             if self.plan.world_size == 1 and not torch.is_grad_enabled():
+                self._check_placement()
                 return self._as_seen(self._embeddings.weight.contiguous(), (self.max_id,))
             indices = torch.arange(self.max_id, device=self._embeddings.device)
         ids = indices.reshape(-1) if isinstance(indices, Tensor) else indices
@@ -604,8 +604,8 @@ def _describe(function: Any) -> str:
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:
-    if isinstance(shape, SupportsIndex) and not isinstance(shape, Tensor):  # numpy's integers too
-        return (index(shape),)
+    if isinstance(shape, int):
+        return (shape,)
     if (
         isinstance(shape, Sequence)
         and not isinstance(shape, str)
@@ -636,4 +636,6 @@ def _one_shape(embedding_dim: int | None, shape: int | Sequence[int] | None) -> 
         raise InputError("Missing both, shape and embedding_dim")
     if shape is not None and embedding_dim is not None:
         raise InputError("Provided both, shape and embedding_dim")
-    return _as_shape(embedding_dim if shape is None else shape)
+    # as in PyKEEN, numpy's integers are a dimension, but no shape by themselves
+    one = [embedding_dim] if isinstance(embedding_dim, SupportsIndex) else embedding_dim
+    return _as_shape(one if shape is None else shape)

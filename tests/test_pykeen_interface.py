@@ -162,6 +162,8 @@ def test_no_difference_to_pykeen(kwargs: dict, size: tuple) -> None:
         {"max_id": 3, "shape": 3.0},
         {"max_id": 3, "shape": np.int64(3)},
         {"max_id": 3, "shape": np.array([3])},
+        {"max_id": np.int64(3), "shape": (np.int64(3), 2)},
+        {"max_id": 3, "embedding_dim": np.int64(3)},
         {"max_id": 3, "shape": 3, "initializer": "nope"},
         {"max_id": 3, "shape": 3, "initializer": 3},
         {"max_id": 3, "shape": 3, "constrainer": "nope"},
