@@ -61,26 +61,21 @@ class Frame:
     """The messages of all ranks in one collective of the backend; used as :class:`Message`."""
 
     def __init__(
-        self, group: Any, tensor: Tensor, sent: Sequence[int] | None, mark: int, operation: str
+        self, group: Any, data: Tensor, sizes: Sequence[int] | None, mark: int, operation: str
     ) -> None:
         watchdog = watch(group)
         self._capacity = _capacities.setdefault(watchdog, _Capacity())
-        data = tensor.reshape(-1).view(torch.uint8)
         data = data if _is_nccl(group) else data.cpu()
-        if sent is None:
-            sizes = [len(data) for _ in watchdog.ranks]
-        else:
-            row_bytes = len(data) // max(1, len(tensor))
-            sizes = [count * row_bytes for count in sent]
-        most, head_bytes = max(sizes), 8 * _HEAD
-        frames = data.new_zeros(len(sizes), head_bytes + self._capacity.bytes)
-        heads = torch.tensor([[mark, size, most] for size in sizes])
+        own_sizes = [len(data) for _ in watchdog.ranks] if sizes is None else sizes
+        most, head_bytes = max(own_sizes), 8 * _HEAD
+        frames = data.new_zeros(len(own_sizes), head_bytes + self._capacity.bytes)
+        heads = torch.tensor([[mark, size, most] for size in own_sizes])
         frames[:, :head_bytes] = heads.view(torch.uint8).to(data.device)
         if most <= self._capacity.bytes:
             begin = 0
-            for frame, size in zip(frames, sizes, strict=True):
+            for frame, size in zip(frames, own_sizes, strict=True):
                 frame[head_bytes : head_bytes + size] = data[begin : begin + size]
-                begin += size if sent else 0
+                begin += size if sizes else 0
         arrived = torch.empty_like(frames)
         work = dist.all_to_all_single(arrived, frames, group=group, async_op=True)
         watchdog.wait(work, operation)
@@ -125,10 +120,11 @@ def _send(
     group: Any, tensor: Tensor, operation: str, sent: Sequence[int] | None = None, mark: int = 0
 ) -> Message | Frame:
     """Send all ranks a tensor, or ``sent`` of its rows to each; return their messages."""
-    tensor, host_ranks = tensor.contiguous(), _memory(group, tensor)
+    data, host_ranks = tensor.contiguous().reshape(-1).view(torch.uint8), _memory(group, tensor)
+    sizes = None if sent is None else [count * _row_bytes(tensor) for count in sent]
     if host_ranks is None:
-        return Frame(group, tensor, sent, mark, operation)
-    message = host_ranks.send(tensor, sent, mark)
+        return Frame(group, data, sizes, mark, operation)
+    message = host_ranks.send(data, sizes, mark)
     watch(group).wait(message, operation)
     return message.read()
 
@@ -169,8 +165,14 @@ def _values(texts: Sequence[Tensor]) -> list[Any]:
     return [json.loads(_text(text)) for text in texts]
 
 
-def _other_size(rank: int, got: int, expected: int) -> RuntimeError:
-    return RuntimeError(f"rank {rank} of this group sent {got} bytes, expected {expected}")
+def _row_bytes(tensor: Tensor) -> int:
+    return tensor.itemsize * prod(tensor.shape[1:])
+
+
+def _require_sizes(got: Sequence[int], expected: Sequence[int]) -> None:
+    for rank, (size, wanted) in enumerate(zip(got, expected, strict=False)):
+        if size != wanted:
+            raise RuntimeError(f"rank {rank} of this group sent {size} bytes, expected {wanted}")
 
 
 def check(group: Any, operation: str) -> None:
@@ -220,13 +222,11 @@ def all_to_all(
         RanksDisagreeError: on all ranks, if they are in different operations.
         RuntimeError: a rank sent another number of rows than ``received``.
     """
-    row_bytes = tensor.itemsize * prod(tensor.shape[1:])
+    row_bytes = _row_bytes(tensor)
     known = received is not None and (continues or _is_nccl(group))
     if not known or _memory(group, tensor) is not None:
         message = _exchange(group, tensor, operation, sent, failed)
-        for rank, count in enumerate(received or ()):
-            if message.sizes[rank] != count * row_bytes:
-                raise _other_size(rank, message.sizes[rank], count * row_bytes)
+        _require_sizes(message.sizes, [count * row_bytes for count in received or ()])
         if received is None:
             message.adapt()
             received = [size // row_bytes for size in message.sizes]
@@ -259,10 +259,7 @@ def all_reduce(tensor: Tensor, op: Any = SUM, *, group: Any = None, operation: s
     whole = tensor.contiguous()
     if not _is_nccl(group):
         message = _exchange(group, whole, operation)
-        size = whole.numel() * whole.itemsize
-        for rank, other in enumerate(message.sizes):
-            if other != size:
-                raise _other_size(rank, other, size)
+        _require_sizes(message.sizes, [whole.nbytes] * len(message.sizes))
         if message.fits and op in _REDUCE:
             parts = [message.part(rank).view(whole.dtype) for rank in range(len(message.sizes))]
             tensor.copy_(reduce(_REDUCE[op], parts).view(whole.shape))
@@ -280,10 +277,9 @@ def rank_and_size(group: Any = None) -> tuple[int, int]:
 def broadcast(tensor: Tensor, *, group: Any = None, operation: str) -> None:
     """Copy rank 0's tensor to all ranks, in place."""
     if not _is_nccl(group):
-        rank, size = dist.get_rank(group), tensor.numel() * tensor.itemsize
+        rank = dist.get_rank(group)
         message = _exchange(group, tensor if rank == 0 else tensor.new_empty(0), operation)
-        if message.sizes[0] != size:
-            raise _other_size(0, message.sizes[0], size)
+        _require_sizes(message.sizes, [tensor.nbytes])
         if message.fits:
             if rank:
                 tensor.copy_(message.part(0).view(tensor.dtype).view(tensor.shape))
@@ -295,7 +291,7 @@ def all_gather_rows(tensor: Tensor, *, group: Any = None, operation: str) -> Ten
     """Return all ranks' rows ``(n, ...)``, in the order of ranks; ``n`` may differ."""
     if rank_and_size(group)[1] == 1:
         return tensor
-    if not tensor[:1].numel() and prod(tensor.shape[1:]) == 0:
+    if not _row_bytes(tensor):  # bytes tell no number of rows
         rows = sum(gather(len(tensor), group=group, operation=operation))
         return tensor.new_empty(rows, *tensor.shape[1:])
     sent = tensor.cuda() if _is_nccl(group) else tensor
@@ -310,7 +306,7 @@ def _gathered(message: Message | Frame, tensor: Tensor, group: Any, operation: s
     if message.fits:
         parts = [message.part(rank) for rank in range(len(message.sizes))]
         return [part.view(tensor.dtype).view(-1, *shape) for part in parts]
-    counts = [size // (tensor.itemsize * prod(shape)) for size in message.sizes]
+    counts = [size // _row_bytes(tensor) for size in message.sizes]
     padded = tensor.new_zeros((max(counts), *shape))
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in counts]

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,20 +101,13 @@ class HostRanks:
         ]
         self._number = 0
 
-    def send(self, tensor: Tensor, sent: Sequence[int] | None, mark: int) -> "Message":
-        """Send all ranks a contiguous CPU tensor, or ``sent`` of its rows to each."""
+    def send(self, data: Tensor, sizes: Sequence[int] | None, mark: int) -> "Message":
+        """Send all ranks the bytes ``data``, or each the next ``sizes`` of them."""
         self._number += 1
         half, memory = self._number % 2, self.memories[self.rank]
-        data = tensor.reshape(-1).view(torch.uint8)
-        size, ends = len(data), [0]
-        if sent is None:
-            ends.append(size)
-        else:
-            row_bytes = size // max(1, len(tensor))
-            for count in sent:
-                ends.append(ends[-1] + count * row_bytes)
-        buffer = memory.reserve(half, size)
-        if buffer is not None and sent is None:
+        ends = [0, *accumulate([len(data)] if sizes is None else sizes)]
+        buffer = memory.reserve(half, len(data))
+        if buffer is not None and sizes is None:
             buffer.copy_(data)
         elif buffer is not None:
             for other in self.others:
@@ -122,7 +116,7 @@ class HostRanks:
                     buffer[begin:end].copy_(data[begin:end])
         memory.heads[half, 2 : _HEAD + len(ends)] = [mark, *ends]
         memory.flags[half].raise_to(self._number)
-        return Message(self, self._number, data, sent is None)
+        return Message(self, self._number, data, sizes is None)
 
 
 class Message:
