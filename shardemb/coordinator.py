@@ -289,10 +289,10 @@ class Coordinator:
             optimizer.step(**options)
         for table in self.tables:
             table._embeddings.synchronize_replicas()
-        with deferred_updates(self.tables):  # PyKEEN's models call their tables
+        with deferred_updates(self._constrained):  # PyKEEN's models call their tables
             for module in self._updated:
                 module.post_parameter_update()
-        for table in self.tables:
+        for table in self._constrained:
             table.post_parameter_update()
         self._copy_buffers()
         self._end_step(skipped=False)

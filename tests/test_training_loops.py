@@ -275,7 +275,9 @@ def _one_name(rank: int, world_size: int) -> None:
     with torch.no_grad():
         rows = _whole(second)[ids]
         assert torch.equal(second(ids), rows)
-        with pytest.raises(ValueError, match=r"table 'same': ids; .*'same' \(the 2th so named\)"):
+        with pytest.raises(
+            ValueError, match=r"table 'same': ids; .*'same' \(number 2 of this name\)"
+        ):
             (second if rank else first)(ids)
 
 

@@ -26,7 +26,7 @@ from shardemb.kernels import Merged
 from shardemb.sharding.lookup import Lookup, id_error
 from shardemb.sharding.options import Sharding
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import Table
+from shardemb.sharding.table import PendingBackward, Table
 
 #: most ids of a lookup, and most ranks, for which Python's numbers take half the time of operators
 _FEW_IDS, _FEW_RANKS = 61, 16
@@ -72,15 +72,10 @@ def default_name(group: Any) -> str:
     return "embedding" if number == 1 else f"embedding-{number}"
 
 
-class _Pending:
-    """Lives as long as a lookup's graph."""
-
-    def __init__(self, exchange: "Exchange") -> None:
-        self.exchange, self.done = exchange, False
-
-
 #: by group and name, the last lookup with a gradient
-_pending: WeakKeyDictionary[PeerWatchdog, WeakValueDictionary[str, _Pending]] = WeakKeyDictionary()
+_pending: WeakKeyDictionary[PeerWatchdog, WeakValueDictionary[str, PendingBackward]] = (
+    WeakKeyDictionary()
+)
 
 #: ids per rank, their row numbers ``(n,)``, the permutation, the duplicates
 _ToSend = tuple[list[int], Tensor, Tensor, Merged | None]
@@ -97,7 +92,7 @@ class Exchange(Lookup):
         self._lookups = 0
         number = _number_of(group, plan.table)
         #: tells tables of one name, such as a model's and its successor's, apart
-        self._label = f"table {plan.table!r}" + f" (the {number}th so named)" * (number > 1)
+        self._label = f"table {plan.table!r}" + f" (number {number} of this name)" * (number > 1)
 
     def send(self, ids: Any, wait: bool = True) -> Route:
         """See :class:`Lookup`. A collective; RanksDisagreeError for ranks in other operations."""
@@ -126,16 +121,16 @@ class Exchange(Lookup):
     def _operation(self, number: int, what: str) -> str:
         return f"lookup {number} of {self._label}: {what}"
 
-    def await_backward(self) -> _Pending:
+    def await_backward(self) -> PendingBackward:
         """Note a lookup with a gradient; ValueError if another table of this name awaits its."""
         names = _pending.setdefault(watch(self.group), WeakValueDictionary())
         other = names.get(self.plan.table)
-        if other is not None and not other.done and other.exchange._label != self._label:
+        if other is not None and not other.done and other.owner._label != self._label:
             raise InputError(
                 f"{self.plan.where}: another table of this name has been looked up and awaits its"
                 " backward: pass Embedding(name=...), by which ranks tell them apart"
             )
-        names[self.plan.table] = pending = _Pending(self)
+        names[self.plan.table] = pending = PendingBackward(self)
         return pending
 
     def _prepare_few(self, slots: Tensor) -> _ToSend:

@@ -12,13 +12,7 @@ from shardemb import kernels
 from shardemb.exceptions import InputError, UsageError
 from shardemb.optim import FusedOptimizer
 from shardemb.sharding.placement import RowPlan
-from shardemb.sharding.table import RowOptions, Table
-
-
-class _Pending:
-    """Lives as long as a lookup's graph, and records whether its backward ran."""
-
-    done = False
+from shardemb.sharding.table import PendingBackward, RowOptions, Table
 
 
 class FusedTable(Table):
@@ -65,7 +59,7 @@ class FusedTable(Table):
         rows = tbe.split_embedding_weights()[0]
         self.register_buffer("weight", rows[: plan.num_local, : plan.dim])
         self._offsets = torch.arange(1, device=device)
-        self._pending: weakref.ref[_Pending] | None = None
+        self._pending: weakref.ref[PendingBackward] | None = None
         #: whether a backward has updated rows in this step
         self._updated = False
 
@@ -177,7 +171,7 @@ class FusedTable(Table):
         return out
 
     def _await_backward(self, out: Tensor) -> Tensor:
-        pending = _Pending()
+        pending = PendingBackward(self)
 
         def before_backward(grad: Tensor) -> None:
             if pending.done and self._one_lookup:

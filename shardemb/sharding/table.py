@@ -89,6 +89,13 @@ class RowOptions:
     track: bool
 
 
+class PendingBackward:
+    """Lives as long as a lookup's graph, and records whether its backward has run."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.done = owner, False
+
+
 class Table(nn.Module):
     """A shard: ``weight`` ``(R, D)``, a differentiable lookup, and the changed rows."""
 
@@ -395,10 +402,12 @@ def _tables_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[ParameterTabl
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for table, group in _tables_of(optimizer):
+    tables = list(_tables_of(optimizer))
+    one_rank_scaler = any(t.plan.world_size > 1 for t, _ in tables) and _in_torchs_scaler()
+    for table, group in tables:
         grad = table.weight.grad
         why = why_refused(optimizer, group, grad.is_sparse) if grad is not None else None
-        if why is None and table.plan.world_size > 1 and _in_torchs_scaler():
+        if why is None and table.plan.world_size > 1 and one_rank_scaler:
             why = (
                 "torch.amp.GradScaler looks for infinite gradients in this rank's rows alone, so"
                 " that ranks would skip different steps: use shardemb.GradScaler"

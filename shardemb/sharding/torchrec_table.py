@@ -288,6 +288,7 @@ class TorchRecTable(FusedTable):
         """Check flat ids ``(n,)`` and start TorchRec's input distribution. A collective."""
         from torchrec import KeyedJaggedTensor
 
+        self._lookups += 1
         self._check(id_error(self._id_plan, ids))
         values = self.plan.order.slots(ids.to(self.device, torch.int64)).contiguous()
         merged = kernels.merge(values, self.plan.num_rows) if self._deduplicate else None
@@ -302,7 +303,6 @@ class TorchRecTable(FusedTable):
 
     def _check(self, error: ShardembError | None) -> None:
         """Raise an error of any rank's ids on all ranks. A collective."""
-        self._lookups += 1
         group = self._groups.everyone
         operation = self._operation(f"lookup {self._lookups}: are all ids valid?")
         bad = torch.tensor(int(error is not None), device=self.device)
